@@ -1,0 +1,188 @@
+"""The `compress` command. Each subcommand parses its arguments and calls one function.
+
+Heavy packages are imported inside the commands: a misspelt recipe key is refused without loading torch.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+import compress as package
+from compress.errors import InputError, WorkError
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+
+
+class Commands(click.Group):
+    """Maps the two error classes, a full disk and Ctrl-C to the contract's exit codes, each with one sentence."""
+
+    def invoke(self, context: click.Context):
+        try:
+            return super().invoke(context)
+        except InputError as error:
+            _stop(error, BAD_INPUT)
+        except WorkError as error:
+            _stop(error, FAILED)
+        except MemoryError:
+            _stop("out of memory", FAILED)
+        except OSError as error:
+            _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
+        except (KeyboardInterrupt, click.Abort):
+            _stop("interrupted; run again with --resume to continue", INTERRUPTED)
+
+
+def _stop(message, code: int):
+    click.echo(f"compress: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Commands)
+@click.version_option(package.__version__, prog_name="compress")
+def main():
+    """Compress hybrid SSM-Transformer-MoE language models, export them, and check what ships."""
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("-m", "--model", help="Local folder or hub id (id@revision pins one); overrides the recipe's.")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default out/RECIPE_NAME.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe key, such as passes.0.quantize.weights=int8.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--dry-run", is_flag=True, help="Validate and print the plan with predicted sizes; write nothing.")
+def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_run):
+    """Run RECIPE (a path or a shipped name): passes, checkpoint, exports, check, report."""
+    from compress.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    name = model or loaded.recipe.model
+    if name is None:
+        raise InputError(f"{loaded.path}: names no model; add 'model:' or pass -m")
+    _refuse_missing_device(device)
+    from compress import pipeline, plan
+    from compress.report import terminal
+    from compress.source import resolve
+
+    job = pipeline.Job(
+        loaded,
+        resolve(name, None if model else loaded.folder),
+        out or Path("out") / loaded.name,
+        device,
+        seed,
+        resume,
+        overwrite,
+    )
+    if dry_run:
+        click.echo(plan.describe(pipeline.prepare(job), job.out))
+        return
+    report = pipeline.apply(job)
+    terminal.show(report, job.out)
+    sys.exit(0 if report["verdict"] in ("pass", "not_checked") else 1)
+
+
+def _refuse_missing_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available to torch")
+
+
+@main.command()
+@click.argument("model", metavar="MODEL_OR_ARTIFACT")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+def inspect(model, as_json):
+    """Layers, roles, parameters, bytes, experts and state sizes of a model folder, hub id or ONNX artifact."""
+    from compress import inspection
+
+    facts = inspection.inspect(model)
+    click.echo(json.dumps(facts, indent=2) if as_json else inspection.as_text(facts))
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--to", "kind", required=True, help="The exporter: onnx.")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default CHECKPOINT-KIND.")
+def export(checkpoint, kind, out):
+    """Export one CHECKPOINT folder."""
+    from compress import exporting
+
+    folder = exporting.export_checkpoint(checkpoint, kind, out)
+    click.echo(f"wrote {folder}", err=True)
+
+
+@main.command()
+@click.argument("baseline")
+@click.argument("candidate", type=click.Path(path_type=Path))
+@click.option(
+    "--prompts", multiple=True, help="heldout, recall, self or a .txt/.jsonl file; may be repeated. Default: heldout."
+)
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="METRIC=VALUE",
+    help="A limit that decides the exit code; may be repeated.",
+)
+@click.option("--limits", "limits_file", type=click.Path(path_type=Path), help="YAML file of METRIC: VALUE.")
+@click.option("--samples", type=int, default=48, show_default=True, help="Windows from each prompt set, at most.")
+@click.option("--length", type=int, default=512, show_default=True, help="Tokens in a window.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
+def check(baseline, candidate, prompts, limits, limits_file, samples, length, seed, device, json_file):
+    """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
+    from compress.check import command
+
+    settings = command.settings(prompts, limits, limits_file, samples, length)
+    _refuse_missing_device(device)
+    result = command.check(baseline, candidate, settings, seed=seed, device=device)
+    command.write(result, json_file)
+    sys.exit(1 if result["verdict"] == "fail" else 0)
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the most likely token."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+def run(artifact, prompt, max_tokens, temperature, seed):
+    """Stream text from a checkpoint or an ONNX artifact; PROMPT - reads standard input."""
+    from compress import generation
+
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    for piece in generation.stream_text(artifact, text, max_tokens, temperature, seed):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@main.command()
+@click.argument("name", required=False)
+def recipes(name):
+    """List the shipped recipes with a line each; with NAME print it."""
+    from compress import resources
+
+    if name is None:
+        for stem, path in resources.shipped_recipes().items():
+            first_line = path.read_text(encoding="utf-8").split("\n", 1)[0]
+            click.echo(f"{stem:<16} {first_line.lstrip('# ')}")
+    else:
+        click.echo(resources.find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""Model families. A file is named by its `model_type` in config.json and defines
+
+- `parse_config(values, source)`: config.json -> a validated, frozen configuration (InputError naming the key);
+- `layout(config)`: the units in order of computation, each with the name, shape and role of every tensor;
+- `layer_kind(config, index)`: `attention` or `mamba`;
+- `initial_state(config, index, batch, device)` and `forward(config, index, weights, hidden, state, mask)`: one layer;
+- `EMBEDDING`, `FINAL_NORM`, `LM_HEAD`: tensor names; `normalized(config)`: the optimum view that exporters read.
+"""

@@ -1,0 +1,278 @@
+"""Jamba (AI21, arXiv 2403.19887 and 2408.12570): Mamba-1 layers, some attention layers, some MoE feed-forwards.
+
+Every layer is  h += mixer(rms_norm(h));  h += feed_forward(rms_norm(h)).  Tensor names are those of transformers'
+checkpoints, where every expert has its own 2-D matrices.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from optimum.utils.normalized_config import NormalizedTextConfigWithGQA
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compress import layers
+from compress.errors import InputError
+from compress.model import Spec, UnitSpec
+from compress.roles import Role
+
+EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.final_layernorm.weight", "lm_head.weight"
+MAX_COUNT = 10_000  # of layers and of experts: far beyond any model, keeps a corrupt config from being enumerated
+MAX_SIZE = 1 << 31
+
+State = dict[str, torch.Tensor]
+Weights = Callable[[str], torch.Tensor]  # name within the layer -> float32 tensor
+
+
+def _size(default: int, most: int = MAX_SIZE, least: int = 1):
+    return Field(default, ge=least, le=most)
+
+
+class JambaConfig(BaseModel):
+    """The keys of config.json that decide shapes and arithmetic; defaults are those of transformers' JambaConfig."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, strict=True)
+
+    vocab_size: int = _size(65536)
+    hidden_size: int = _size(4096)
+    intermediate_size: int = _size(14336)
+    num_hidden_layers: int = _size(32, MAX_COUNT)
+    num_attention_heads: int = _size(32)
+    num_key_value_heads: int = _size(8)
+    head_dim: int | None = _size(None)
+    num_experts: int = _size(16, MAX_COUNT)
+    num_experts_per_tok: int = _size(2, MAX_COUNT)
+    expert_layer_period: int = _size(2)
+    expert_layer_offset: int = _size(1, least=0)
+    attn_layer_period: int = _size(8)
+    attn_layer_offset: int = _size(4, least=0)
+    mamba_d_state: int = _size(16)
+    mamba_d_conv: int = _size(4, least=2)
+    mamba_expand: int = _size(2)
+    mamba_dt_rank: Annotated[int, _size(...)] | Literal["auto"] = "auto"
+    mamba_conv_bias: bool = True
+    mamba_proj_bias: bool = False
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    hidden_act: Literal["silu"] = "silu"
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = _size(262144)
+    bos_token_id: int | None = _size(1, least=0)
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = _size(0, least=0)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for kind in ("expert", "attn"):
+            period, offset = getattr(self, f"{kind}_layer_period"), getattr(self, f"{kind}_layer_offset")
+            if offset >= period:
+                raise ValueError(f"{kind}_layer_offset {offset} must be smaller than {kind}_layer_period {period}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.num_experts > 1 and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
+        return self
+
+    @property
+    def attention_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def d_inner(self) -> int:
+        return self.mamba_expand * self.hidden_size
+
+    @property
+    def dt_rank(self) -> int:
+        return math.ceil(self.hidden_size / 16) if self.mamba_dt_rank == "auto" else self.mamba_dt_rank
+
+
+class JambaNormalizedConfig(NormalizedTextConfigWithGQA):
+    """optimum's names for a Jamba configuration, plus those of its states."""
+
+    HEAD_DIM = "attention_head_dim"
+    CONV_KERNEL = "mamba_d_conv"
+    STATE_SIZE = "mamba_d_state"
+    CONTEXT_LENGTH = "max_position_embeddings"
+
+
+normalized = JambaNormalizedConfig
+
+
+def parse_config(values: dict, source: str) -> JambaConfig:
+    """Validates config.json; raises InputError naming the file and the key."""
+    values = dict(values)
+    if values.get("num_key_value_heads", 0) is None:  # transformers reads null as one KV head per query head
+        values["num_key_value_heads"] = values.get("num_attention_heads", 32)
+    try:
+        return JambaConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"][:1])
+        message = first["msg"].removeprefix("Value error, ")
+        given = f" (it is {first['input']!r:.80})" if key else ""
+        raise InputError(f"{source}: {key + ': ' if key else ''}{message}{given}") from None
+
+
+def layer_kind(config: JambaConfig, index: int) -> str:
+    return "attention" if index % config.attn_layer_period == config.attn_layer_offset else "mamba"
+
+
+def num_experts(config: JambaConfig, index: int) -> int:
+    """Experts of a layer's feed-forward; 1 means a dense MLP."""
+    return config.num_experts if index % config.expert_layer_period == config.expert_layer_offset else 1
+
+
+def active_share(config: JambaConfig, spec: Spec) -> float:
+    """The share of a tensor that works on one token: top-k of the experts, all of anything else."""
+    return config.num_experts_per_tok / config.num_experts if spec.role == Role.EXPERTS else 1.0
+
+
+def layer_prefix(index: int) -> str:
+    return f"model.layers.{index}."
+
+
+def layout(config: JambaConfig) -> Iterator[UnitSpec]:
+    """Every unit in order of computation, lazily: a caller may stop at the first surprise."""
+    yield UnitSpec("embedding", (Spec(EMBEDDING, (config.vocab_size, config.hidden_size), Role.EMBEDDING),))
+    for index in range(config.num_hidden_layers):
+        yield UnitSpec(f"layer.{index}", tuple(_layer_specs(config, index)))
+    head = [Spec(FINAL_NORM, (config.hidden_size,), Role.NORM)]
+    if not config.tie_word_embeddings:
+        head.append(Spec(LM_HEAD, (config.vocab_size, config.hidden_size), Role.LM_HEAD))
+    yield UnitSpec("head", tuple(head))
+
+
+def _layer_specs(config: JambaConfig, index: int) -> Iterator[Spec]:
+    mixer = _attention_specs(config) if layer_kind(config, index) == "attention" else _mamba_specs(config)
+    norms = (
+        ("input_layernorm.weight", (config.hidden_size,), Role.NORM),
+        ("pre_ff_layernorm.weight", (config.hidden_size,), Role.NORM),
+    )
+    for name, shape, role in (norms[0], *mixer, norms[1], *_feed_forward_specs(config, index)):
+        yield Spec(layer_prefix(index) + name, shape, role)
+
+
+def _attention_specs(config: JambaConfig):
+    hidden, head = config.hidden_size, config.attention_head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    yield "self_attn.q_proj.weight", (queries, hidden), Role.ATTENTION_QKV
+    yield "self_attn.k_proj.weight", (keys, hidden), Role.ATTENTION_QKV
+    yield "self_attn.v_proj.weight", (keys, hidden), Role.ATTENTION_QKV
+    yield "self_attn.o_proj.weight", (hidden, queries), Role.ATTENTION_OUT
+
+
+def _mamba_specs(config: JambaConfig):
+    hidden, inner, rank, state = config.hidden_size, config.d_inner, config.dt_rank, config.mamba_d_state
+    yield "mamba.in_proj.weight", (2 * inner, hidden), Role.SSM_IN
+    if config.mamba_proj_bias:
+        yield "mamba.in_proj.bias", (2 * inner,), Role.SSM_IN
+    yield "mamba.conv1d.weight", (inner, 1, config.mamba_d_conv), Role.SSM_CONV
+    if config.mamba_conv_bias:
+        yield "mamba.conv1d.bias", (inner,), Role.SSM_CONV
+    yield "mamba.x_proj.weight", (rank + 2 * state, inner), Role.SSM_X_PROJ
+    for name, size in (("dt", rank), ("b", state), ("c", state)):
+        yield f"mamba.{name}_layernorm.weight", (size,), Role.NORM
+    yield "mamba.dt_proj.weight", (inner, rank), Role.SSM_DT_PROJ
+    yield "mamba.dt_proj.bias", (inner,), Role.SSM_DT_BIAS
+    yield "mamba.A_log", (inner, state), Role.SSM_A
+    yield "mamba.D", (inner,), Role.SSM_D
+    yield "mamba.out_proj.weight", (hidden, inner), Role.SSM_OUT
+    if config.mamba_proj_bias:
+        yield "mamba.out_proj.bias", (hidden,), Role.SSM_OUT
+
+
+def _feed_forward_specs(config: JambaConfig, index: int):
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, num_experts(config, index)
+    if experts == 1:
+        yield from _mlp_specs("feed_forward.", hidden, inner, Role.MLP)
+        return
+    yield "feed_forward.router.weight", (experts, hidden), Role.ROUTER
+    for expert in range(experts):
+        yield from _mlp_specs(f"feed_forward.experts.{expert}.", hidden, inner, Role.EXPERTS)
+
+
+def _mlp_specs(prefix: str, hidden: int, inner: int, role: Role):
+    yield prefix + "gate_proj.weight", (inner, hidden), role
+    yield prefix + "up_proj.weight", (inner, hidden), role
+    yield prefix + "down_proj.weight", (hidden, inner), role
+
+
+def initial_state(config: JambaConfig, index: int, batch: int, device: str = "cpu") -> State:
+    """The empty past of one layer, in the shapes of the glossary in `layers.py`."""
+    if layer_kind(config, index) == "attention":
+        shape = (batch, config.num_key_value_heads, 0, config.attention_head_dim)
+        return {"key": torch.zeros(shape, device=device), "value": torch.zeros(shape, device=device)}
+    return {
+        "conv_state": torch.zeros(batch, config.d_inner, config.mamba_d_conv - 1, device=device),
+        "recurrent_state": torch.zeros(batch, config.mamba_d_state, config.d_inner, device=device),
+    }
+
+
+def forward(config: JambaConfig, index: int, weights: Weights, hidden, state: State, mask=None):
+    """One layer on hidden states [B, S, H], for prefill and decode alike.
+
+    `mask` [B, past + S] is 1 for tokens and 0 for left padding, or None. Returns hidden states and the new state.
+    """
+    mixer = _attention if layer_kind(config, index) == "attention" else _mamba
+    normed = layers.rms_norm(hidden, weights("input_layernorm.weight"), config.rms_norm_eps)
+    mixed, state = mixer(config, weights, normed, state, mask)
+    hidden = hidden + mixed
+    normed = layers.rms_norm(hidden, weights("pre_ff_layernorm.weight"), config.rms_norm_eps)
+    return hidden + _feed_forward(config, index, weights, normed), state
+
+
+def _attention(config: JambaConfig, weights: Weights, x, state: State, mask):
+    def heads(name):
+        return (
+            F.linear(x, weights(f"self_attn.{name}_proj.weight"))
+            .unflatten(2, (-1, config.attention_head_dim))
+            .transpose(1, 2)
+        )
+
+    key, value = torch.cat([state["key"], heads("k")], 2), torch.cat([state["value"], heads("v")], 2)
+    mixed = layers.attention(heads("q"), key, value, mask)
+    output = F.linear(mixed.transpose(1, 2).flatten(2), weights("self_attn.o_proj.weight"))
+    return output, {"key": key, "value": value}
+
+
+def _mamba(config: JambaConfig, weights: Weights, x, state: State, mask):
+    bias = (lambda name: weights(f"mamba.{name}.bias")) if config.mamba_proj_bias else (lambda name: None)
+    conv_bias = weights("mamba.conv1d.bias") if config.mamba_conv_bias else None
+    keep = 1.0 if mask is None else mask[:, -x.shape[1] :, None].to(x.dtype)
+    x, gate = F.linear(x * keep, weights("mamba.in_proj.weight"), bias("in_proj")).chunk(2, dim=2)
+    x, conv_state = layers.causal_conv(x * keep, state["conv_state"], weights("mamba.conv1d.weight"), conv_bias)
+    x = F.silu(x) * keep
+    dt, b, c = _time_step_and_matrices(config, weights, x)
+    a = -torch.exp(weights("mamba.A_log")).T
+    y, recurrent_state = layers.selective_scan(x, dt * keep, a, b, c, weights("mamba.D"), state["recurrent_state"])
+    output = F.linear(y * F.silu(gate), weights("mamba.out_proj.weight"), bias("out_proj"))
+    return output, {"conv_state": conv_state, "recurrent_state": recurrent_state}
+
+
+def _time_step_and_matrices(config: JambaConfig, weights: Weights, x):
+    """dt [B, S, D], b and c [B, S, N] from the scan's input; Jamba normalises each, unlike Mamba."""
+    low_rank, b, c = F.linear(x, weights("mamba.x_proj.weight")).split(
+        [config.dt_rank, config.mamba_d_state, config.mamba_d_state], dim=2
+    )
+    low_rank, b, c = (
+        layers.rms_norm(t, weights(f"mamba.{name}_layernorm.weight"), config.rms_norm_eps)
+        for name, t in (("dt", low_rank), ("b", b), ("c", c))
+    )
+    return F.softplus(F.linear(low_rank, weights("mamba.dt_proj.weight"), weights("mamba.dt_proj.bias"))), b, c
+
+
+def _feed_forward(config: JambaConfig, index: int, weights: Weights, x):
+    def mlp(prefix, rows):
+        return layers.swiglu(rows, *(weights(f"{prefix}{part}_proj.weight") for part in ("gate", "up", "down")))
+
+    if num_experts(config, index) == 1:
+        return mlp("feed_forward.", x)
+    router = weights("feed_forward.router.weight")
+    return layers.moe(x, router, config.num_experts_per_tok, lambda e, rows: mlp(f"feed_forward.experts.{e}.", rows))

@@ -1,0 +1,60 @@
+"""Results kept between runs: `$COMPRESS_CACHE`, else `~/.cache/compress`. Deleting the folder is always safe."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from compress.errors import InputError
+
+NEWEST_KEPT = 8  # entries of one kind; older ones are removed when a new one is published
+
+
+def folder(kind: str) -> Path:
+    base = os.environ.get("COMPRESS_CACHE")
+    base = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+    path = base / kind
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be used as the cache ({error.strerror}); set COMPRESS_CACHE to a writable folder"
+        ) from None
+    return path
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """A name to write under (file or folder); renamed to `path` when the block ends well, removed when it does not."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        _remove(path)
+        os.replace(partial, path)
+    finally:
+        _remove(partial)
+    entries = sorted(
+        (p for p in path.parent.iterdir() if not p.name.endswith(".partial")), key=lambda p: p.stat().st_mtime
+    )
+    for old in entries[:-NEWEST_KEPT]:
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch(kind: str) -> Iterator[Path]:
+    """A folder for intermediate data, removed at the end."""
+    path = folder("scratch") / f"{kind}-{os.getpid()}"
+    _remove(path)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        _remove(path)

@@ -1,0 +1,1 @@
+"""Accuracy regression between a baseline and a candidate: what is measured are the bytes that ship."""

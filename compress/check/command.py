@@ -1,0 +1,87 @@
+"""`compress check`: settings from flags, one comparison, rows to the terminal and to JSON."""
+
+import json
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from compress import source, strict_yaml
+from compress.artifacts import find_artifact
+from compress.check import run as check_run
+from compress.check.compare import verdict
+from compress.check.settings import Check
+from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.writer import write_json
+from compress.errors import InputError
+from compress.report import terminal
+from compress.report.manifest import versions
+
+
+def settings(
+    prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None, samples: int, length: int
+) -> Check:
+    """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
+    values = _file_limits(limits_file) | dict(_limit(text) for text in limits)
+    try:
+        return Check(prompts=prompts or ("heldout",), samples=samples, length=length, limits=values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _limit(text: str) -> tuple[str, float]:
+    metric, _, value = text.partition("=")
+    try:
+        return metric, float(value)
+    except ValueError:
+        raise InputError(f"--limit {text}: expected METRIC=VALUE, such as kl_divergence_mean=0.01") from None
+
+
+def _file_limits(path: Path | None) -> dict:
+    if path is None:
+        return {}
+    values = strict_yaml.load(path).data
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of METRIC: VALUE")
+    return values
+
+
+def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict:
+    """Compares the two and shows the rows on stderr; returns what `--json` writes."""
+    path = find_artifact(candidate)
+    original = Checkpoint(source.resolve(baseline).folder)
+    for name in checks.prompts:
+        check_run.prompts.refuse_unknown(name)
+    digest = original.files.sha256()
+    rows, used = check_run.run(
+        check_run.BaselineSource(original, digest), {_kind(path): path}, checks, seed=seed, device=device
+    )
+    result = {
+        "schema": 1,
+        "verdict": verdict(rows),
+        "baseline": {"name": baseline, "weights_sha256": digest},
+        "candidate": str(candidate),
+        "prompts": used,
+        "checks": [row.to_json() for row in rows],
+        "versions": versions(),
+    }
+    console = Console(stderr=True, highlight=False)
+    terminal.show_rows(result["checks"], console)
+    console.print(f"verdict: {result['verdict']}")
+    return result
+
+
+def _kind(path: Path) -> str:
+    return path.parent.name if path.suffix == ".onnx" else "checkpoint"
+
+
+def write(result: dict, target: str | None) -> None:
+    """To a file, to stdout for `-`, or nowhere."""
+    if target == "-":
+        json.dump(result, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    elif target is not None:
+        write_json(Path(target), result)

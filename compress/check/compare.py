@@ -1,0 +1,74 @@
+"""Baseline against candidate over prompt sets: rows of the report, and whether every limit held."""
+
+from dataclasses import dataclass
+
+import torch
+
+from compress import progress
+from compress.check.baseline import Baseline
+from compress.check.metrics import Scores, score, summarize
+from compress.check.runners import PHASES, Candidate
+from compress.check.settings import METRICS
+from compress.prompts import PromptSet
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report's `checks`. Rows over all prompts carry a limit where the recipe gives one."""
+
+    artifact: str
+    metric: str
+    phase: str
+    prompts: str
+    value: float
+    positions: int
+    limit: float | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        return None if self.limit is None else METRICS[self.metric].holds(self.value, self.limit)
+
+    def to_json(self) -> dict:
+        return {**self.__dict__, "passed": self.passed}
+
+
+def compare(
+    artifact: str, candidate: Candidate, sets: list[tuple[PromptSet, Baseline]], limits: dict[str, float]
+) -> list[Row]:
+    """Scores one artifact in both phases. Limits bind the rows over all prompts; rows per set inform."""
+    rows = []
+    for phase in PHASES:
+        by_set = {prompts.name: _scores(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
+        rows += _rows(artifact, phase, ALL, Scores.concatenate(list(by_set.values())), limits)
+        for name, scores in by_set.items():
+            rows += _rows(artifact, phase, name, scores, {})
+    return rows
+
+
+def verdict(rows: list[Row]) -> str:
+    """`pass`, `fail`, or `not_checked` where nothing was measured."""
+    if not rows:
+        return "not_checked"
+    return "fail" if any(row.passed is False for row in rows) else "pass"
+
+
+def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[str, float]) -> list[Row]:
+    positions = len(scores.kl_divergence)
+    return [
+        Row(artifact, metric, phase, prompts, value, positions, limits.get(metric))
+        for metric, value in summarize(scores).items()
+    ]
+
+
+def _scores(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scores:
+    """One phase over one prompt set, positions in the order of the windows."""
+    pieces: dict[tuple[int, int], Scores] = {}
+    with progress.task(f"{artifact}: {phase} on {prompts.name}", candidate.steps(prompts.tokens)) as advance:
+        for window, start, logits in candidate.logits(prompts.windows, phase, advance):
+            stop = start + len(logits)
+            targets = prompts.windows[window][start + 1 : stop + 1]
+            with torch.inference_mode():
+                pieces[window, start] = score(baseline.log_probs(window, start, stop), logits, targets)
+    return Scores.concatenate([pieces[key] for key in sorted(pieces)])

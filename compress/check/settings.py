@@ -1,0 +1,58 @@
+"""What a check is asked to do, and the metrics it knows. No model code here: recipes import this."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from compress.errors import nearest
+from compress.strict_model import Strict
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    bound: str  # "above": the value must not exceed the limit; "below": it must not fall under it
+    meaning: str
+
+    def holds(self, value: float, limit: float) -> bool:
+        return value <= limit if self.bound == "above" else value >= limit
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("perplexity_ratio", "above", "candidate / baseline perplexity"),
+        Metric("kl_divergence_mean", "above", "mean KL(baseline || candidate), nats per token"),
+        Metric("kl_divergence_p99", "above", "99th percentile of KL(baseline || candidate), nats"),
+        Metric("top1_agreement", "below", "share of positions with the same most likely token"),
+    )
+}
+
+Limit = Annotated[float, Field(ge=0)]
+
+
+class Check(Strict):
+    """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set."""
+
+    prompts: tuple[str, ...] = Field(default=("heldout",), min_length=1)
+    samples: int = Field(default=48, ge=1, le=1_000_000)
+    length: int = Field(default=512, ge=2, le=1_048_576)
+    limits: dict[str, Limit] = Field(default_factory=dict)
+
+    @field_validator("limits")
+    @classmethod
+    def _known_metrics(cls, limits: dict[str, float]) -> dict[str, float]:
+        for name in limits:
+            if name not in METRICS:
+                raise ValueError(f"unknown metric '{name}'{nearest(name, METRICS)}")
+        return limits
+
+    @field_validator("prompts")
+    @classmethod
+    def _no_calibration_prompts(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if "prose" in prompts:
+            raise ValueError("'prose' is kept for calibration; a check uses heldout, self, recall or a file")
+        if len(set(prompts)) != len(prompts):
+            raise ValueError("a prompt set is listed twice")
+        return prompts

@@ -1,0 +1,116 @@
+"""The weight files of a checkpoint folder: which tensor lies in which file, and refusals of what must not be read."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from compress.checkpoint.safetensors_file import Entry, SafetensorsFile
+from compress.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; raises InputError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+class WeightFolder:
+    """All tensors of a checkpoint folder by name, over one `model.safetensors` or a sharded index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.paths = _weight_files(folder)
+        files = [SafetensorsFile(path) for path in self.paths]
+        self._files: dict[str, SafetensorsFile] = {}
+        for file in files:
+            for name in file.entries:
+                if name in self._files:
+                    raise InputError(f"{file.path}: tensor '{name}' is also in {self._files[name].path.name}")
+                self._files[name] = file
+        _check_index(folder, self._files)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    def entry(self, name: str) -> Entry:
+        return self._files[name].entries[name]
+
+    def path_of(self, name: str) -> Path:
+        return self._files[name].path
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        return self._files[name].read(name, rows)
+
+    def sha256(self, advance: Callable[[int], None] = lambda read: None) -> str:
+        """Digest of the weights: the file's own where there is one, else of the `sha256sum` listing of all shards."""
+        digests = []
+        for path in self.paths:
+            digests.append((path.name, file_sha256(path)))
+            advance(path.stat().st_size)
+        if len(digests) == 1:
+            return digests[0][1]
+        listing = "".join(f"{digest}  {name}\n" for name, digest in digests)
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        return [folder / name for name in _index_files(folder)]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{folder / pickles[0]}: pickle files are never opened (they can run code); convert to safetensors first"
+        )
+    raise InputError(f"{folder}: no {SINGLE} and no {INDEX} in this folder")
+
+
+def _index_files(folder: Path) -> list[str]:
+    """File names of a sharded index, each a plain name inside the folder that exists."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / INDEX}: 'weight_map' must map tensor names to files")
+    names = set(weight_map.values())
+    for name in names:
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise InputError(f"{folder / INDEX}: '{name}' is not a safetensors file inside the folder")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / INDEX}: the file '{name}' it names is missing")
+    return sorted(names)
+
+
+def _check_index(folder: Path, files: dict[str, SafetensorsFile]) -> None:
+    """An index must list exactly the tensors its files hold, each in the file it says."""
+    if not (folder / INDEX).is_file():
+        return
+    weight_map = read_json(folder / INDEX)["weight_map"]
+    for name, file_name in weight_map.items():
+        if name not in files or files[name].path.name != file_name:
+            raise InputError(f"{folder / INDEX}: tensor '{name}' is not in the file '{file_name}' as the index says")
+    unlisted = sorted(set(files) - set(weight_map))
+    if unlisted:
+        raise InputError(f"{files[unlisted[0]].path}: tensor '{unlisted[0]}' is not listed in {INDEX}")

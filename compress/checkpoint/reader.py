@@ -1,0 +1,131 @@
+"""Opens a checkpoint folder as a `HybridModel`: everything that can be refused is refused before a weight is read."""
+
+from pathlib import Path
+
+import torch
+
+from compress import formats, plugins
+from compress.checkpoint import compressed_tensors
+from compress.checkpoint.folder import WeightFolder, read_json
+from compress.checkpoint.safetensors_file import DTYPE_NAMES
+from compress.errors import InputError
+from compress.model import PLAIN_FORMATS, HybridModel, Spec, Unit, UnitSpec, Weight
+
+
+def open_config(folder: Path):
+    """The architecture module, its validated configuration and config.json itself."""
+    path = folder / "config.json"
+    values = read_json(path)
+    supported = plugins.names(plugins.ARCHITECTURES)
+    model_type = values.get("model_type")
+    if model_type not in supported:
+        raise InputError(f"{path}: model_type '{model_type}' is not supported; supported: {', '.join(supported)}")
+    architecture = plugins.load(plugins.ARCHITECTURES, model_type)
+    return architecture, architecture.parse_config(values, str(path)), values
+
+
+class Checkpoint:
+    """An opened folder: `model` (lazily read units), `config` (config.json as it is) and the weight files."""
+
+    def __init__(self, folder: Path, *, allow_quantized: bool = False):
+        self.folder = folder
+        architecture, parsed, self.config = open_config(folder)
+        self.is_quantized = "quantization_config" in self.config
+        if self.is_quantized and not allow_quantized:
+            raise InputError(
+                f"{folder / 'config.json'}: the model is already quantized (quantization_config); start from the original"
+            )
+        self.files = WeightFolder(folder)
+        self._formats = (
+            compressed_tensors.formats_of(self.config, folder, self.files.names) if self.is_quantized else {}
+        )
+        self._check_layer_count(parsed)
+        units = tuple(self._unit(spec) for spec in architecture.layout(parsed))
+        self._refuse_extra(units, architecture, tied=parsed.tie_word_embeddings)
+        self.model = HybridModel(self.config.get("_name_or_path") or folder.resolve().name, architecture, parsed, units)
+
+    def _check_layer_count(self, parsed) -> None:
+        """A config that promises more layers than there are tensors is refused before they are enumerated."""
+        if parsed.num_hidden_layers > len(self.files.names):
+            raise InputError(
+                f"{self.folder / 'config.json'}: num_hidden_layers is {parsed.num_hidden_layers}, "
+                f"but the weight files hold {len(self.files.names)} tensors in all"
+            )
+
+    def _unit(self, spec: UnitSpec) -> Unit:
+        return Unit(spec.name, {tensor.name: self._weight(tensor) for tensor in spec.specs})
+
+    def _weight(self, spec: Spec) -> Weight:
+        if spec.name in self._formats:
+            return self._quantized_weight(spec, self._formats[spec.name])
+        self._expect(spec.name, spec.shape, None, spec)
+        dtype = self.files.entry(spec.name).dtype
+        if dtype not in PLAIN_FORMATS:
+            raise InputError(
+                f"{self.files.path_of(spec.name)}: tensor '{spec.name}' is {DTYPE_NAMES[dtype]}; expected BF16, F16 or F32"
+            )
+        return Weight(
+            spec.name, spec.role, spec.shape, PLAIN_FORMATS[dtype], lambda rows=None: self._finite(spec.name, rows)
+        )
+
+    def _quantized_weight(self, spec: Spec, format_name: str) -> Weight:
+        number_format, stem = formats.get(format_name), spec.name.removesuffix("weight")
+        layout = number_format.layout(spec.shape)
+        for suffix, (dtype, shape) in layout.items():
+            self._expect(stem + suffix, shape, dtype, spec)
+
+        def load(rows: slice | None = None):
+            parts = {
+                suffix: self._finite(stem + suffix, rows if shape[:1] == spec.shape[:1] else None)
+                for suffix, (_, shape) in layout.items()
+            }
+            return number_format.unpack(parts, spec.shape)
+
+        return Weight(spec.name, spec.role, spec.shape, format_name, load)
+
+    def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, spec: Spec) -> None:
+        if name not in self.files.names:
+            raise InputError(
+                f"{self.folder}: tensor '{name}' is missing (config.json implies it, shape {list(spec.shape)})"
+            )
+        entry = self.files.entry(name)
+        if entry.shape != shape:
+            raise InputError(
+                f"{self.files.path_of(name)}: tensor '{name}' has shape {list(entry.shape)}, config.json implies {list(shape)}"
+            )
+        if dtype is not None and entry.dtype != dtype:
+            raise InputError(
+                f"{self.files.path_of(name)}: tensor '{name}' is {DTYPE_NAMES[entry.dtype]}, expected {DTYPE_NAMES[dtype]}"
+            )
+
+    def _finite(self, name: str, rows: slice | None) -> torch.Tensor:
+        tensor = self.files.read(name, rows)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{self.files.path_of(name)}: tensor '{name}' holds NaN or infinite values")
+        return tensor
+
+    def _refuse_extra(self, units: tuple[Unit, ...], architecture, tied: bool) -> None:
+        known = {name for unit in units for weight in unit.weights.values() for name in self._stored_names(weight)}
+        extra = sorted(self.files.names - known)
+        if tied and extra == [architecture.LM_HEAD]:
+            self._refuse_untied_head(units[0].weights[architecture.EMBEDDING], architecture.LM_HEAD)
+        elif extra:
+            more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+            raise InputError(
+                f"{self.files.path_of(extra[0])}: unexpected tensor '{extra[0]}'{more}; config.json does not imply it"
+            )
+
+    def _stored_names(self, weight: Weight) -> list[str]:
+        return list(weight.layout())
+
+    def _refuse_untied_head(self, embedding: Weight, head: str) -> None:
+        """A head beside tied embeddings may only repeat them: else one of the two would be dropped silently."""
+        entry = self.files.entry(head)
+        same_shape = entry.shape == embedding.shape
+        if not same_shape or any(
+            not torch.equal(self.files.read(head, rows).float(), embedding.dense(rows))
+            for rows in embedding.row_blocks()
+        ):
+            raise InputError(
+                f"{self.files.path_of(head)}: '{head}' differs from the embedding although config.json ties them (tie_word_embeddings)"
+            )

@@ -1,0 +1,124 @@
+"""Writes a checkpoint one unit at a time, each into its own safetensors shard, published by renaming.
+
+A matrix is loaded, packed and written in blocks of rows: every tensor's place in the file is known beforehand from its
+format and shape, so peak memory follows the block, not the tensor.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from compress import formats
+from compress.checkpoint.folder import INDEX
+from compress.checkpoint.safetensors_file import DTYPE_NAMES
+from compress.errors import WorkError
+from compress.formats.base import Layout, Quantized
+from compress.model import Unit, Weight
+
+COPIED = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
+          "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")  # fmt: skip
+
+
+def shard_name(number: int, total: int) -> str:
+    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+
+
+def write_shard(unit: Unit, path: Path, advance: Callable[[int], None] = lambda parameters: None) -> None:
+    """Writes one unit beside `path`, flushes it to disk and renames it. `advance` hears of every block written."""
+    layout = {name: part for weight in unit.weights.values() for name, part in weight.layout().items()}
+    header, offsets = _header(layout)
+    partial = path.with_suffix(".tmp")
+    with open(partial, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(_bytes(part) for part in layout.values()))
+        for weight in unit.weights.values():
+            _write_weight(file.fileno(), weight, offsets, advance)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
+    """The safetensors prefix and header, and every tensor's absolute offset. Wide types come first: all stay aligned."""
+    entries, position = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        end = position + _bytes((dtype, shape))
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _bytes(part: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return part[0].itemsize * math.prod(part[1])
+
+
+def _write_weight(descriptor: int, weight: Weight, offsets: dict[str, int], advance) -> None:
+    stem = weight.name.removesuffix("weight")
+    for rows in weight.row_blocks():
+        stored = weight.load(rows)
+        check_stored(weight, stored)
+        if isinstance(stored, Quantized):
+            parts = {stem + k: v for k, v in formats.get(stored.format).pack(stored, weight.shape).items()}
+        else:
+            parts = {weight.name: stored}
+        for name, tensor in parts.items():
+            by_row = weight.layout()[name][1][:1] == weight.shape[:1]
+            row_bytes = tensor.numel() * tensor.element_size() // max(1, tensor.shape[0])
+            _write_at(descriptor, tensor, offsets[name] + (rows.start * row_bytes if by_row else 0))
+        advance(math.prod(weight.shape[1:]) * (rows.stop - rows.start))
+
+
+def _write_at(descriptor: int, tensor: torch.Tensor, offset: int) -> None:
+    view = memoryview(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    while view:
+        count = os.pwrite(descriptor, view[: 1 << 30], offset)
+        view, offset = view[count:], offset + count
+
+
+def check_stored(weight: Weight, stored) -> None:
+    """What every pass guarantees: what is stored is finite, and no scale is zero or negative."""
+    scales = stored.scales if isinstance(stored, Quantized) else stored
+    if not bool(torch.isfinite(scales).all()):
+        raise WorkError(f"tensor '{weight.name}': a pass produced values that are not finite")
+    if isinstance(stored, Quantized) and not bool((scales > 0).all()):
+        raise WorkError(f"tensor '{weight.name}': a pass produced a scale that is not positive")
+
+
+def write_index(folder: Path, units: tuple[Unit, ...]) -> None:
+    total = len(units)
+    weight_map = {
+        name: shard_name(number, total)
+        for number, unit in enumerate(units)
+        for weight in unit.weights.values()
+        for name in weight.layout()
+    }
+    size = sum(unit.stored_bytes() for unit in units)
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def write_json(path: Path, value) -> None:
+    """Writes beside and renames: a reader never sees half a file."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The tokenizer, generation config, chat template and licence files of a checkpoint folder."""
+    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)

@@ -1,0 +1,20 @@
+"""The two ways a command fails. Each carries one sentence for the user; `cli.py` maps them to exit codes."""
+
+
+class InputError(Exception):
+    """The user's input is wrong (usage, recipe, model folder, data): exit code 2."""
+
+
+class WorkError(Exception):
+    """The input was fine, the work itself failed (disk full, exporter error): exit code 3."""
+
+
+def nearest(word: str, choices) -> str:
+    """`; did you mean 'X'?` for the closest of `choices`, or the whole list where nothing is close."""
+    import difflib
+
+    choices = sorted(str(choice) for choice in choices)
+    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; expected one of: {', '.join(choices)}" if choices else ""

@@ -1,0 +1,63 @@
+"""`compress run`: streams text from an artifact, prefill once and then one token a step with the states held."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from compress.artifacts import find_artifact
+from compress.checkpoint.reader import Checkpoint
+from compress.errors import InputError
+from compress.inference import Decoder, sample
+from compress.onnx_session import OnnxSession
+from compress.prompts.windows import encode
+from compress.source import load_tokenizer
+
+
+def stream_text(artifact: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """Yields the generated text piece by piece, without the prompt; ends at an end-of-text token."""
+    path = find_artifact(artifact)
+    tokenizer = load_tokenizer(path.parent if path.suffix == ".onnx" else path)
+    ids = encode(tokenizer, prompt)
+    if not ids:
+        raise InputError("the prompt is empty and the tokenizer has no BOS token to begin with")
+    tokens = stream_tokens(path, ids, max_tokens, temperature, seed)
+    yield from _readable(tokenizer, (token for token in _until(tokens, tokenizer.eos_token_id)))
+
+
+def stream_tokens(path: Path, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
+    """Generated token ids of one sequence."""
+    step, generator = _stepper(path), torch.Generator().manual_seed(seed)
+    logits = step(torch.tensor([ids]))
+    for remaining in range(max_tokens, 0, -1):
+        token = int(sample(logits, temperature, generator)[0])
+        yield token
+        if remaining > 1:
+            logits = step(torch.tensor([[token]]))
+
+
+def _stepper(path: Path):
+    """A function ids [1, S] -> last logits [1, V] that carries the states."""
+    if path.suffix != ".onnx":
+        return Decoder(Checkpoint(path, allow_quantized=True).model).step
+    generation = OnnxSession(path).start(1)
+    return lambda ids: torch.from_numpy(np.array(generation.step(ids.numpy())[:, -1]))
+
+
+def _until(tokens: Iterator[int], end: int | None) -> Iterator[int]:
+    for token in tokens:
+        if token == end:
+            return
+        yield token
+
+
+def _readable(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """Decodes all tokens so far and yields what is new: a character of several tokens appears when it is whole."""
+    seen, shown = [], ""
+    for token in tokens:
+        seen.append(token)
+        text = tokenizer.decode(seen, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text

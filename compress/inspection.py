@@ -1,0 +1,115 @@
+"""`compress inspect`: what a model or an artifact is made of. A folder with only config.json is enough for the arithmetic."""
+
+import json
+import math
+from pathlib import Path
+
+from compress import plugins, sizes, source
+from compress.artifacts import find_artifact
+from compress.checkpoint.folder import INDEX, SINGLE
+from compress.checkpoint.reader import Checkpoint, open_config
+from compress.errors import InputError
+
+CONFIG_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def inspect(name: str) -> dict:
+    """Facts about a local folder, a hub id, an output of `apply` or a model.onnx, ready for JSON."""
+    path = Path(name)
+    artifact = find_artifact(path) if path.exists() else source.resolve(name).folder
+    if artifact.suffix == ".onnx":
+        return _onnx_facts(artifact)
+    if any((artifact / file).is_file() for file in (SINGLE, INDEX)):
+        return _checkpoint_facts(artifact)
+    return _config_facts(artifact)
+
+
+def _config_facts(folder: Path) -> dict:
+    """From config.json alone: weights count in the type it names (bfloat16 where it names none)."""
+    architecture, config, values = open_config(folder)
+    units = list(architecture.layout(config))
+    name = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
+    if name not in CONFIG_DTYPES:
+        raise InputError(
+            f"{folder / 'config.json'}: dtype '{name}' is not known; expected one of {', '.join(CONFIG_DTYPES)}"
+        )
+    facts = _architecture_facts(architecture, config, values, units)
+    return facts | {"weight_bytes": CONFIG_DTYPES[name] * facts["parameters"], "formats": {}}
+
+
+def _checkpoint_facts(folder: Path) -> dict:
+    checkpoint = Checkpoint(folder, allow_quantized=True)
+    model = checkpoint.model
+    formats: dict[str, int] = {}
+    for weight in model.weights:
+        formats[weight.format] = formats.get(weight.format, 0) + weight.parameters
+    facts = _architecture_facts(model.architecture, model.config, checkpoint.config, model.units)
+    return facts | {"weight_bytes": sizes.stored_bytes(model), "formats": formats}
+
+
+def _onnx_facts(path: Path) -> dict:
+    """An exported graph carries its model's config.json; states count in the types the graph declares."""
+    from exporters.graph import reading
+    from exporters.onnx import CONFIG_KEY
+
+    graph = reading.load(path)
+    if CONFIG_KEY not in graph.metadata_props:
+        raise InputError(f"{path}: was not exported by this tool (no '{CONFIG_KEY}' in its metadata)")
+    values = json.loads(graph.metadata_props[CONFIG_KEY])
+    architecture = plugins.load(plugins.ARCHITECTURES, values["model_type"])
+    config = architecture.parse_config(values, str(path))
+    units = list(architecture.layout(config))
+    formats, weight_bytes = reading.stored_weights(path)
+    parameters = {spec.name: math.prod(spec.shape) for unit in units for spec in unit.specs}
+    by_format: dict[str, int] = {}
+    for name, number_format in formats.items():
+        by_format[number_format] = by_format.get(number_format, 0) + parameters.get(name, 0)
+    facts = _architecture_facts(architecture, config, values, units)
+    return facts | _declared_state_bytes(graph) | {"weight_bytes": weight_bytes, "formats": by_format}
+
+
+def _declared_state_bytes(graph) -> dict[str, int]:
+    """State bytes of one sequence from the graph's past inputs."""
+    totals = {"key": 0, "value": 0, "recurrent_state": 0, "conv_state": 0}
+    for value in graph.graph.inputs:
+        if value.name.startswith("past_key_values."):
+            sizes_known = [size for size in value.shape if isinstance(size, int)]
+            totals[value.name.rsplit(".", 1)[1]] += math.prod(sizes_known) * value.dtype.itemsize
+    return sizes.StateBytes(totals["key"] + totals["value"], totals["recurrent_state"], totals["conv_state"]).to_json()
+
+
+def _architecture_facts(architecture, config, values: dict, units) -> dict:
+    layers = [
+        {"index": i, "kind": architecture.layer_kind(config, i), "experts": architecture.num_experts(config, i)}
+        for i in range(config.num_hidden_layers)
+    ]
+    experts = max(layer["experts"] for layer in layers)
+    return {
+        "model_type": values["model_type"],
+        "parameters": sizes.total_parameters(units),
+        "active_parameters": sizes.active_parameters(architecture, config, units),
+        "roles": {str(role): count for role, count in sizes.parameters_by_role(units).items()},
+        "experts": {"total": experts, "active": config.num_experts_per_tok if experts > 1 else 1},
+        "layers": layers,
+        **sizes.state_bytes(architecture, config).to_json(),
+    }
+
+
+def as_text(facts: dict) -> str:
+    """The facts for a terminal."""
+    kinds = [layer["kind"] + ("+moe" if layer["experts"] > 1 else "") for layer in facts["layers"]]
+    experts = facts["experts"]
+    lines = [
+        f"model_type             {facts['model_type']}",
+        f"parameters             {facts['parameters']:,}",
+        f"active_parameters      {facts['active_parameters']:,}",
+        f"weight_bytes           {facts['weight_bytes']:,}",
+        f"experts                {experts['total']}, {experts['active']} active",
+        f"kv_bytes_per_token     {facts['kv_bytes_per_token']:,}",
+        f"ssm_state_bytes        {facts['ssm_state_bytes']:,} per sequence",
+        f"conv_state_bytes       {facts['conv_state_bytes']:,} per sequence",
+        f"layers                 {len(kinds)}: {' '.join(kinds)}",
+    ]
+    lines += [f"stored as {name:<12} {count:,} parameters" for name, count in facts["formats"].items()]
+    lines += [f"{role:<22} {count:,}" for role, count in sorted(facts["roles"].items(), key=lambda item: -item[1])]
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""The arithmetic of hybrid models as plain functions on float32 tensors.
+
+Glossary (letters of the Mamba paper, arXiv 2312.00752, in brackets)
+
+    B   batch               S   tokens given now          T   past + S, all tokens attended to
+    H   hidden_size         F   intermediate_size         E   num_experts
+    D   d_inner             N   d_state                   R   dt_rank          W   d_conv, the convolution's width
+    Q   query heads         G   key-value heads           P   head_dim
+
+    x   [B, S, D]    input of the scan                    (u or x)
+    dt  [B, S, D]    time step, after softplus, > 0       (Delta)
+    a   [N, D]       continuous-time decay, < 0           (A, transposed)
+    b   [B, S, N]    input matrix                         (B)
+    c   [B, S, N]    output matrix                        (C)
+    d   [D]          skip connection                      (D)
+
+    conv_state       [B, D, W - 1]    the last inputs of the convolution
+    recurrent_state  [B, N, D]        h, the scan's hidden state
+    key, value       [B, G, T, P]
+
+`mask` is [B, S] of 1 for tokens and 0 for padding: padding leaves every state as it was. It is 1 where there is none.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+SCAN_BLOCK_ELEMENTS = 1 << 22  # float32 elements of [B, chunks, N, channels] worked on at a time (16 MiB)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich, arXiv 1910.07467)."""
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202). x [..., H]; gate, up [F, H]; down [H, F]."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def causal_conv(x: torch.Tensor, conv_state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    """Depthwise causal convolution over time. x [B, S, D], weight [D, 1, W] -> y [B, S, D], new conv_state."""
+    padded = torch.cat([conv_state, x.transpose(1, 2)], dim=2)  # [B, D, W - 1 + S]
+    y = F.conv1d(padded, weight, bias, groups=weight.shape[0])
+    return y.transpose(1, 2), padded[:, :, -(weight.shape[2] - 1) :].contiguous()
+
+
+def selective_scan(x, dt, a, b, c, d, recurrent_state):
+    """h_t = exp(dt_t a) h_{t-1} + dt_t b_t x_t,  y_t = c_t . h_t + d x_t   (Mamba, eq. 2 with the zero-order hold on A).
+
+    Returns y [B, S, D] and the state after the last token. No loop over tokens: the length is cut into about sqrt(S)
+    chunks whose recurrences run side by side, first from zero to find what each chunk hands on, then, with the carries
+    chained, again from the right start. That is about 3 sqrt(S) vectorised steps. Every factor is exp of a negative
+    number, so nothing overflows. Channels go in blocks, so memory does not grow with D.
+    """
+    batch, length, channels = x.shape
+    chunk = math.ceil(math.sqrt(length))
+    chunks = math.ceil(length / chunk)
+    width = max(1, SCAN_BLOCK_ELEMENTS // (batch * chunks * a.shape[0]))
+    outputs, states = [], []
+    for start in range(0, channels, width):
+        block = slice(start, start + width)
+        y, state = _scan_block(x[..., block], dt[..., block], a[:, block], b, c, recurrent_state[..., block], chunk)
+        outputs.append(y)
+        states.append(state)
+    return torch.cat(outputs, -1) + d * x, torch.cat(states, -1)
+
+
+def _scan_block(x, dt, a, b, c, start, chunk: int):
+    length = x.shape[1]
+    # padding at the end has dt = 0: decay 1, input 0, so the state passes through it unchanged
+    x, dt, b, c = (_chunked(tensor, chunk) for tensor in (dt * x, dt, b, c))
+    local = torch.zeros(*x.shape[:2], *a.shape, dtype=x.dtype, device=x.device)
+    for t in range(chunk):
+        local = _advance(local, x, dt, a, b, t)
+    decay = torch.exp(dt.sum(2, keepdim=True) * a)  # [B, chunks, N, D] over a whole chunk
+    carries = [start]
+    for i in range(x.shape[1]):
+        carries.append(decay[:, i] * carries[-1] + local[:, i])
+    state = torch.stack(carries[:-1], 1)
+    y = torch.empty_like(x)
+    for t in range(chunk):
+        state = _advance(state, x, dt, a, b, t)
+        y[:, :, t] = (c[:, :, t].unsqueeze(2) @ state).squeeze(2)
+    return y.flatten(1, 2)[:, :length], carries[-1]
+
+
+def _chunked(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
+    """[B, S, X] -> [B, chunks, chunk, X], zero-padded at the end."""
+    padding = -tensor.shape[1] % chunk
+    return F.pad(tensor, (0, 0, 0, padding)).unflatten(1, (-1, chunk))
+
+
+def _advance(state, dt_x, dt, a, b, t: int):
+    """One step of every chunk: state [B, chunks, N, D]."""
+    decay = torch.exp(dt[:, :, t].unsqueeze(2) * a)
+    return torch.addcmul(decay * state, b[:, :, t].unsqueeze(3), dt_x[:, :, t].unsqueeze(2))
+
+
+def attention(query, key, value, mask: torch.Tensor | None):
+    """Causal attention with grouped key-value heads and no positional encoding (Jamba, arXiv 2403.19887).
+
+    query [B, Q, S, P]; key, value [B, G, T, P] with the S newest tokens last; mask [B, T] or None. -> [B, Q, S, P].
+    """
+    length, total = query.shape[2], key.shape[2]
+    if mask is None and length in (1, total):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=length > 1, enable_gqa=True)
+    row = torch.arange(total - length, total, device=query.device)[:, None]
+    column = torch.arange(total, device=query.device)
+    allowed = (column <= row)[None]
+    if mask is not None:
+        # a padded query attends to itself: its output is never used, but must not be NaN
+        allowed = allowed & (mask.bool()[:, None] | (column == row)[None])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None], enable_gqa=True)
+
+
+def moe(x: torch.Tensor, router: torch.Tensor, top_k: int, expert: Callable[[int, torch.Tensor], torch.Tensor]):
+    """Sparse mixture of experts: softmax over all experts, then top-k, weights not renormalised (Jamba).
+
+    x [..., H], router [E, H]; `expert(e, rows)` runs expert e on the rows [n, H] routed to it, and is called only for
+    experts that have any, so weights are touched one expert at a time.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    gates, chosen = torch.topk(torch.softmax(F.linear(rows, router), dim=-1), top_k, dim=-1)
+    result = torch.zeros_like(rows)
+    for e in chosen.unique().tolist():
+        row, place = torch.where(chosen == e)
+        result.index_add_(0, row, expert(e, rows[row]) * gates[row, place, None])
+    return result.view_as(x)

@@ -1,0 +1,27 @@
+"""README.md of a compressed checkpoint: the source's model card with a section on how it was compressed."""
+
+from collections import Counter
+from pathlib import Path
+
+import compress
+from compress.model import Unit
+
+HEADING = "## How this model was compressed"
+
+
+def render(source_folder: Path, source_name: str, units: tuple[Unit, ...], recipe_text: str) -> str:
+    """The card's text. A source without a card gets a one-line one."""
+    card = source_folder / "README.md"
+    original = (
+        card.read_text(encoding="utf-8", errors="replace").rstrip()
+        if card.is_file()
+        else f"# {source_name}, compressed"
+    )
+    counts = Counter(weight.format for unit in units for weight in unit.weights.values())
+    stored = ", ".join(f"{number} tensors as {name}" for name, number in sorted(counts.items()))
+    return (
+        f"{original}\n\n{HEADING}\n\n"
+        f"Made from `{source_name}` by compress {compress.__version__}: {stored}. "
+        "Figures quoted above are those of the original.\n\n"
+        f"The recipe, with every default written out:\n\n```yaml\n{recipe_text.rstrip()}\n```\n"
+    )

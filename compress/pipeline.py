@@ -1,0 +1,164 @@
+"""`apply`: recipe -> checkpoint -> exports -> check -> report, on one screen, in the order the data flows."""
+
+import resource
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compress import model_card, plan, plugins, progress, workspace
+from compress.check import run as check_run
+from compress.check.compare import Row, verdict
+from compress.checkpoint import compressed_tensors, writer
+from compress.checkpoint.reader import Checkpoint
+from compress.errors import InputError
+from compress.plan import PassContext, Plan
+from compress.recipe import LoadedRecipe
+from compress.report import build as report_build
+from compress.report import manifest, markdown
+from compress.source import Source
+from compress.workspace import MANIFEST, Workspace
+from exporters import Exported
+
+
+@dataclass(frozen=True)
+class Job:
+    """One `apply`: what to do, to what, where."""
+
+    recipe: LoadedRecipe
+    source: Source
+    out: Path
+    device: str = "cpu"
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class Outcome:
+    """What was done, as the report tells it."""
+
+    weights_sha256: str
+    passes: list[dict] = field(default_factory=list)
+    exported: list[Exported] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    prompts: list[dict] = field(default_factory=list)
+
+
+def prepare(job: Job) -> Plan:
+    """Everything that can be refused before a weight is read."""
+    planned = plan.make(job.recipe.recipe, job.source, PassContext(job.device, job.seed), job.recipe.folder)
+    plan.refuse_full_disk(planned, job.out)
+    return planned
+
+
+def apply(job: Job) -> dict:
+    """Runs the job and publishes `job.out`; returns the report."""
+    workspace.refuse_existing(job.out, resume=job.resume, overwrite=job.overwrite)
+    planned = prepare(job)
+    outcome = Outcome(_sha256(planned.checkpoint))
+    key = {"recipe": job.recipe.resolved_yaml(), "model": outcome.weights_sha256, "seed": job.seed}
+    space = Workspace(job.out, key, resume=job.resume, overwrite=job.overwrite)
+    try:
+        outcome.passes = _write_checkpoint(job, planned, space)
+        written = Checkpoint(space.folder / "checkpoint", allow_quantized=True)
+        outcome.exported = [_export(step, written, space) for step in planned.recipe.export]
+        _check(job, planned, outcome, space.folder)
+    except InputError:
+        space.discard()  # bad input is not worth resuming: a corrected model is a different job
+        raise
+    return _publish(job, planned, outcome, space)
+
+
+def _sha256(checkpoint: Checkpoint) -> str:
+    with progress.task("hashing the weights", checkpoint.files.bytes) as advance:
+        return checkpoint.files.sha256(advance)
+
+
+def _write_checkpoint(job: Job, planned: Plan, space: Workspace) -> list[dict]:
+    """Runs the passes and writes shard after shard; those an earlier run finished are left as they are."""
+    folder, total, began, reused = space.folder / "checkpoint", len(planned.units), time.monotonic(), 0
+    folder.mkdir(exist_ok=True)
+    with progress.task("compressing", planned.checkpoint.model.parameters) as advance:
+        for number, unit in enumerate(planned.units):
+            shard = f"checkpoint/{writer.shard_name(number, total)}"
+            if space.is_done(shard):
+                reused += unit.name.startswith("layer.")
+                advance(sum(weight.parameters for weight in unit.weights.values()))
+                continue
+            writer.write_shard(unit, space.folder / shard, advance)
+            space.mark_done(shard)
+    writer.write_index(folder, planned.units)
+    _write_companions(job, planned, folder)
+    seconds, peak = time.monotonic() - began, peak_rss_bytes()
+    return [
+        {"name": s.name, "seconds": seconds, "peak_rss_bytes": peak,
+         "details": {**plugins.load(plugins.PASSES, s.name).details(s.options, planned.units), "layers_reused": reused}}
+        for s in planned.recipe.passes
+    ]  # fmt: skip
+
+
+def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
+    """config.json with its quantization section, the tokenizer and papers of the source, the model card."""
+    config = dict(planned.checkpoint.config)
+    section = compressed_tensors.quantization_config(
+        weight for unit in planned.units for weight in unit.weights.values()
+    )
+    if section:
+        config["quantization_config"] = section
+    writer.write_json(folder / "config.json", config)
+    for path in writer.companion_files(planned.source.folder):
+        shutil.copyfile(path, folder / path.name)
+    card = model_card.render(planned.source.folder, planned.source.name, planned.units, job.recipe.resolved_yaml())
+    writer.write_text(folder / "README.md", card)
+
+
+def _export(step, written: Checkpoint, space: Workspace) -> Exported:
+    """One export into its folder; one that an earlier run finished is only described again."""
+    module, folder = plugins.load(plugins.EXPORTERS, step.name), space.folder / step.name
+    if not space.is_done(step.name):
+        export_to(module, step.name, step.options, written, folder)
+        space.mark_done(step.name)
+    return module.describe(folder)
+
+
+def export_to(module, kind: str, options, written: Checkpoint, folder: Path) -> None:
+    """Writes an export beside `folder` and renames it when complete."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with progress.task(f"exporting {kind}", written.model.parameters) as advance:
+        module.export(written, partial, options, advance)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
+    """Compares every artifact as written with the original."""
+    if planned.recipe.check is None:
+        return
+    artifacts = {"checkpoint": folder / "checkpoint"}
+    artifacts |= {exported.kind: folder / exported.kind / exported.main for exported in outcome.exported}
+    baseline = check_run.BaselineSource(planned.checkpoint, outcome.weights_sha256)
+    outcome.rows, outcome.prompts = check_run.run(
+        baseline, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
+    )
+
+
+def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dict:
+    """Report, recipe, and last of all the manifest; then the folder gets its name."""
+    report = report_build.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
+    writer.write_json(space.folder / "report.json", report)
+    writer.write_text(space.folder / "report.md", markdown.render(report))
+    writer.write_text(space.folder / "recipe.yaml", job.recipe.text)
+    writer.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
+    formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}
+    formats |= {exported.kind: exported.formats for exported in outcome.exported}
+    writer.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))
+    space.publish()
+    return report
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process so far (Linux counts in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,112 @@
+"""What a recipe will do to a model, worked out before any weight is read: formats, sizes, what must fit where."""
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress import cache, plugins, prompts, sizes
+from compress.check import baseline
+from compress.checkpoint.reader import Checkpoint
+from compress.errors import InputError
+from compress.model import Unit
+from compress.source import Source, load_tokenizer
+
+SPARE = 1.02  # room for headers, graph and report beside the weights
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know beyond its options and the unit."""
+
+    device: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The opened source, and its units as the passes will store them (lazily: nothing has been computed)."""
+
+    source: Source
+    checkpoint: Checkpoint
+    units: tuple[Unit, ...]
+    recipe: object
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return sum(unit.stored_bytes() for unit in self.units)
+
+    def export_bytes(self) -> dict[str, int]:
+        return {s.name: plugins.load(plugins.EXPORTERS, s.name).predict_bytes(self.units) for s in self.recipe.export}
+
+    def check_bytes(self) -> int:
+        """Log-probabilities and hidden states of the baseline on disk."""
+        if self.recipe.check is None:
+            return 0
+        check, config = self.recipe.check, self.checkpoint.model.config
+        tokens = len(check.prompts) * check.samples * check.length
+        return baseline.bytes_needed(tokens, config.vocab_size) + 4 * check.samples * check.length * config.hidden_size
+
+
+def make(recipe, source: Source, context: PassContext, recipe_folder: Path) -> Plan:
+    """Opens the source and refuses everything that headers and configuration tell."""
+    checkpoint = Checkpoint(source.folder)
+    units = checkpoint.model.units
+    for step in recipe.passes:
+        module = plugins.load(plugins.PASSES, step.name)
+        module.requires(step.options, checkpoint.model)
+        units = tuple(module.apply(step.options, unit, context) for unit in units)
+    if recipe.check is not None:
+        _check_prompts(recipe.check, source, recipe_folder)
+    return Plan(source, checkpoint, units, recipe)
+
+
+def _check_prompts(check, source: Source, recipe_folder: Path) -> None:
+    for name in check.prompts:
+        prompts.refuse_unknown(name, recipe_folder)
+    if any(name != "self" for name in check.prompts):
+        load_tokenizer(source.folder)
+
+
+def refuse_full_disk(plan: Plan, out: Path) -> None:
+    """Output and, where a check runs, the baseline must fit on the disks they go to."""
+    output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values())))
+    needs = [(_existing(out), output, "the output")]
+    if plan.recipe.check is not None:
+        needs.append((cache.folder("baseline"), plan.check_bytes(), "the baseline's log-probabilities"))
+    for folder, need, what in needs:
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise InputError(f"{folder}: {what} needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+def describe(plan: Plan, out: Path) -> str:
+    """The plan as text, for --dry-run."""
+    model, check = plan.checkpoint.model, plan.recipe.check
+    active = sizes.active_parameters(model.architecture, model.config, model.units)
+    counts = Counter(weight.format for unit in plan.units for weight in unit.weights.values())
+    lines = [
+        f"model     {plan.source.name} ({plan.checkpoint.config['model_type']}), {plan.checkpoint.files.bytes:,} bytes",
+        f"          {model.parameters:,} parameters, {active:,} active",
+        *(f"pass      {step.name}: {step.options.model_dump_json(exclude_none=True)}" for step in plan.recipe.passes),
+        *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
+        _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
+        *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
+    ]
+    if check is None:
+        return "\n".join([*lines, "check     off"])
+    limits = ", ".join(f"{name} {value:g}" for name, value in check.limits.items()) or "no limits"
+    lines += [
+        f"check     {', '.join(check.prompts)}: up to {check.samples} windows of {check.length} tokens from each; {limits}",
+        f"          needs {plan.check_bytes():,} bytes of cache on disk",
+    ]
+    return "\n".join(lines)
+
+
+def _size_line(path: Path, size: int, parameters: int) -> str:
+    return f"writes    {path}: about {size:,} bytes of weights ({size / (4 * parameters):.3f} of float32)"

@@ -1,0 +1,60 @@
+"""Text for calibration and checks: from a name or a file to windows of token ids.
+
+A prompt set is `heldout` or `prose` (shipped passages), `recall` (seeded tasks), `self` (text sampled from the model
+itself), or the path of a .txt or .jsonl file. Calibration and check never share a passage or a seed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compress.errors import InputError, nearest
+from compress.prompts import passages, recall, self_text
+from compress.prompts.seeds import derive_seed
+from compress.prompts.windows import join_and_cut
+
+SHIPPED = ("prose", "heldout")
+NAMES = (*SHIPPED, "recall", "self")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    name: str
+    windows: list[torch.Tensor]  # token ids, int64, [length] each
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(window) for window in self.windows)
+
+
+def refuse_unknown(name: str, folder: Path | None = None) -> None:
+    """Refuses a prompt set that is neither known nor a file, before any work."""
+    if name not in NAMES:
+        _find_file(name, folder)
+
+
+def load(name: str, *, purpose: str, tokenizer, model, weights_sha256: str, samples: int, length: int, seed: int,
+         folder: Path | None = None, device: str = "cpu", progress=None) -> PromptSet:  # fmt: skip
+    """At most `samples` windows of `length` tokens. `purpose` (`check` or `calibration`) separates the seeds."""
+    seed = derive_seed(seed, purpose, name)
+    if name == "self":
+        windows = self_text.windows(model, weights_sha256, samples, length, seed, device, progress)
+    elif name == "recall":
+        filler = passages.shipped("heldout" if purpose == "check" else "prose")
+        windows = recall.windows(tokenizer, filler, samples, length, seed)
+    else:
+        texts = passages.shipped(name) if name in SHIPPED else passages.from_file(_find_file(name, folder), tokenizer)
+        windows = join_and_cut(tokenizer, texts, samples, length, seed)
+    if not any(len(window) > 1 for window in windows):
+        raise InputError(f"prompts '{name}': not enough text for a single window of 2 tokens")
+    return PromptSet(name, windows)
+
+
+def _find_file(name: str, folder: Path | None) -> Path:
+    for candidate in ([folder / name] if folder else []) + [Path(name)]:
+        if candidate.is_file():
+            if candidate.suffix not in (".txt", ".jsonl"):
+                raise InputError(f"prompts '{name}': expected a .txt or .jsonl file")
+            return candidate
+    raise InputError(f"prompts '{name}' is neither a file nor a known set{nearest(name, NAMES)}")

@@ -1,0 +1,76 @@
+"""Recall tasks: facts are stated early and asked for after filler, so that a damaged state or cache shows.
+
+The form is the one the reference model was trained on (its card): `\\n\\nThe secret word of NAME is WORD.\\n\\n`, where
+NAME and WORD are single tokens that begin with a space: a capital and at least three letters, lower case and at least
+four. Other models read it as ordinary English.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from compress.errors import InputError
+
+MOST_FACTS = 8
+SPACES = ("\u2581", "\u0120")  # how SentencePiece and byte-level BPE write a leading space
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """`prompt` ends just before the answer; `answer` is the token that names the asked-for word."""
+
+    prompt: list[int]
+    answer: int
+
+
+def windows(tokenizer, filler: list[str], samples: int, length: int, seed: int) -> list[torch.Tensor]:
+    """`samples` tasks of `length` tokens each, answered at the end."""
+    return [torch.tensor([*task.prompt, task.answer]) for task in tasks(tokenizer, filler, samples, length - 1, seed)]
+
+
+def tasks(tokenizer, filler: list[str], samples: int, length: int, seed: int) -> list[RecallTask]:
+    """Seeded tasks whose prompts have `length` tokens; as many facts, up to eight, as leave half of it to filler."""
+    rng = np.random.default_rng(seed)
+    names, words = _names_and_words(tokenizer)
+    prose = [token for text in filler for token in _ids(tokenizer, text + "\n\n")]
+    return [_task(tokenizer, rng, names, words, prose, length) for _ in range(samples)]
+
+
+def _task(tokenizer, rng, names, words, prose, length: int) -> RecallTask:
+    count = int(rng.integers(1, min(MOST_FACTS, len(names), len(words)) + 1))
+    pairs = list(zip(rng.choice(names, count, replace=False), rng.choice(words, count, replace=False), strict=True))
+    asked = pairs[int(rng.integers(count))]
+    question = _ids(tokenizer, f"\n\nThe secret word of {asked[0]} is")
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    told = [_ids(tokenizer, _fact(*pair)) for pair in [asked, *(pair for pair in pairs if pair is not asked)]]
+    while len(told) > 1 and sum(map(len, told)) + len(question) > length // 2:
+        told.pop()
+    room = length - len(bos) - sum(map(len, told)) - len(question)
+    if room < 0:
+        raise InputError(
+            f"prompts 'recall': a window of {length + 1} tokens is too short for one fact and its question"
+        )
+    start = int(rng.integers(0, max(1, len(prose) - room)))
+    middle = [prose[(start + i) % len(prose)] for i in range(room)]
+    prompt = [*bos, *(token for fact in rng.permutation(len(told)) for token in told[fact]), *middle, *question]
+    return RecallTask(prompt, _ids(tokenizer, _fact(*asked))[len(question)])
+
+
+def _fact(name: str, word: str) -> str:
+    return f"\n\nThe secret word of {name} is {word}.\n\n"
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _names_and_words(tokenizer) -> tuple[list[str], list[str]]:
+    """Vocabulary pieces that are one token after a space, sorted so that the choice does not depend on dict order."""
+    pieces = sorted(piece[1:] for piece in tokenizer.get_vocab() if piece.startswith(SPACES))
+    pieces = [piece for piece in pieces if piece.isascii() and piece.isalpha()]
+    names = [p for p in pieces if len(p) >= 3 and p[0].isupper() and p[1:].islower()]
+    words = [p for p in pieces if len(p) >= 4 and p.islower()]
+    if not names or not words:
+        raise InputError("prompts 'recall': the tokenizer has no whole words after a space to make facts of")
+    return names, words

@@ -1,0 +1,47 @@
+"""Text sampled from the model itself: for users without data, and for contexts of any length."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from compress import cache
+from compress.inference import Decoder, sample
+from compress.model import HybridModel
+
+BATCH = 32
+VERSION = 1  # part of the cache key: raise it when the sampling changes
+
+
+def windows(
+    model: HybridModel, weights_sha256: str, samples: int, length: int, seed: int, device: str = "cpu", progress=None
+):
+    """`samples` windows of `length` tokens drawn at temperature 1 from BOS; kept on disk per model, seed and size."""
+    key = hashlib.sha256(f"{VERSION}/{weights_sha256}/{seed}/{samples}/{length}".encode()).hexdigest()[:32]
+    path = cache.folder("self-text") / f"{key}.npy"
+    if not path.is_file():
+        ids = np.concatenate(
+            [_batch(model, size, length, seed + i, device, progress) for i, size in enumerate(_sizes(samples))]
+        )
+        with cache.publish(path) as partial, open(partial, "wb") as file:
+            np.save(file, ids.astype(np.int32))
+    return list(torch.from_numpy(np.load(path)).long())
+
+
+def _sizes(samples: int) -> list[int]:
+    return [min(BATCH, samples - start) for start in range(0, samples, BATCH)]
+
+
+def _batch(model: HybridModel, batch: int, length: int, seed: int, device: str, progress) -> np.ndarray:
+    """[batch, length] ids. After an end-of-text token comes BOS and a new text."""
+    bos = model.config.bos_token_id if model.config.bos_token_id is not None else 0
+    ends = model.config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends if isinstance(ends, list) else [ends])
+    decoder, generator = Decoder(model, batch, device), torch.Generator().manual_seed(seed)
+    ids = [torch.full((batch,), bos)]
+    for _ in range(length - 1):
+        drawn = sample(decoder.step(ids[-1][:, None]), 1.0, generator)
+        ids.append(torch.where(torch.isin(ids[-1], ends), bos, drawn))
+        if progress is not None:
+            progress(batch)
+    return torch.stack(ids, 1).numpy()

@@ -1,0 +1,22 @@
+"""Passages to windows: shuffled with the seed, each begun with BOS, joined into one stream, cut to length."""
+
+import numpy as np
+import torch
+
+
+def join_and_cut(tokenizer, texts: list[str], samples: int, length: int, seed: int) -> list[torch.Tensor]:
+    """At most `samples` windows of `length` tokens; a shorter rest is kept as a last, shorter window."""
+    order = np.random.default_rng(seed).permutation(len(texts))
+    stream: list[int] = []
+    for i in order:
+        if len(stream) >= samples * length:
+            break
+        stream += encode(tokenizer, texts[i])
+    windows = [torch.tensor(stream[start : start + length]) for start in range(0, len(stream), length)]
+    return [window for window in windows[:samples] if len(window) > 1]
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """BOS (where the tokenizer has one) and the text's tokens."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]

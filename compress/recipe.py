@@ -1,0 +1,188 @@
+"""A recipe: YAML in, a frozen and fully validated `Recipe` out. Imports neither torch nor any model code."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, create_model, model_validator
+
+from compress import plugins, resources, strict_yaml
+from compress.check import settings
+from compress.errors import InputError, nearest
+from compress.strict_model import Strict
+from compress.strict_yaml import Document, KeyPath
+
+
+class OneKey(Strict):
+    """A mapping that names exactly one of its fields, such as `- quantize: {...}`."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self):
+        if len(self.model_fields_set) != 1:
+            raise ValueError(f"expected exactly one of: {', '.join(type(self).model_fields)}")
+        return self
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.model_fields_set))
+
+    @property
+    def options(self) -> Strict:
+        """The options given, or the defaults where the recipe says just `- onnx:`."""
+        return getattr(self, self.name) or type(self).options_of(self.name)()
+
+    @classmethod
+    def options_of(cls, name: str) -> type[Strict]:
+        return cls.model_fields[name].annotation.__args__[0]
+
+
+def _choice(title: str, package: str) -> type[OneKey]:
+    fields = {name: (plugins.load(package, name).Options | None, None) for name in plugins.names(package)}
+    return create_model(title, __base__=OneKey, **fields)
+
+
+@cache
+def recipe_model() -> type[Strict]:
+    """The pydantic model, with one field per pass and per exporter found on disk."""
+
+    class Recipe(Strict):
+        version: Literal[1]
+        model: str | None = None
+        passes: tuple[_choice("Pass", plugins.PASSES), ...] = ()
+        export: tuple[_choice("Export", plugins.EXPORTERS), ...] = ()
+        check: settings.Check | None = Field(default=None)
+
+        @model_validator(mode="after")
+        def _each_export_once(self):
+            kinds = [step.name for step in self.export]
+            if len(set(kinds)) != len(kinds):
+                raise ValueError("an exporter is listed twice")
+            return self
+
+    return Recipe
+
+
+class LoadedRecipe:
+    """A validated recipe with where it came from: `recipe`, `name`, `text` (verbatim), `folder`."""
+
+    def __init__(self, path: Path, text: str, recipe):
+        self.path, self.text, self.recipe = path, text, recipe
+        self.name, self.folder = path.stem, path.resolve().parent
+
+    def resolved_yaml(self) -> str:
+        """The recipe after overrides and defaults, as YAML that loads again."""
+        plain = self.recipe.model_dump(mode="json", exclude_none=True)
+        plain["passes"] = [{s.name: s.options.model_dump(mode="json", exclude_none=True)} for s in self.recipe.passes]
+        plain["export"] = [{s.name: s.options.model_dump(mode="json", exclude_none=True)} for s in self.recipe.export]
+        return yaml.safe_dump(plain, sort_keys=False)
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> LoadedRecipe:
+    """Reads, overrides (`KEY=VALUE` with dotted keys) and validates; raises InputError naming file, line and key."""
+    path = resources.find_recipe(name_or_path)
+    document = strict_yaml.load(path)
+    if not isinstance(document.data, dict):
+        raise InputError(f"{path}: a recipe is a mapping that begins with 'version: 1'")
+    _validate(document, document.data, set())
+    overridden: set[KeyPath] = set()
+    for override in overrides:
+        overridden.add(_override(document.data, override))
+    recipe = _validate(document, document.data, overridden)
+    return LoadedRecipe(path, path.read_text(encoding="utf-8"), recipe)
+
+
+def _override(data: dict, override: str) -> KeyPath:
+    """Sets one dotted key in plain recipe data; a number addresses a list item, a missing mapping is made."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: expected KEY=VALUE, such as passes.0.quantize.weights=int8")
+    value = strict_yaml.parse_scalar(text, f"--set {key}")
+    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    target: Any = data
+    for part in path[:-1]:
+        target = _step(target, part, key)
+    _assign(target, path[-1], value, key)
+    return path
+
+
+def _step(target, part, key: str):
+    if isinstance(target, list):
+        if not isinstance(part, int) or part >= len(target):
+            raise InputError(f"--set {key}: there is no item '{part}' in that list of {len(target)}")
+        return target[part]
+    if target.get(str(part)) is None:
+        target[str(part)] = {}
+    if not isinstance(target[str(part)], dict | list):
+        raise InputError(f"--set {key}: '{part}' is a plain value, it has no keys")
+    return target[str(part)]
+
+
+def _assign(target, part, value, key: str) -> None:
+    if not isinstance(target, list):
+        target[str(part)] = value
+    elif isinstance(part, int) and part < len(target):
+        target[part] = value
+    else:
+        raise InputError(f"--set {key}: there is no item '{part}' in that list of {len(target)}")
+
+
+def _validate(document: Document, data: dict, overridden: set[KeyPath]):
+    try:
+        return recipe_model().model_validate(data)
+    except ValidationError as error:
+        raise InputError(_sentence(document, data, error.errors(include_url=False)[0], overridden)) from None
+
+
+def _sentence(document: Document, data: dict, error: dict, overridden: set[KeyPath]) -> str:
+    """One sentence for a pydantic error: file:line, the dotted key, what was expected."""
+    path = _path_in_data(data, error["loc"])
+    key = ".".join(str(part) for part in path) or "the recipe"
+    if any(path[: len(o)] == o for o in overridden):
+        where = "--set"
+    else:
+        line = document.line(path)
+        where = f"{document.source}:{line}" if line else document.source
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{path[-1]}'{nearest(path[-1], _known_keys(path[:-1]))}"
+    if error["type"] in ("enum", "literal_error"):
+        value = error["input"]
+        expected = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{where}: {key}: '{value}' is not known{nearest(value, expected)}"
+    if error["type"] == "missing":
+        return f"{where}: missing key '{key}'"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}"
+
+
+def _path_in_data(data, loc: tuple) -> KeyPath:
+    """The part of a pydantic location that exists in the data, plus the offending key (drops '[key]' and union tags)."""
+    path: list[str | int] = []
+    for part in loc:
+        if part == "[key]":
+            break
+        path.append(part)
+    return tuple(path)
+
+
+def _known_keys(path: KeyPath) -> list[str]:
+    """The field names the recipe model accepts at a key path."""
+    model: Any = recipe_model()
+    for part in path:
+        if isinstance(part, int):
+            continue
+        model = _inner_model(model.model_fields[part].annotation)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _inner_model(annotation):
+    """The pydantic model inside `tuple[M, ...]`, `M | None` or `M`."""
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        inner = _inner_model(argument) if argument is not Ellipsis else None
+        if inner is not None:
+            return inner
+    return None

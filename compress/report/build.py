@@ -1,0 +1,66 @@
+"""report.json: schema 1 of the contract."""
+
+from pathlib import Path
+
+from compress import sizes
+from compress.report.manifest import versions
+
+# of a checkpoint: what it needs to run but the tokenizer
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
+    """Assembles the report from the plan, what was done and the files as written."""
+    model = planned.checkpoint.model
+    artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
+    artifacts += [
+        _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported
+    ]
+    smallest = min(artifacts, key=lambda artifact: artifact["weight_bytes"])
+    return {
+        "schema": 1,
+        "verdict": verdict,
+        "model": {
+            "name": source.name,
+            "revision": source.revision,
+            "weights_sha256": outcome.weights_sha256,
+            "model_type": planned.checkpoint.config["model_type"],
+            "parameters": model.parameters,
+            "active_parameters": sizes.active_parameters(model.architecture, model.config, model.units),
+        },
+        "size": {
+            "baseline_bytes": planned.checkpoint.files.bytes,
+            "baseline_float32_bytes": 4 * model.parameters,
+            "candidate_bytes": smallest["weight_bytes"],
+            "bits_per_weight": smallest["bits_per_weight"],
+        },
+        "passes": outcome.passes,
+        "artifacts": artifacts,
+        "prompts": outcome.prompts,
+        "checks": [row.to_json() for row in outcome.rows],
+        "versions": versions(),
+    }
+
+
+def _checkpoint_artifact(planned, folder: Path) -> dict:
+    shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    total = shards + sum((folder / name).stat().st_size for name in CHECKPOINT_FILES if (folder / name).is_file())
+    return _artifact("checkpoint", "checkpoint", total, planned.checkpoint_bytes, planned.checkpoint.model.parameters)
+
+
+def _exported_artifact(exported, folder: Path, parameters: int) -> dict:
+    artifact = _artifact(
+        exported.kind, f"{exported.kind}/{exported.main}", exported.bytes(folder), exported.weight_bytes, parameters
+    )
+    return artifact | ({"notes": list(exported.notes)} if exported.notes else {})
+
+
+def _artifact(kind: str, path: str, total: int, weight_bytes: int, parameters: int) -> dict:
+    return {
+        "kind": kind,
+        "path": path,
+        "bytes": total,
+        "graph_bytes": total - weight_bytes,
+        "weight_bytes": weight_bytes,
+        "bits_per_weight": 8 * weight_bytes / parameters,
+    }

@@ -1,0 +1,76 @@
+"""report.md: the same facts as report.json, for reading."""
+
+
+def render(report: dict) -> str:
+    """report.json as Markdown."""
+    sections = [_headline(report), _artifacts(report), _checks(report), _passes(report), _versions(report)]
+    return "\n".join(section for section in sections if section)
+
+
+def _headline(report: dict) -> str:
+    model, size = report["model"], report["size"]
+    ratio = size["candidate_bytes"] / size["baseline_float32_bytes"]
+    return (
+        f"# {model['name']}: {report['verdict'].replace('_', ' ')}\n\n"
+        f"{model['parameters']:,} parameters ({model['active_parameters']:,} active), model type `{model['model_type']}`.\n"
+        f"Weights: {size['baseline_bytes']:,} bytes before, {size['candidate_bytes']:,} after "
+        f"({size['bits_per_weight']:.2f} bits per weight, {ratio:.3f} of float32).\n"
+    )
+
+
+def _artifacts(report: dict) -> str:
+    rows = [
+        f"| {a['kind']} | `{a['path']}` | {a['bytes']:,} | {a['graph_bytes']:,} | {a['bits_per_weight']:.2f} |"
+        for a in report["artifacts"]
+    ]
+    notes = [f"\n{a['kind']}: {note}" for a in report["artifacts"] for note in a.get("notes", [])]
+    header = [
+        "## Artifacts\n",
+        "| kind | path | bytes | of which not weights | bits per weight |",
+        "|---|---|---|---|---|",
+    ]
+    return "\n".join([*header, *rows, *notes, ""])
+
+
+def _checks(report: dict) -> str:
+    if not report["checks"]:
+        return "## Checks\n\nNone were asked for.\n"
+    header = [
+        "## Checks\n",
+        "| artifact | phase | prompts | metric | value | limit | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*header, *map(_check_row, report["checks"]), "", _prompts(report)])
+
+
+def _check_row(row: dict) -> str:
+    limit = "" if row["limit"] is None else f"{row['limit']:g}"
+    mark = {None: "", True: "held", False: "**missed**"}[row["passed"]]
+    return f"| {row['artifact']} | {row['phase']} | {row['prompts']} | {row['metric']} | {row['value']:.6g} | {limit} | {mark} |"
+
+
+def _prompts(report: dict) -> str:
+    used = report.get("prompts", [])
+    return "".join(f"- `{p['name']}`: {p['windows']} windows, {p['tokens']:,} tokens\n" for p in used)
+
+
+def _passes(report: dict) -> str:
+    if not report["passes"]:
+        return ""
+    lines = [
+        f"- {p['name']}: {p['seconds']:.1f} s, peak {p['peak_rss_bytes'] / 2**20:.0f} MiB. {_details(p['details'])}"
+        for p in report["passes"]
+    ]
+    return "\n".join(["## Passes\n", *lines, ""])
+
+
+def _details(details: dict) -> str:
+    formats = details.get("formats", {})
+    stored = "; ".join(
+        f"{name}: {f['tensors']} tensors, {f['parameters']:,} parameters" for name, f in sorted(formats.items())
+    )
+    return f"Stored as {stored}." if stored else ""
+
+
+def _versions(report: dict) -> str:
+    return "## Versions\n\n" + ", ".join(f"{name} {value}" for name, value in report["versions"].items()) + "\n"

@@ -1,0 +1,32 @@
+"""The end of a run on the terminal: the verdict, the rows that had limits, where things are."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from compress.check.compare import ALL
+
+
+def show(report: dict, out: Path) -> None:
+    """Human text on stderr."""
+    console = Console(stderr=True, highlight=False)
+    size = report["size"]
+    console.print(
+        f"{report['model']['name']}: {size['baseline_bytes']:,} -> {size['candidate_bytes']:,} bytes of weights, "
+        f"{size['bits_per_weight']:.2f} bits per weight"
+    )
+    show_rows(report["checks"], console)
+    console.print(f"verdict: {report['verdict'].replace('_', ' ')}   {out}/report.md")
+
+
+def show_rows(rows: list[dict], console: Console) -> None:
+    """The rows over all prompts."""
+    if not rows:
+        return
+    table = Table("artifact", "phase", "metric", "value", "limit", "")
+    for row in (row for row in rows if row["prompts"] == ALL):
+        limit = "" if row["limit"] is None else f"{row['limit']:g}"
+        mark = {None: "", True: "held", False: "missed"}[row["passed"]]
+        table.add_row(row["artifact"], row["phase"], row["metric"], f"{row['value']:.6g}", limit, mark)
+    console.print(table)

@@ -1,0 +1,30 @@
+"""What a tensor is for. Roles carry policy: recipes address tensors by role, never by name."""
+
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    EMBEDDING = "embedding"
+    LM_HEAD = "lm_head"
+    NORM = "norm"
+    ROUTER = "router"
+    EXPERTS = "experts"
+    MLP = "mlp"
+    ATTENTION_QKV = "attention_qkv"
+    ATTENTION_OUT = "attention_out"
+    SSM_IN = "ssm_in"
+    SSM_X_PROJ = "ssm_x_proj"
+    SSM_DT_PROJ = "ssm_dt_proj"
+    SSM_OUT = "ssm_out"
+    SSM_CONV = "ssm_conv"
+    SSM_A = "ssm_a"
+    SSM_D = "ssm_d"
+    SSM_DT_BIAS = "ssm_dt_bias"
+
+
+# Roles that `quantize` leaves as they came unless the recipe names them; docs/roles.md argues each.
+# All others take the recipe's `weights` format.
+KEPT_BY_DEFAULT = frozenset({Role.NORM, Role.ROUTER, Role.SSM_CONV, Role.SSM_A, Role.SSM_D, Role.SSM_DT_BIAS})
+
+# Roles whose tensors are matrices applied with a product (or looked up by row): the ones a number format fits.
+QUANTIZABLE = frozenset(Role) - KEPT_BY_DEFAULT

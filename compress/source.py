@@ -1,0 +1,67 @@
+"""Finds the model a user names: a local folder, shipped data, or an id on the Hugging Face hub."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress import resources
+from compress.errors import InputError
+
+# weights, configuration, tokenizer and papers; never code, never pickles
+WANTED = (
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.jinja",
+    "*.txt",
+    "tokenizer*",
+    "README.md",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def resolve(name: str, recipe_folder: Path | None = None) -> Source:
+    """`id@revision` pins a hub revision; raises InputError where the model cannot be had."""
+    local = resources.find_model(name, recipe_folder)
+    if local is not None:
+        return Source(local.resolve().name, local)
+    if not HUB_ID.fullmatch(name):
+        raise InputError(f"model '{name}': no such folder, and not a hub id (OWNER/NAME or OWNER/NAME@REVISION)")
+    identifier, _, revision = name.partition("@")
+    return _download(identifier, revision or None)
+
+
+def _download(identifier: str, revision: str | None) -> Source:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(identifier, revision=revision, allow_patterns=list(WANTED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"model '{identifier}': neither a local folder nor to be had from the hub ({reason})"
+        ) from None
+    return Source(identifier, folder, folder.resolve().name)  # a snapshot folder is named by its commit
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokenizer; raises InputError where there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        raise InputError(f"{folder}: has no tokenizer files, and the prompts are text")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,86 @@
+"""The output folder: work happens in `DIR.partial`, finished pieces are noted in a journal, and DIR appears when complete."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from compress.checkpoint.writer import write_json
+from compress.errors import InputError
+
+MANIFEST, JOURNAL = "manifest.json", "journal.json"
+
+
+class Workspace:
+    """`DIR.partial` with its journal. `key` is what must not change between interruption and resume."""
+
+    def __init__(self, out: Path, key: dict, *, resume: bool, overwrite: bool):
+        self.out, self.folder = out, partial_of(out)
+        if overwrite and not resume and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self._key, self._done = key, _journal(self.folder, key) if self.folder.exists() else {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._save()
+
+    def is_done(self, piece: str) -> bool:
+        """Whether a file, or a folder, was finished before: it is noted and its size is what was noted."""
+        return piece in self._done and tree_bytes(self.folder / piece) == self._done[piece]
+
+    def mark_done(self, piece: str) -> None:
+        self._done[piece] = tree_bytes(self.folder / piece)
+        self._save()
+
+    def publish(self) -> None:
+        """Renames the finished folder to its final name, replacing a previous one at the last moment."""
+        (self.folder / JOURNAL).unlink()
+        previous = self.out.with_name(self.out.name + ".previous")
+        if self.out.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(self.out, previous)
+        os.replace(self.folder, self.out)
+        shutil.rmtree(previous, ignore_errors=True)
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _save(self) -> None:
+        write_json(self.folder / JOURNAL, {"key": self._key, "done": self._done})
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def refuse_existing(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """What stands in the way of writing to `out`, before any work."""
+    if out.exists() and not overwrite:
+        what = "a complete output" if (out / MANIFEST).is_file() else "something else"
+        raise InputError(f"{out}: holds {what} already; choose another folder with -o or replace it with --overwrite")
+    if partial_of(out).exists() and not (resume or overwrite):
+        raise InputError(
+            f"{partial_of(out)}: an earlier run stopped there; continue it with --resume or begin anew with --overwrite"
+        )
+
+
+def _journal(folder: Path, key: dict) -> dict[str, int]:
+    """What an earlier run finished; refuses to mix two different jobs."""
+    try:
+        journal = json.loads((folder / JOURNAL).read_text())
+        earlier, done = journal["key"], journal["done"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{folder}: no readable {JOURNAL} in it, so it cannot be resumed; begin anew with --overwrite"
+        ) from None
+    changed = sorted(name for name in key if earlier.get(name) != key[name])
+    if changed:
+        raise InputError(
+            f"{folder}: cannot be resumed, {' and '.join(changed)} changed since; begin anew with --overwrite"
+        )
+    return done
+
+
+def tree_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; -1 where there is nothing."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else -1

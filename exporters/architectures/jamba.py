@@ -1,0 +1,163 @@
+"""Jamba as an ONNX graph: the same wiring as `compress/architectures/jamba.py`, block by block."""
+
+import onnx_ir as ir
+
+from compress.architectures import jamba
+from compress.architectures.jamba import JambaConfig
+from compress.model import HybridModel, Weight
+from exporters.graph import blocks
+from exporters.graph.attention import attention, causal_bias
+from exporters.graph.builder import Graph, declare, rename
+from exporters.graph.mamba import causal_conv, selective_scan
+from exporters.graph.moe import moe
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+
+
+def state_shapes(config: JambaConfig, index: int, length: str) -> dict[str, list[int | str]]:
+    """Names and shapes of one layer's states, as the contract (and onnxruntime-genai) names them."""
+    if jamba.layer_kind(config, index) == "attention":
+        shape = [BATCH, config.num_key_value_heads, length, config.attention_head_dim]
+        return {"key": shape, "value": shape}
+    return {
+        "conv_state": [BATCH, config.d_inner, config.mamba_d_conv - 1],
+        "recurrent_state": [BATCH, config.mamba_d_state, config.d_inner],
+    }
+
+
+class JambaGraph:
+    """Builds the graph unit by unit; `advance` hears of the parameters written."""
+
+    def __init__(self, model: HybridModel, graph: Graph, advance):
+        self._model, self._config, self._graph, self._advance = model, model.config, graph, advance
+        self.inputs = [
+            declare("input_ids", ir.DataType.INT64, [BATCH, SEQUENCE]),
+            declare("attention_mask", ir.DataType.INT64, [BATCH, TOTAL]),
+        ]
+        self.outputs: list[ir.Value] = []
+
+    def build(self) -> ir.Graph:
+        ids, mask = self.inputs
+        graph, embedding = self._graph, self._model.unit("embedding").weights[jamba.EMBEDDING]
+        table = blocks.Table(graph, embedding)
+        self._advance(embedding.parameters)
+        hidden = table.lookup(graph, ids)
+        self._bias = causal_bias(graph, ids, mask) if self._has_attention() else None
+        self._keep = self._token_mask(ids, mask)
+        for index in range(self._config.num_hidden_layers):
+            hidden = self._layer(index, hidden)
+        logits = rename(
+            self._head(hidden, table), "logits", ir.DataType.FLOAT, [BATCH, SEQUENCE, self._config.vocab_size]
+        )
+        return graph.finish(self.inputs, [logits, *self.outputs], "jamba")
+
+    def _has_attention(self) -> bool:
+        return any(jamba.layer_kind(self._config, i) == "attention" for i in range(self._config.num_hidden_layers))
+
+    def _token_mask(self, ids: ir.Value, mask: ir.Value) -> ir.Value:
+        """[B, S, 1]: 1 for the new tokens, 0 for left padding among them."""
+        graph = self._graph
+        start = graph.op("Sub", graph.shape_of(mask, 1), graph.shape_of(ids, 1))
+        new = graph.op("Slice", mask, start, graph.shape_of(mask, 1), graph.constant([1]))
+        return graph.op("Unsqueeze", graph.op("Cast", new, to=ir.DataType.FLOAT), graph.constant([2]))
+
+    def _layer(self, index: int, hidden: ir.Value) -> ir.Value:
+        graph, eps = self._graph, self._config.rms_norm_eps
+        weights = _Named(self._model, index)
+        mixer = self._attention if jamba.layer_kind(self._config, index) == "attention" else self._mamba
+        past = [
+            declare(f"past_key_values.{index}.{n}", ir.DataType.FLOAT, s)
+            for n, s in state_shapes(self._config, index, PAST).items()
+        ]
+        mixed, present = mixer(weights, blocks.rms_norm(graph, hidden, weights("input_layernorm.weight"), eps), past)
+        for value, (name, shape) in zip(present, state_shapes(self._config, index, TOTAL).items(), strict=True):
+            self.outputs.append(rename(value, f"present.{index}.{name}", ir.DataType.FLOAT, shape))
+        self.inputs += past
+        hidden = graph.op("Add", hidden, mixed)
+        normed = blocks.rms_norm(graph, hidden, weights("pre_ff_layernorm.weight"), eps)
+        hidden = graph.op("Add", hidden, self._feed_forward(index, weights, normed))
+        self._advance(weights.parameters)
+        return hidden
+
+    def _attention(self, weights: "_Named", x: ir.Value, past: list[ir.Value]):
+        graph, config = self._graph, self._config
+        query, key, value = (blocks.linear(graph, x, weights(f"self_attn.{n}_proj.weight")) for n in "qkv")
+        mixed, key, value = attention(
+            graph, query, key, value, *past, self._bias, config.num_key_value_heads, config.attention_head_dim
+        )
+        return blocks.linear(graph, mixed, weights("self_attn.o_proj.weight")), (key, value)
+
+    def _mamba(self, weights: "_Named", x: ir.Value, past: list[ir.Value]):
+        graph, config = self._graph, self._config
+        bias = (lambda name: weights(f"mamba.{name}.bias")) if config.mamba_proj_bias else (lambda name: None)
+        x = graph.op("Mul", x, self._keep)
+        x, gate = graph.op(
+            "Split",
+            blocks.linear(graph, x, weights("mamba.in_proj.weight"), bias("in_proj")),
+            outputs=2,
+            axis=-1,
+            num_outputs=2,
+        )
+        if config.mamba_proj_bias:  # without a bias, padding is zero already
+            x = graph.op("Mul", x, self._keep)
+        kernel = blocks.plain(graph, weights("mamba.conv1d.weight"), lambda w: w[:, 0].T)
+        conv_bias = blocks.vector(graph, weights("mamba.conv1d.bias")) if config.mamba_conv_bias else None
+        x, conv_state = causal_conv(graph, x, past[0], kernel, conv_bias, config.mamba_d_conv)
+        x = graph.op("Mul", blocks.silu(graph, x), self._keep)
+        dt, b, c = self._time_step_and_matrices(weights, x)
+        a = blocks.plain(graph, weights("mamba.A_log"), lambda a_log: -a_log.exp().T)
+        y, state = selective_scan(graph, x, dt, a, b, c, past[1], config.mamba_d_state, config.d_inner)
+        y = graph.op("Add", y, graph.op("Mul", x, blocks.vector(graph, weights("mamba.D"))))
+        y = graph.op("Mul", y, blocks.silu(graph, gate))
+        return blocks.linear(graph, y, weights("mamba.out_proj.weight"), bias("out_proj")), (conv_state, state)
+
+    def _time_step_and_matrices(self, weights: "_Named", x: ir.Value):
+        """dt [B, S, D], zero on padding; b and c [B, S, N]."""
+        graph, config = self._graph, self._config
+        sizes = graph.constant([config.dt_rank, config.mamba_d_state, config.mamba_d_state])
+        parts = graph.op("Split", blocks.linear(graph, x, weights("mamba.x_proj.weight")), sizes, outputs=3, axis=-1)
+        low_rank, b, c = (
+            blocks.rms_norm(graph, part, weights(f"mamba.{name}_layernorm.weight"), config.rms_norm_eps)
+            for name, part in zip(("dt", "b", "c"), parts, strict=True)
+        )
+        dt = graph.op(
+            "Softplus", blocks.linear(graph, low_rank, weights("mamba.dt_proj.weight"), weights("mamba.dt_proj.bias"))
+        )
+        return graph.op("Mul", dt, self._keep), b, c
+
+    def _feed_forward(self, index: int, weights: "_Named", x: ir.Value) -> ir.Value:
+        def mlp(prefix: str):
+            return tuple(weights(f"{prefix}{part}_proj.weight") for part in ("gate", "up", "down"))
+
+        count = jamba.num_experts(self._config, index)
+        if count == 1:
+            return blocks.swiglu(self._graph, x, *mlp("feed_forward."))
+        router = blocks.matrix(self._graph, weights("feed_forward.router.weight"))
+        experts = [mlp(f"feed_forward.experts.{e}.") for e in range(count)]
+        return moe(self._graph, x, router, experts, self._config.num_experts_per_tok, self._config.hidden_size)
+
+    def _head(self, hidden: ir.Value, table: blocks.Table) -> ir.Value:
+        graph, weights = self._graph, self._model.unit("head").weights
+        hidden = blocks.rms_norm(graph, hidden, weights[jamba.FINAL_NORM], self._config.rms_norm_eps)
+        if jamba.LM_HEAD not in weights:
+            return table.project(graph, hidden)
+        self._advance(weights[jamba.LM_HEAD].parameters)
+        return blocks.linear(graph, hidden, weights[jamba.LM_HEAD])
+
+
+class _Named:
+    """A layer's weights by their name within it."""
+
+    def __init__(self, model: HybridModel, index: int):
+        self._weights, self._prefix = model.unit(f"layer.{index}").weights, jamba.layer_prefix(index)
+
+    def __call__(self, name: str) -> Weight:
+        return self._weights[self._prefix + name]
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.parameters for weight in self._weights.values())
+
+
+def build(model: HybridModel, graph: Graph, advance) -> ir.Graph:
+    return JambaGraph(model, graph, advance).build()

@@ -1,0 +1,43 @@
+"""genai_config.json: how onnxruntime-genai runs the graph. `decoder` is the type that takes hybrid states by name."""
+
+from compress.model import HybridModel
+
+
+def config(model: HybridModel, file_name: str) -> dict:
+    """The configuration for a decoder with the contract's input and output names."""
+    normalized = model.architecture.normalized(model.config)
+    return {
+        "model": {
+            "type": "decoder",
+            **_special_tokens(model.config),
+            "context_length": normalized.context_length,
+            "vocab_size": normalized.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": file_name,
+                "hidden_size": normalized.hidden_size,
+                "head_size": normalized.head_dim,
+                "num_attention_heads": normalized.num_attention_heads,
+                "num_key_value_heads": normalized.num_key_value_heads,
+                "num_hidden_layers": normalized.num_layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {"max_length": normalized.context_length, "do_sample": False, "past_present_share_buffer": False},
+    }
+
+
+def _special_tokens(config) -> dict:
+    """The ids that are set; genai refuses null."""
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: value for name, value in ids.items() if value is not None}

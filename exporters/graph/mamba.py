@@ -1,0 +1,58 @@
+"""Mamba-1 for prefill and decode: causal convolution with its state, and the selective scan as an ONNX Scan."""
+
+import onnx_ir as ir
+
+from exporters.graph.builder import Graph, declare
+
+END = (1 << 63) - 1  # "to the end" for Slice
+
+
+def causal_conv(graph: Graph, x: ir.Value, conv_state: ir.Value, weight: ir.Value, bias: ir.Value | None, width: int):
+    """x [B, S, D], conv_state [B, D, W - 1], weight [W, D] -> y [B, S, D] and the new state.
+
+    Written tap by tap: as an ONNX Conv over [B, D, S] a decode step takes four times as long (benchmarks/RESULTS.md).
+    """
+    past = graph.op("Transpose", conv_state, perm=[0, 2, 1])
+    padded = graph.op("Concat", past, x, axis=1)  # [B, W - 1 + S, D]
+    taps = graph.op("Split", weight, outputs=width, axis=0, num_outputs=width)
+    y = bias
+    for k, tap in enumerate(taps):
+        end = k - width + 1 or END
+        shifted = graph.op("Slice", padded, graph.constant([k]), graph.constant([end]), graph.constant([1]))
+        term = graph.op("Mul", shifted, tap)
+        y = term if y is None else graph.op("Add", y, term)
+    newest = graph.op("Slice", padded, graph.constant([1 - width]), graph.constant([END]), graph.constant([1]))
+    return y, graph.op("Transpose", newest, perm=[0, 2, 1])
+
+
+def selective_scan(graph: Graph, x, dt, a, b, c, recurrent_state, state_size: int, channels: int):
+    """h = exp(dt a) h + dt x b;  y = c . h   over time. x, dt [B, S, D]; a [N, D]; b, c [B, S, N]; state [B, N, D].
+
+    The state is laid out [N, D]: on CPU two to three times as fast as [D, N], since D is the long dimension.
+    """
+    row, column = graph.constant([2]), graph.constant([3])
+    fed = [
+        graph.op("Unsqueeze", t, axis) for t, axis in ((dt, row), (graph.op("Mul", dt, x), row), (b, column), (c, row))
+    ]
+    step = graph.body()
+    h, dt_t, dtx_t, b_t, c_t = inputs = _step_inputs(step, state_size, channels)
+    decayed = step.op("Mul", step.op("Exp", step.op("Mul", dt_t, a)), h)
+    following = step.op("Add", decayed, step.op("Mul", b_t, dtx_t))
+    body = step.finish(inputs, [following, step.op("MatMul", c_t, following)], "selective_scan")
+    state, y = graph.op(
+        "Scan",
+        recurrent_state,
+        *fed,
+        outputs=2,
+        body=body,
+        num_scan_inputs=4,
+        scan_input_axes=[1] * 4,
+        scan_output_axes=[1],
+    )  # y [B, S, 1, D]
+    return graph.op("Squeeze", y, row), state
+
+
+def _step_inputs(step: Graph, state_size: int, channels: int) -> list[ir.Value]:
+    """State, dt, dt x, b and c of one token, shaped to broadcast over [B, N, D]; c to multiply it."""
+    shapes = ([state_size, channels], [1, channels], [1, channels], [state_size, 1], [1, state_size])
+    return [declare(step.unique_name("step"), ir.DataType.FLOAT, ["batch_size", *shape]) for shape in shapes]

@@ -1,0 +1,31 @@
+"""Reads an exported model.onnx back without its weights."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from compress.errors import InputError
+from exporters.graph.blocks import SCALE
+
+FORMATS = {ir.DataType.INT8: "int8", ir.DataType.FLOAT: "fp32"}
+
+
+def load(path: Path) -> ir.Model:
+    """The graph; weights stay on disk. Raises InputError for what is not an ONNX model."""
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf raises its own DecodeError, onnx-ir several kinds
+        raise InputError(f"{path}: not a readable ONNX model ({str(error).splitlines()[0][:200]})") from None
+
+
+def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    """Every weight in the data file, those of branches included."""
+    values = (value for graph in model.graphs() for value in graph.initializers.values())
+    return [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+
+
+def stored_weights(path: Path) -> tuple[dict[str, str], int]:
+    """The number format of every weight by name, and the bytes of all weights, scales included."""
+    tensors = external_tensors(load(path))
+    formats = {tensor.name: FORMATS[tensor.dtype] for tensor in tensors if not tensor.name.endswith(SCALE)}
+    return dict(sorted(formats.items())), sum(tensor.length for tensor in tensors)

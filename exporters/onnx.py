@@ -1,0 +1,58 @@
+"""`onnx`: one portable graph for prefill and decode, in standard operators of opset 21, beside its weights.
+
+Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `decoder`) and the tokenizer's files.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from compress import plugins
+from compress.strict_model import Strict
+from exporters import Exported
+
+MODEL, CONFIG_KEY = "model.onnx", "compress.config"
+IR_VERSION = 10  # the one that came with opset 21
+
+
+class Options(Strict):
+    opset: Literal[21] = 21
+
+
+def predict_bytes(units) -> int:
+    """Bytes of weights, before any is read: quantized ones about as in the checkpoint, all others as float32."""
+    weights = [weight for unit in units for weight in unit.weights.values()]
+    return sum(weight.stored_bytes() if weight.is_quantized else 4 * weight.parameters for weight in weights)
+
+
+def export(checkpoint, folder: Path, options: Options, advance) -> None:
+    """Writes the artifact of an opened checkpoint into an empty folder, one weight in memory at a time."""
+    import onnx
+    import onnx_ir as ir
+
+    import compress
+    from compress.checkpoint.writer import companion_files, write_json
+    from exporters.graph import genai
+    from exporters.graph.builder import Graph, WeightFile
+
+    weights = WeightFile(folder)
+    architecture = plugins.load("exporters.architectures", checkpoint.config["model_type"])
+    graph = architecture.build(checkpoint.model, Graph(weights, options.opset), advance)
+    weights.close()
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="compress", producer_version=compress.__version__)
+    model.metadata_props[CONFIG_KEY] = json.dumps(checkpoint.config, sort_keys=True)
+    ir.save(model, folder / MODEL)
+    onnx.checker.check_model(folder / MODEL, full_check=True)
+    write_json(folder / "genai_config.json", genai.config(checkpoint.model, MODEL))
+    for path in companion_files(checkpoint.folder):
+        shutil.copyfile(path, folder / path.name)
+
+
+def describe(folder: Path) -> Exported:
+    """What an exported folder holds, read from model.onnx itself."""
+    from exporters.graph import reading
+
+    formats, weight_bytes = reading.stored_weights(folder / MODEL)
+    files = (MODEL, MODEL + ".data", "genai_config.json")
+    return Exported("onnx", MODEL, files, weight_bytes, formats)

@@ -1,0 +1,1 @@
+"""What people who live in optimum find us by: its command-line hook and its registry of export configurations."""
