@@ -14,7 +14,8 @@ from compress.layers import rms_norm
 from compress.model import HybridModel, Unit, Weight
 
 CACHE_BYTES = 512 << 20  # of float32 weights of a layer kept between blocks; beyond that they are read again
-BLOCK_TOKENS = 4096  # tokens whose hidden states are in memory together
+BLOCK_TOKENS = 4096  # tokens whose hidden states are in memory together, in prefill
+DECODE_TOKENS = 32768  # the same in decode, where a step holds one token of each window
 EMBEDDING_ROWS = 256  # rows read together where a few of a large embedding are needed
 
 Advance = Callable[[int], None]
@@ -81,7 +82,7 @@ class Head:
         return logits
 
 
-def blocks_of(windows: list[torch.Tensor], tokens: int = BLOCK_TOKENS) -> list[list[int]]:
+def blocks_of(windows: list[torch.Tensor], tokens: int) -> list[list[int]]:
     """Indices of consecutive windows of equal length that are computed together, about `tokens` tokens each."""
     blocks: list[list[int]] = []
     for i, window in enumerate(windows):
@@ -101,7 +102,7 @@ def stream(model: HybridModel, windows: list[torch.Tensor], scratch: Path, *, de
     Hidden states wait on disk under `scratch` between layers. With `decode`, every layer takes its tokens one at a
     time and carries its state, as in generation: what rounds or drifts there shows. `advance` hears of tokens x layers.
     """
-    blocks = blocks_of(windows)
+    blocks = blocks_of(windows, DECODE_TOKENS if decode else BLOCK_TOKENS)
     files = [scratch / f"hidden-{i:05d}.f32" for i in range(len(blocks))]
     for block, file in zip(blocks, files, strict=True):
         ids = torch.stack([windows[i] for i in block])

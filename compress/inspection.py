@@ -59,13 +59,10 @@ def _onnx_facts(path: Path) -> dict:
     architecture = plugins.load(plugins.ARCHITECTURES, values["model_type"])
     config = architecture.parse_config(values, str(path))
     units = list(architecture.layout(config))
-    formats, weight_bytes = reading.stored_weights(path)
-    parameters = {spec.name: math.prod(spec.shape) for unit in units for spec in unit.specs}
-    by_format: dict[str, int] = {}
-    for name, number_format in formats.items():
-        by_format[number_format] = by_format.get(number_format, 0) + parameters.get(name, 0)
+    tensors = reading.external_tensors(graph)
     facts = _architecture_facts(architecture, config, values, units)
-    return facts | _declared_state_bytes(graph) | {"weight_bytes": weight_bytes, "formats": by_format}
+    stored = {"weight_bytes": sum(tensor.length for tensor in tensors), "formats": reading.stored_parameters(tensors)}
+    return facts | _declared_state_bytes(graph) | stored
 
 
 def _declared_state_bytes(graph) -> dict[str, int]:
@@ -74,7 +71,7 @@ def _declared_state_bytes(graph) -> dict[str, int]:
     for value in graph.graph.inputs:
         if value.name.startswith("past_key_values."):
             sizes_known = [size for size in value.shape if isinstance(size, int)]
-            totals[value.name.rsplit(".", 1)[1]] += math.prod(sizes_known) * value.dtype.itemsize
+            totals[value.name.rsplit(".", 1)[1]] += int(math.prod(sizes_known) * value.dtype.itemsize)
     return sizes.StateBytes(totals["key"] + totals["value"], totals["recurrent_state"], totals["conv_state"]).to_json()
 
 

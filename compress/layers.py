@@ -71,20 +71,26 @@ def selective_scan(x, dt, a, b, c, d, recurrent_state):
 def _scan_block(x, dt, a, b, c, start, chunk: int):
     length = x.shape[1]
     # padding at the end has dt = 0: decay 1, input 0, so the state passes through it unchanged
-    x, dt, b, c = (_chunked(tensor, chunk) for tensor in (dt * x, dt, b, c))
-    local = torch.zeros(*x.shape[:2], *a.shape, dtype=x.dtype, device=x.device)
+    fed, dt, b, c = (_chunked(tensor, chunk) for tensor in (dt * x, dt, b, c))
+    state = _chunk_starts(fed, dt, a, b, start, chunk)
+    y = torch.empty_like(fed)
     for t in range(chunk):
-        local = _advance(local, x, dt, a, b, t)
-    decay = torch.exp(dt.sum(2, keepdim=True) * a)  # [B, chunks, N, D] over a whole chunk
-    carries = [start]
-    for i in range(x.shape[1]):
-        carries.append(decay[:, i] * carries[-1] + local[:, i])
-    state = torch.stack(carries[:-1], 1)
-    y = torch.empty_like(x)
-    for t in range(chunk):
-        state = _advance(state, x, dt, a, b, t)
+        state = _advance(state, fed, dt, a, b, t)
         y[:, :, t] = (c[:, :, t].unsqueeze(2) @ state).squeeze(2)
-    return y.flatten(1, 2)[:, :length], carries[-1]
+    return y.flatten(1, 2)[:, :length], state[:, -1]
+
+
+def _chunk_starts(fed, dt, a, b, start, chunk: int):
+    """The state each chunk begins with, [B, chunks, N, D]."""
+    starts, chunks = [start], fed.shape[1]
+    if chunks > 1:
+        local = torch.zeros(fed.shape[0], chunks, *a.shape, dtype=fed.dtype, device=fed.device)
+        for t in range(chunk):
+            local = _advance(local, fed, dt, a, b, t)
+        decay = torch.exp(dt.sum(2, keepdim=True) * a)  # over a whole chunk
+        for i in range(chunks - 1):
+            starts.append(decay[:, i] * starts[-1] + local[:, i])
+    return torch.stack(starts, 1)
 
 
 def _chunked(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -93,10 +99,10 @@ def _chunked(tensor: torch.Tensor, chunk: int) -> torch.Tensor:
     return F.pad(tensor, (0, 0, 0, padding)).unflatten(1, (-1, chunk))
 
 
-def _advance(state, dt_x, dt, a, b, t: int):
+def _advance(state, fed, dt, a, b, t: int):
     """One step of every chunk: state [B, chunks, N, D]."""
     decay = torch.exp(dt[:, :, t].unsqueeze(2) * a)
-    return torch.addcmul(decay * state, b[:, :, t].unsqueeze(3), dt_x[:, :, t].unsqueeze(2))
+    return torch.addcmul(decay * state, b[:, :, t].unsqueeze(3), fed[:, :, t].unsqueeze(2))
 
 
 def attention(query, key, value, mask: torch.Tensor | None):

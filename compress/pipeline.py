@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import compress
 from compress import model_card, plan, plugins, progress, workspace
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
@@ -57,16 +58,21 @@ def apply(job: Job) -> dict:
     workspace.refuse_existing(job.out, resume=job.resume, overwrite=job.overwrite)
     planned = prepare(job)
     outcome = Outcome(_sha256(planned.checkpoint))
-    key = {"recipe": job.recipe.resolved_yaml(), "model": outcome.weights_sha256, "seed": job.seed}
+    key = {
+        "recipe": job.recipe.resolved_yaml(),
+        "model": outcome.weights_sha256,
+        "seed": job.seed,
+        "version": compress.__version__,
+    }
     space = Workspace(job.out, key, resume=job.resume, overwrite=job.overwrite)
     try:
         outcome.passes = _write_checkpoint(job, planned, space)
-        written = Checkpoint(space.folder / "checkpoint", allow_quantized=True)
-        outcome.exported = [_export(step, written, space) for step in planned.recipe.export]
-        _check(job, planned, outcome, space.folder)
     except InputError:
-        space.discard()  # bad input is not worth resuming: a corrected model is a different job
+        space.discard()  # bad weights are not worth resuming: a corrected model is a different job
         raise
+    written = Checkpoint(space.folder / "checkpoint", allow_quantized=True)
+    outcome.exported = [_export(step, written, space) for step in planned.recipe.export]
+    _check(job, planned, outcome, space.folder)
     return _publish(job, planned, outcome, space)
 
 

@@ -10,7 +10,7 @@ from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
 from compress.model import Unit
-from compress.source import Source, load_tokenizer
+from compress.source import Source
 
 SPARE = 1.02  # room for headers, graph and report beside the weights
 
@@ -57,15 +57,9 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path) -> P
         module.requires(step.options, checkpoint.model)
         units = tuple(module.apply(step.options, unit, context) for unit in units)
     if recipe.check is not None:
-        _check_prompts(recipe.check, source, recipe_folder)
+        for name in recipe.check.prompts:
+            prompts.refuse_unusable(name, source.folder, recipe_folder)
     return Plan(source, checkpoint, units, recipe)
-
-
-def _check_prompts(check, source: Source, recipe_folder: Path) -> None:
-    for name in check.prompts:
-        prompts.refuse_unknown(name, recipe_folder)
-    if any(name != "self" for name in check.prompts):
-        load_tokenizer(source.folder)
 
 
 def refuse_full_disk(plan: Plan, out: Path) -> None:

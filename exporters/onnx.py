@@ -53,6 +53,7 @@ def describe(folder: Path) -> Exported:
     """What an exported folder holds, read from model.onnx itself."""
     from exporters.graph import reading
 
-    formats, weight_bytes = reading.stored_weights(folder / MODEL)
+    tensors = reading.external_tensors(reading.load(folder / MODEL))
     files = (MODEL, MODEL + ".data", "genai_config.json")
-    return Exported("onnx", MODEL, files, weight_bytes, formats)
+    weight_bytes = sum(tensor.length for tensor in tensors)
+    return Exported("onnx", MODEL, files, weight_bytes, reading.stored_formats(tensors))

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from compress import source, strict_yaml
+from compress import prompts, source, strict_yaml
 from compress.artifacts import find_artifact
 from compress.check import run as check_run
 from compress.check.compare import verdict
@@ -54,7 +54,7 @@ def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: s
     path = find_artifact(candidate)
     original = Checkpoint(source.resolve(baseline).folder)
     for name in checks.prompts:
-        check_run.prompts.refuse_unknown(name)
+        prompts.refuse_unusable(name, original.folder)
     digest = original.files.sha256()
     rows, used = check_run.run(
         check_run.BaselineSource(original, digest), {_kind(path): path}, checks, seed=seed, device=device

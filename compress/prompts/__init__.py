@@ -13,6 +13,7 @@ from compress.errors import InputError, nearest
 from compress.prompts import passages, recall, self_text
 from compress.prompts.seeds import derive_seed
 from compress.prompts.windows import join_and_cut
+from compress.source import load_tokenizer
 
 SHIPPED = ("prose", "heldout")
 NAMES = (*SHIPPED, "recall", "self")
@@ -28,10 +29,12 @@ class PromptSet:
         return sum(len(window) for window in self.windows)
 
 
-def refuse_unknown(name: str, folder: Path | None = None) -> None:
-    """Refuses a prompt set that is neither known nor a file, before any work."""
-    if name not in NAMES:
-        _find_file(name, folder)
+def refuse_unusable(name: str, model_folder: Path, folder: Path | None = None) -> None:
+    """Refuses, before any work, a set that is not known, a file that cannot be read as one, or text without a tokenizer."""
+    path = None if name in NAMES else _find_file(name, folder)
+    tokenizer = None if name == "self" else load_tokenizer(model_folder)
+    if path is not None:
+        passages.from_file(path, tokenizer)
 
 
 def load(name: str, *, purpose: str, tokenizer, model, weights_sha256: str, samples: int, length: int, seed: int,

@@ -43,9 +43,9 @@ def scale_name(weight: Weight) -> str:
     return weight.name + SCALE
 
 
-def plain(graph: Graph, weight: Weight, transform=lambda tensor: tensor) -> ir.Value:
-    """A weight as float32, transformed (such as transposed) before it is stored."""
-    return graph.weight(weight.name, transform(weight.dense()).numpy())
+def plain(graph: Graph, weight: Weight, transform=lambda tensor: tensor, name: str | None = None) -> ir.Value:
+    """A weight as float32, transformed (such as transposed) before it is stored, under another name where it is not it."""
+    return graph.weight(name or weight.name, transform(weight.dense()).numpy())
 
 
 def vector(graph: Graph, weight: Weight) -> ir.Value:

@@ -24,8 +24,15 @@ def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
     return [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
 
 
-def stored_weights(path: Path) -> tuple[dict[str, str], int]:
-    """The number format of every weight by name, and the bytes of all weights, scales included."""
-    tensors = external_tensors(load(path))
-    formats = {tensor.name: FORMATS[tensor.dtype] for tensor in tensors if not tensor.name.endswith(SCALE)}
-    return dict(sorted(formats.items())), sum(tensor.length for tensor in tensors)
+def stored_formats(tensors: list[ir.ExternalTensor]) -> dict[str, str]:
+    """The number format of every weight by name; scales belong to their weight."""
+    return {t.name: FORMATS[t.dtype] for t in sorted(tensors, key=lambda t: t.name) if not t.name.endswith(SCALE)}
+
+
+def stored_parameters(tensors: list[ir.ExternalTensor]) -> dict[str, int]:
+    """Parameters by number format."""
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        if not tensor.name.endswith(SCALE):
+            counts[FORMATS[tensor.dtype]] = counts.get(FORMATS[tensor.dtype], 0) + tensor.size
+    return counts

@@ -1,0 +1,43 @@
+"""Shared fixtures: the reference model, small random models of awkward shapes, and one finished `apply` of the quick start."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import make_jamba
+
+from compress import pipeline, resources
+from compress.recipe import load_recipe
+from compress.source import resolve
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Tests never touch the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The shipped reference model."""
+    return resources.folder("models") / "tiny-jamba"
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A random Jamba of awkward shapes: one KV head, dt_rank 10, expert period 3."""
+    return make_jamba(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def applied(tmp_path_factory, tiny) -> Path:
+    """The output of the quick-start recipe on the reference model, check off."""
+    loaded = load_recipe("tiny-int8", ("check=null",))
+    out = tmp_path_factory.mktemp("applied") / "tiny-int8"
+    pipeline.apply(pipeline.Job(loaded, resolve(str(tiny)), out))
+    return out

@@ -1,0 +1,51 @@
+"""Small random Jamba checkpoints, made by transformers so that they are what a user would have."""
+
+from pathlib import Path
+
+import torch
+from transformers import JambaConfig, JambaForCausalLM
+
+AWKWARD = {
+    "vocab_size": 67,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "expert_layer_period": 3,
+    "expert_layer_offset": 1,
+    "attn_layer_period": 4,
+    "attn_layer_offset": 2,
+    "mamba_d_state": 7,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_dt_rank": 10,
+    "max_position_embeddings": 512,
+    "use_mamba_kernels": False,
+}
+
+
+def make_jamba(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, shards: str | None = None, **changes) -> Path:
+    """Saves a random model of the AWKWARD shapes with `changes` and returns its folder.
+
+    Weights are spread wider than transformers' initialisation, so that every path matters to the logits.
+    """
+    torch.manual_seed(seed)
+    model = JambaForCausalLM(JambaConfig(**{**AWKWARD, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "A_log" not in name:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+            elif "layernorm" in name or name.endswith(".D"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-1.0, 1.0)
+    model.to(dtype).save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
+    return folder
+
+
+def load_reference(folder: Path) -> JambaForCausalLM:
+    """transformers' model in float32: the numerical oracle."""
+    return JambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
