@@ -11,10 +11,17 @@ from compress.errors import InputError
 NEWEST_KEPT = 8  # entries of one kind; older ones are removed when a new one is published
 
 
-def folder(kind: str) -> Path:
+def location(kind: str) -> Path:
+    """Where entries of one kind go; the folder need not exist yet."""
     base = os.environ.get("COMPRESS_CACHE")
-    base = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
-    path = base / kind
+    return (
+        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+    ) / kind
+
+
+def folder(kind: str) -> Path:
+    """The folder for entries of one kind, made where it is missing."""
+    path = location(kind)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

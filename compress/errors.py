@@ -9,6 +9,11 @@ class WorkError(Exception):
     """The input was fine, the work itself failed (disk full, exporter error): exit code 3."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's exception says, as one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def nearest(word: str, choices) -> str:
     """`; did you mean 'X'?` for the closest of `choices`, or the whole list where nothing is close."""
     import difflib

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from compress import formats
-from compress.formats.base import Layout, Quantized
+from compress.formats.base import Layout, Part, Quantized
 from compress.roles import Role
 
 Stored = torch.Tensor | Quantized
@@ -72,12 +72,12 @@ class Weight:
     def layout(self) -> Layout:
         """Names, dtypes and shapes of the tensors that store it."""
         if not self.is_quantized:
-            return {self.name: (PLAIN_DTYPES[self.format], self.shape)}
+            return {self.name: Part(PLAIN_DTYPES[self.format], self.shape)}
         stem = self.name.removesuffix("weight")
         return {stem + suffix: part for suffix, part in formats.get(self.format).layout(self.shape).items()}
 
     def stored_bytes(self) -> int:
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.layout().values())
+        return sum(part.bytes for part in self.layout().values())
 
 
 def to_dense(stored: Stored) -> torch.Tensor:

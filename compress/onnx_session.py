@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 
-from compress.errors import InputError
+from compress.errors import InputError, first_line
 
 LOAD_FACTOR = 1.6  # peak memory of a session over the artifact's bytes, measured: prepacking copies weights
 
@@ -24,7 +24,7 @@ class OnnxSession:
         try:
             self._session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exceptions share no public base class
-            raise InputError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0][:300]})") from None
+            raise InputError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         inputs = {value.name: value for value in self._session.get_inputs()}
         if not {"input_ids", "attention_mask"} <= inputs.keys():
             raise InputError(f"{path}: not a decoder this tool exports; expected inputs input_ids and attention_mask")

@@ -67,7 +67,7 @@ def refuse_full_disk(plan: Plan, out: Path) -> None:
     output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values())))
     needs = [(_existing(out), output, "the output")]
     if plan.recipe.check is not None:
-        needs.append((cache.folder("baseline"), plan.check_bytes(), "the baseline's log-probabilities"))
+        needs.append((_existing(cache.location("baseline")), plan.check_bytes(), "the baseline's log-probabilities"))
     for folder, need, what in needs:
         free = shutil.disk_usage(folder).free
         if need > free:

@@ -37,7 +37,7 @@ def find_model(name: str, recipe_folder: Path | None = None) -> Path | None:
     """The folder a recipe's `model` means: beside the recipe, in the working folder, then among the shipped data."""
     bases = [recipe_folder] if recipe_folder else []
     bases += [Path.cwd(), folder("models").parent]
-    for base in bases:
-        if (base / name).is_dir():
-            return base / name
-    return None
+    try:
+        return next((base / name for base in bases if name and (base / name).is_dir()), None)
+    except OSError:  # a name too long to be a path
+        return None

@@ -5,20 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress import resources
-from compress.errors import InputError
+from compress.errors import InputError, first_line
 
-# weights, configuration, tokenizer and papers; never code, never pickles
+# weights, configuration, tokenizer and papers; never code, never pickles, whatever their names begin with
 WANTED = (
     "*.safetensors",
     "*.json",
     "*.model",
     "*.jinja",
     "*.txt",
-    "tokenizer*",
     "README.md",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
+    *("LICENSE", "LICENSE.md", "LICENCE", "LICENCE.md", "NOTICE", "NOTICE.md"),
 )
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -43,12 +40,11 @@ def resolve(name: str, recipe_folder: Path | None = None) -> Source:
 
 def _download(identifier: str, revision: str | None) -> Source:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         folder = Path(huggingface_hub.snapshot_download(identifier, revision=revision, allow_patterns=list(WANTED)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # beside the hub's own errors come those of whichever HTTP library it uses
+        reason = first_line(error)
         raise InputError(
             f"model '{identifier}': neither a local folder nor to be had from the hub ({reason})"
         ) from None
@@ -64,4 +60,4 @@ def load_tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from None

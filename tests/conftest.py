@@ -1,14 +1,20 @@
 """Shared fixtures: the reference model, small random models of awkward shapes, and one finished `apply` of the quick start."""
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it cannot wait for a fixture
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads sleep: on shared cores spinning takes four times as long
 
 import pytest
 import torch
-from models import make_jamba
+from click.testing import CliRunner
 
+import cli
 from compress import pipeline, resources
 from compress.recipe import load_recipe
 from compress.source import resolve
+from models import make_jamba
 
 torch.set_num_threads(2)
 
@@ -18,7 +24,6 @@ def _own_cache(tmp_path_factory):
     """Tests never touch the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 
 
@@ -41,3 +46,9 @@ def applied(tmp_path_factory, tiny) -> Path:
     out = tmp_path_factory.mktemp("applied") / "tiny-int8"
     pipeline.apply(pipeline.Job(loaded, resolve(str(tiny)), out))
     return out
+
+
+@pytest.fixture(scope="session")
+def compress_cli():
+    """Runs the command in this process: `compress_cli("apply", ...)` has `.exit_code`, `.stdout` and `.stderr`."""
+    return lambda *arguments, **options: CliRunner().invoke(cli.main, [str(a) for a in arguments], **options)

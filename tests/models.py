@@ -27,17 +27,19 @@ AWKWARD = {
 }
 
 
-def make_jamba(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, shards: str | None = None, **changes) -> Path:
+def make_jamba(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, shards: str | None = None,
+               spread: float = 1.5, **changes) -> Path:  # fmt: skip
     """Saves a random model of the AWKWARD shapes with `changes` and returns its folder.
 
-    Weights are spread wider than transformers' initialisation, so that every path matters to the logits.
+    Weights are spread wider than transformers' initialisation, so that every path matters to the logits. At a `spread`
+    of 1.5 rounding grows from layer to layer: float32 itself is then some 5e-4 away from float64.
     """
     torch.manual_seed(seed)
     model = JambaForCausalLM(JambaConfig(**{**AWKWARD, **changes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2 and "A_log" not in name:
-                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+                parameter.normal_(0, spread / parameter.shape[-1] ** 0.5)
             elif "layernorm" in name or name.endswith(".D"):
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):

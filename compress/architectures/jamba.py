@@ -20,6 +20,7 @@ from compress.roles import Role
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.final_layernorm.weight", "lm_head.weight"
 MAX_COUNT = 10_000  # of layers and of experts: far beyond any model, keeps a corrupt config from being enumerated
+MAX_EXPERTS_IN_ALL = 50_000
 MAX_SIZE = 1 << 31
 
 State = dict[str, torch.Tensor]
@@ -78,6 +79,10 @@ class JambaConfig(BaseModel):
             )
         if self.num_experts > 1 and self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
+        if self.num_hidden_layers * self.num_experts > MAX_EXPERTS_IN_ALL:
+            raise ValueError(
+                f"{self.num_hidden_layers} layers of {self.num_experts} experts are more than any model has"
+            )
         return self
 
     @property

@@ -56,6 +56,8 @@ def formats_of(config: dict, folder: Path, stored_names: set[str]) -> dict[str, 
 
 def _format_of(group, source: Path) -> str:
     scheme = group.get("weights") if isinstance(group, dict) else None
+    if scheme and group.get("input_activations"):
+        raise InputError(f"{source}: quantization_config quantizes activations, which is not read here")
     for name in formats.FILES:
         ours = formats.get(name).scheme()
         if isinstance(scheme, dict) and all(scheme.get(key) == ours.get(key) for key in SCHEME_KEYS):

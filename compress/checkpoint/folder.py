@@ -94,13 +94,13 @@ def _index_files(folder: Path) -> list[str]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{folder / INDEX}: 'weight_map' must map tensor names to files")
-    names = set(weight_map.values())
-    for name in names:
+    inside = {path.name for path in folder.iterdir() if path.is_file()}
+    for name in weight_map.values():
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise InputError(f"{folder / INDEX}: '{name}' is not a safetensors file inside the folder")
-        if not (folder / name).is_file():
+            raise InputError(f"{folder / INDEX}: '{name!s:.200}' is not a safetensors file inside the folder")
+        if name not in inside:
             raise InputError(f"{folder / INDEX}: the file '{name}' it names is missing")
-    return sorted(names)
+    return sorted(set(weight_map.values()))
 
 
 def _check_index(folder: Path, files: dict[str, SafetensorsFile]) -> None:

@@ -57,6 +57,8 @@ class Checkpoint:
 
     def _weight(self, spec: Spec) -> Weight:
         if spec.name in self._formats:
+            if len(spec.shape) != 2:
+                raise InputError(f"{self.folder}: tensor '{spec.name}' is stored quantized, but is not a matrix")
             return self._quantized_weight(spec, self._formats[spec.name])
         self._expect(spec.name, spec.shape, None, spec)
         dtype = self.files.entry(spec.name).dtype
@@ -71,14 +73,11 @@ class Checkpoint:
     def _quantized_weight(self, spec: Spec, format_name: str) -> Weight:
         number_format, stem = formats.get(format_name), spec.name.removesuffix("weight")
         layout = number_format.layout(spec.shape)
-        for suffix, (dtype, shape) in layout.items():
-            self._expect(stem + suffix, shape, dtype, spec)
+        for suffix, part in layout.items():
+            self._expect(stem + suffix, part.shape, part.dtype, spec)
 
         def load(rows: slice | None = None):
-            parts = {
-                suffix: self._finite(stem + suffix, rows if shape[:1] == spec.shape[:1] else None)
-                for suffix, (_, shape) in layout.items()
-            }
+            parts = {suffix: self._finite(stem + suffix, part.rows(rows)) for suffix, part in layout.items()}
             return number_format.unpack(parts, spec.shape)
 
         return Weight(spec.name, spec.role, spec.shape, format_name, load)

@@ -19,8 +19,12 @@ from compress.errors import WorkError
 from compress.formats.base import Layout, Quantized
 from compress.model import Unit, Weight
 
-COPIED = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
-          "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*")  # fmt: skip
+# what travels along with the weights: tokenizer, generation defaults, licence; never code
+COPIED = (
+    *("tokenizer.json", "tokenizer_config.json", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("LICENSE", "LICENSE.*", "LICENCE", "LICENCE.*", "NOTICE", "NOTICE.*"),
+)
 
 
 def shard_name(number: int, total: int) -> str:
@@ -34,7 +38,7 @@ def write_shard(unit: Unit, path: Path, advance: Callable[[int], None] = lambda 
     partial = path.with_suffix(".tmp")
     with open(partial, "wb") as file:
         file.write(header)
-        file.truncate(len(header) + sum(_bytes(part) for part in layout.values()))
+        file.truncate(len(header) + sum(part.bytes for part in layout.values()))
         for weight in unit.weights.values():
             _write_weight(file.fileno(), weight, offsets, advance)
         file.flush()
@@ -45,9 +49,9 @@ def write_shard(unit: Unit, path: Path, advance: Callable[[int], None] = lambda 
 def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
     """The safetensors prefix and header, and every tensor's absolute offset. Wide types come first: all stay aligned."""
     entries, position = {"__metadata__": {"format": "pt"}}, 0
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
-        end = position + _bytes((dtype, shape))
-        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+    for name, part in sorted(layout.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        end = position + part.bytes
+        entries[name] = {"dtype": DTYPE_NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -56,12 +60,8 @@ def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, offsets
 
 
-def _bytes(part: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    return part[0].itemsize * math.prod(part[1])
-
-
 def _write_weight(descriptor: int, weight: Weight, offsets: dict[str, int], advance) -> None:
-    stem = weight.name.removesuffix("weight")
+    stem, layout = weight.name.removesuffix("weight"), weight.layout()
     for rows in weight.row_blocks():
         stored = weight.load(rows)
         check_stored(weight, stored)
@@ -70,9 +70,9 @@ def _write_weight(descriptor: int, weight: Weight, offsets: dict[str, int], adva
         else:
             parts = {weight.name: stored}
         for name, tensor in parts.items():
-            by_row = weight.layout()[name][1][:1] == weight.shape[:1]
+            first = layout[name].rows(rows) or slice(0, 0)
             row_bytes = tensor.numel() * tensor.element_size() // max(1, tensor.shape[0])
-            _write_at(descriptor, tensor, offsets[name] + (rows.start * row_bytes if by_row else 0))
+            _write_at(descriptor, tensor, offsets[name] + first.start * row_bytes)
         advance(math.prod(weight.shape[1:]) * (rows.stop - rows.start))
 
 

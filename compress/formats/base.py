@@ -1,12 +1,30 @@
 """What a quantized matrix is, independent of its number format."""
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+
+class Part(NamedTuple):
+    """One stored tensor of a weight, known without data. `by_row`: its rows belong to the rows of the weight."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    by_row: bool = True
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def rows(self, rows: slice | None) -> slice | None:
+        """The part's rows for a block of the weight's rows; None is all of it."""
+        return rows if self.by_row else None
+
+
 Parts = dict[str, torch.Tensor]  # suffix of the stored tensor's name -> tensor
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # suffix -> dtype and shape, known without data
+Layout = dict[str, Part]  # suffix (or whole name) -> what is stored there
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ a row padded with zero bytes to a whole number of int32.
 
 import torch
 
-from compress.formats.base import Layout, Parts, Quantized
+from compress.formats.base import Layout, Part, Parts, Quantized
 
 QMAX, OFFSET, PER_WORD = 127, 128, 4
 
@@ -30,9 +30,9 @@ class Int8:
     def layout(self, shape: tuple[int, ...]) -> Layout:
         rows, columns = shape
         return {
-            "weight_packed": (torch.int32, (rows, -(-columns // PER_WORD))),
-            "weight_scale": (torch.float32, (rows, 1)),
-            "weight_shape": (torch.int64, (2,)),
+            "weight_packed": Part(torch.int32, (rows, -(-columns // PER_WORD))),
+            "weight_scale": Part(torch.float32, (rows, 1)),
+            "weight_shape": Part(torch.int64, (2,), by_row=False),
         }
 
     def pack(self, quantized: Quantized, shape: tuple[int, ...]) -> Parts:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from compress.errors import InputError
+from compress.errors import InputError, first_line
 from exporters.graph.blocks import SCALE
 
 FORMATS = {ir.DataType.INT8: "int8", ir.DataType.FLOAT: "fp32"}
@@ -15,7 +15,7 @@ def load(path: Path) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # protobuf raises its own DecodeError, onnx-ir several kinds
-        raise InputError(f"{path}: not a readable ONNX model ({str(error).splitlines()[0][:200]})") from None
+        raise InputError(f"{path}: not a readable ONNX model ({first_line(error)})") from None
 
 
 def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
