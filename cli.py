@@ -73,17 +73,10 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
     from compress.report import terminal
     from compress.source import resolve
 
-    job = pipeline.Job(
-        loaded,
-        resolve(name, None if model else loaded.folder),
-        out or Path("out") / loaded.name,
-        device,
-        seed,
-        resume,
-        overwrite,
-    )
+    source = resolve(name, None if model else loaded.folder, config_only=dry_run)
+    job = pipeline.Job(loaded, source, out or Path("out") / loaded.name, device, seed, resume, overwrite)
     if dry_run:
-        click.echo(plan.describe(pipeline.prepare(job), job.out))
+        click.echo(plan.describe(pipeline.prepare(job, needs_weights=False), job.out))
         return
     report = pipeline.apply(job)
     terminal.show(report, job.out)

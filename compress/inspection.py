@@ -6,20 +6,17 @@ from pathlib import Path
 
 from compress import plugins, sizes, source
 from compress.artifacts import find_artifact
-from compress.checkpoint.folder import INDEX, SINGLE
-from compress.checkpoint.reader import Checkpoint, open_config
+from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 from compress.errors import InputError
-
-CONFIG_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def inspect(name: str) -> dict:
     """Facts about a local folder, a hub id, an output of `apply` or a model.onnx, ready for JSON."""
     path = Path(name)
-    artifact = find_artifact(path) if path.exists() else source.resolve(name).folder
+    artifact = find_artifact(path) if path.exists() else source.resolve(name, config_only=True).folder
     if artifact.suffix == ".onnx":
         return _onnx_facts(artifact)
-    if any((artifact / file).is_file() for file in (SINGLE, INDEX)):
+    if has_weights(artifact):
         return _checkpoint_facts(artifact)
     return _config_facts(artifact)
 
@@ -28,13 +25,9 @@ def _config_facts(folder: Path) -> dict:
     """From config.json alone: weights count in the type it names (bfloat16 where it names none)."""
     architecture, config, values = open_config(folder)
     units = list(architecture.layout(config))
-    name = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
-    if name not in CONFIG_DTYPES:
-        raise InputError(
-            f"{folder / 'config.json'}: dtype '{name}' is not known; expected one of {', '.join(CONFIG_DTYPES)}"
-        )
+    dtype = config_dtype(values, str(folder / "config.json"))
     facts = _architecture_facts(architecture, config, values, units)
-    return facts | {"weight_bytes": CONFIG_DTYPES[name] * facts["parameters"], "formats": {}}
+    return facts | {"weight_bytes": dtype.itemsize * facts["parameters"], "formats": {}}
 
 
 def _checkpoint_facts(folder: Path) -> dict:

@@ -113,6 +113,10 @@ class HybridModel:
         return next(unit for unit in self.units if unit.name == name)
 
     @property
+    def model_type(self) -> str:
+        return self.architecture.__name__.rpartition(".")[2]
+
+    @property
     def weights(self) -> Iterator[Weight]:
         return (weight for unit in self.units for weight in unit.weights.values())
 

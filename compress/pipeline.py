@@ -46,9 +46,10 @@ class Outcome:
     prompts: list[dict] = field(default_factory=list)
 
 
-def prepare(job: Job) -> Plan:
-    """Everything that can be refused before a weight is read."""
-    planned = plan.make(job.recipe.recipe, job.source, PassContext(job.device, job.seed), job.recipe.folder)
+def prepare(job: Job, *, needs_weights: bool = True) -> Plan:
+    """Everything that can be refused before a weight is read. A folder with only config.json will do for a plan."""
+    context = PassContext(job.device, job.seed)
+    planned = plan.make(job.recipe.recipe, job.source, context, job.recipe.folder, needs_weights=needs_weights)
     plan.refuse_full_disk(planned, job.out)
     return planned
 
@@ -85,7 +86,7 @@ def _write_checkpoint(job: Job, planned: Plan, space: Workspace) -> list[dict]:
     """Runs the passes and writes shard after shard; those an earlier run finished are left as they are."""
     folder, total, began, reused = space.folder / "checkpoint", len(planned.units), time.monotonic(), 0
     folder.mkdir(exist_ok=True)
-    with progress.task("compressing", planned.checkpoint.model.parameters) as advance:
+    with progress.task("compressing", planned.model.parameters) as advance:
         for number, unit in enumerate(planned.units):
             shard = f"checkpoint/{writer.shard_name(number, total)}"
             if space.is_done(shard):

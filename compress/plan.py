@@ -7,9 +7,9 @@ from pathlib import Path
 
 from compress import cache, plugins, prompts, sizes
 from compress.check import baseline
-from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
 from compress.errors import InputError
-from compress.model import Unit
+from compress.model import HybridModel, Unit
 from compress.source import Source
 
 SPARE = 1.02  # room for headers, graph and report beside the weights
@@ -28,9 +28,14 @@ class Plan:
     """The opened source, and its units as the passes will store them (lazily: nothing has been computed)."""
 
     source: Source
-    checkpoint: Checkpoint
+    model: HybridModel
+    checkpoint: Checkpoint | None  # None where there is only a config.json, which is enough for a plan
     units: tuple[Unit, ...]
     recipe: object
+
+    @property
+    def source_bytes(self) -> int:
+        return self.checkpoint.files.bytes if self.checkpoint else sizes.stored_bytes(self.model)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -43,23 +48,23 @@ class Plan:
         """Log-probabilities and hidden states of the baseline on disk."""
         if self.recipe.check is None:
             return 0
-        check, config = self.recipe.check, self.checkpoint.model.config
+        check, config = self.recipe.check, self.model.config
         tokens = len(check.prompts) * check.samples * check.length
         return baseline.bytes_needed(tokens, config.vocab_size) + 4 * check.samples * check.length * config.hidden_size
 
 
-def make(recipe, source: Source, context: PassContext, recipe_folder: Path) -> Plan:
+def make(recipe, source: Source, context: PassContext, recipe_folder: Path, needs_weights: bool = True) -> Plan:
     """Opens the source and refuses everything that headers and configuration tell."""
-    checkpoint = Checkpoint(source.folder)
-    units = checkpoint.model.units
+    checkpoint = Checkpoint(source.folder) if needs_weights or has_weights(source.folder) else None
+    model = checkpoint.model if checkpoint else model_of_config(source.folder, source.name)
+    units = model.units
     for step in recipe.passes:
         module = plugins.load(plugins.PASSES, step.name)
-        module.requires(step.options, checkpoint.model)
+        module.requires(step.options, model)
         units = tuple(module.apply(step.options, unit, context) for unit in units)
-    if recipe.check is not None:
-        for name in recipe.check.prompts:
-            prompts.refuse_unusable(name, source.folder, recipe_folder)
-    return Plan(source, checkpoint, units, recipe)
+    for name in recipe.check.prompts if recipe.check else ():
+        prompts.refuse_unusable(name, source.folder if checkpoint else None, recipe_folder)
+    return Plan(source, model, checkpoint, units, recipe)
 
 
 def refuse_full_disk(plan: Plan, out: Path) -> None:
@@ -81,11 +86,11 @@ def _existing(path: Path) -> Path:
 
 def describe(plan: Plan, out: Path) -> str:
     """The plan as text, for --dry-run."""
-    model, check = plan.checkpoint.model, plan.recipe.check
+    model, check = plan.model, plan.recipe.check
     active = sizes.active_parameters(model.architecture, model.config, model.units)
     counts = Counter(weight.format for unit in plan.units for weight in unit.weights.values())
     lines = [
-        f"model     {plan.source.name} ({plan.checkpoint.config['model_type']}), {plan.checkpoint.files.bytes:,} bytes",
+        f"model     {plan.source.name} ({model.model_type}), {plan.source_bytes:,} bytes",
         f"          {model.parameters:,} parameters, {active:,} active",
         *(f"pass      {step.name}: {step.options.model_dump_json(exclude_none=True)}" for step in plan.recipe.passes),
         *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),

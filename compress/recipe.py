@@ -138,7 +138,7 @@ def _sentence(document: Document, data: dict, error: dict, overridden: set[KeyPa
     """One sentence for a pydantic error: file:line, the dotted key, what was expected."""
     path = _path_in_data(data, error["loc"])
     key = ".".join(str(part) for part in path) or "the recipe"
-    if any(path[: len(o)] == o for o in overridden):
+    if any(path[: len(o)] == o[: len(path)] for o in overridden):
         where = "--set"
     else:
         line = document.line(path)

@@ -27,7 +27,7 @@ class Source:
     revision: str | None = None
 
 
-def resolve(name: str, recipe_folder: Path | None = None) -> Source:
+def resolve(name: str, recipe_folder: Path | None = None, *, config_only: bool = False) -> Source:
     """`id@revision` pins a hub revision; raises InputError where the model cannot be had."""
     local = resources.find_model(name, recipe_folder)
     if local is not None:
@@ -35,14 +35,14 @@ def resolve(name: str, recipe_folder: Path | None = None) -> Source:
     if not HUB_ID.fullmatch(name):
         raise InputError(f"model '{name}': no such folder, and not a hub id (OWNER/NAME or OWNER/NAME@REVISION)")
     identifier, _, revision = name.partition("@")
-    return _download(identifier, revision or None)
+    return _download(identifier, revision or None, ("config.json",) if config_only else WANTED)
 
 
-def _download(identifier: str, revision: str | None) -> Source:
+def _download(identifier: str, revision: str | None, wanted: tuple[str, ...]) -> Source:
     import huggingface_hub
 
     try:
-        folder = Path(huggingface_hub.snapshot_download(identifier, revision=revision, allow_patterns=list(WANTED)))
+        folder = Path(huggingface_hub.snapshot_download(identifier, revision=revision, allow_patterns=list(wanted)))
     except Exception as error:  # beside the hub's own errors come those of whichever HTTP library it uses
         reason = first_line(error)
         raise InputError(

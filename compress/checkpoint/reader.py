@@ -6,10 +6,12 @@ import torch
 
 from compress import formats, plugins
 from compress.checkpoint import compressed_tensors
-from compress.checkpoint.folder import WeightFolder, read_json
+from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
 from compress.errors import InputError
 from compress.model import PLAIN_FORMATS, HybridModel, Spec, Unit, UnitSpec, Weight
+
+CONFIG_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def open_config(folder: Path):
@@ -22,6 +24,33 @@ def open_config(folder: Path):
         raise InputError(f"{path}: model_type '{model_type}' is not supported; supported: {', '.join(supported)}")
     architecture = plugins.load(plugins.ARCHITECTURES, model_type)
     return architecture, architecture.parse_config(values, str(path)), values
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def config_dtype(values: dict, source: str) -> torch.dtype:
+    """The type config.json says the weights have; bfloat16 where it names none."""
+    name = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
+    if name not in CONFIG_DTYPES:
+        raise InputError(f"{source}: dtype '{name}' is not known; expected one of {', '.join(CONFIG_DTYPES)}")
+    return CONFIG_DTYPES[name]
+
+
+def model_of_config(folder: Path, name: str) -> HybridModel:
+    """The model a folder with only config.json describes: shapes, roles and formats, and no weights to load."""
+    architecture, parsed, values = open_config(folder)
+    number_format = PLAIN_FORMATS[config_dtype(values, str(folder / "config.json"))]
+
+    def load(rows=None):
+        raise InputError(f"{folder}: has no weight files")
+
+    units = tuple(
+        Unit(unit.name, {s.name: Weight(s.name, s.role, s.shape, number_format, load) for s in unit.specs})
+        for unit in architecture.layout(parsed)
+    )
+    return HybridModel(name, architecture, parsed, units)
 
 
 class Checkpoint:

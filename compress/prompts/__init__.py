@@ -29,10 +29,15 @@ class PromptSet:
         return sum(len(window) for window in self.windows)
 
 
-def refuse_unusable(name: str, model_folder: Path, folder: Path | None = None) -> None:
-    """Refuses, before any work, a set that is not known, a file that cannot be read as one, or text without a tokenizer."""
+def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = None) -> None:
+    """Refuses, before any work, a set that is not known, a file that cannot be read as one, or text without a tokenizer.
+
+    Without `model_folder` only the name is looked at.
+    """
     path = None if name in NAMES else _find_file(name, folder)
-    tokenizer = None if name == "self" else load_tokenizer(model_folder)
+    if model_folder is None or name == "self":
+        return
+    tokenizer = load_tokenizer(model_folder)
     if path is not None:
         passages.from_file(path, tokenizer)
 

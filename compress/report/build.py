@@ -11,7 +11,7 @@ CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.
 
 def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
     """Assembles the report from the plan, what was done and the files as written."""
-    model = planned.checkpoint.model
+    model = planned.model
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
     artifacts += [
         _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported
@@ -24,7 +24,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
             "name": source.name,
             "revision": source.revision,
             "weights_sha256": outcome.weights_sha256,
-            "model_type": planned.checkpoint.config["model_type"],
+            "model_type": model.model_type,
             "parameters": model.parameters,
             "active_parameters": sizes.active_parameters(model.architecture, model.config, model.units),
         },
@@ -45,7 +45,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
 def _checkpoint_artifact(planned, folder: Path) -> dict:
     shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     total = shards + sum((folder / name).stat().st_size for name in CHECKPOINT_FILES if (folder / name).is_file())
-    return _artifact("checkpoint", "checkpoint", total, planned.checkpoint_bytes, planned.checkpoint.model.parameters)
+    return _artifact("checkpoint", "checkpoint", total, planned.checkpoint_bytes, planned.model.parameters)
 
 
 def _exported_artifact(exported, folder: Path, parameters: int) -> dict:
