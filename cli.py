@@ -27,10 +27,13 @@ class Commands(click.Group):
             _stop(error, FAILED)
         except MemoryError:
             _stop("out of memory", FAILED)
+        except BrokenPipeError:
+            raise  # the reader of our output went away: click ends quietly
         except OSError as error:
             _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
         except (KeyboardInterrupt, click.Abort):
-            _stop("interrupted; run again with --resume to continue", INTERRUPTED)
+            hint = "; run again with --resume to continue" if context.invoked_subcommand == "apply" else ""
+            _stop(f"interrupted{hint}", INTERRUPTED)
 
 
 def _stop(message, code: int):

@@ -23,7 +23,7 @@ def stream_text(artifact: Path, prompt: str, max_tokens: int, temperature: float
     if not ids:
         raise InputError("the prompt is empty and the tokenizer has no BOS token to begin with")
     tokens = stream_tokens(path, ids, max_tokens, temperature, seed)
-    yield from _readable(tokenizer, (token for token in _until(tokens, tokenizer.eos_token_id)))
+    yield from _readable(tokenizer, _until(tokens, tokenizer.eos_token_id))
 
 
 def stream_tokens(path: Path, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
@@ -53,11 +53,16 @@ def _until(tokens: Iterator[int], end: int | None) -> Iterator[int]:
 
 
 def _readable(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Decodes all tokens so far and yields what is new: a character of several tokens appears when it is whole."""
-    seen, shown = [], ""
+    """Text as it becomes whole: a character made of several tokens appears with the last of them.
+
+    A token's text depends on its neighbours (leading spaces), so each step decodes what follows the last but one text.
+    """
+    seen: list[int] = []
+    before, shown = 0, 0  # tokens seen[before:shown] are the context, seen[shown:] are new
     for token in tokens:
         seen.append(token)
-        text = tokenizer.decode(seen, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+        context = tokenizer.decode(seen[before:shown], skip_special_tokens=True)
+        text = tokenizer.decode(seen[before:], skip_special_tokens=True)
+        if len(text) > len(context) and not text.endswith("\ufffd"):
+            yield text[len(context) :]
+            before, shown = shown, len(seen)
