@@ -250,10 +250,11 @@ def _attention(config: JambaConfig, weights: Weights, x, state: State, mask):
 def _mamba(config: JambaConfig, weights: Weights, x, state: State, mask):
     bias = (lambda name: weights(f"mamba.{name}.bias")) if config.mamba_proj_bias else (lambda name: None)
     conv_bias = weights("mamba.conv1d.bias") if config.mamba_conv_bias else None
-    keep = 1.0 if mask is None else mask[:, -x.shape[1] :, None].to(x.dtype)
-    x, gate = F.linear(x * keep, weights("mamba.in_proj.weight"), bias("in_proj")).chunk(2, dim=2)
-    x, conv_state = layers.causal_conv(x * keep, state["conv_state"], weights("mamba.conv1d.weight"), conv_bias)
-    x = F.silu(x) * keep
+    new = None if mask is None else mask[:, -x.shape[1] :].to(x.dtype)
+    keep = 1.0 if new is None else new[:, :, None]
+    x, gate = F.linear(x, weights("mamba.in_proj.weight"), bias("in_proj")).chunk(2, dim=2)
+    x, conv_state = layers.causal_conv(x * keep, state["conv_state"], weights("mamba.conv1d.weight"), conv_bias, new)
+    x = F.silu(x)
     dt, b, c = _time_step_and_matrices(config, weights, x)
     a = -torch.exp(weights("mamba.A_log")).T
     y, recurrent_state = layers.selective_scan(x, dt * keep, a, b, c, weights("mamba.D"), state["recurrent_state"])

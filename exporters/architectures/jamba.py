@@ -8,13 +8,13 @@ from compress.model import HybridModel, Weight
 from exporters.graph import blocks
 from exporters.graph.attention import attention, causal_bias
 from exporters.graph.builder import Graph, declare, rename
-from exporters.graph.mamba import causal_conv, selective_scan
+from exporters.graph.mamba import causal_conv, selective_scan, token_mask
 from exporters.graph.moe import moe
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
-def state_shapes(config: JambaConfig, index: int, length: str) -> dict[str, list[int | str]]:
+def state_shapes(config: JambaConfig, index: int, length: int | str) -> dict[str, list[int | str]]:
     """Names and shapes of one layer's states, as the contract (and onnxruntime-genai) names them."""
     if jamba.layer_kind(config, index) == "attention":
         shape = [BATCH, config.num_key_value_heads, length, config.attention_head_dim]
@@ -43,7 +43,7 @@ class JambaGraph:
         self._advance(embedding.parameters)
         hidden = table.lookup(graph, ids)
         self._bias = causal_bias(graph, ids, mask) if self._has_attention() else None
-        self._keep = self._token_mask(ids, mask)
+        self._keep, self._real = token_mask(graph, ids, mask)
         for index in range(self._config.num_hidden_layers):
             hidden = self._layer(index, hidden)
         logits = rename(
@@ -53,13 +53,6 @@ class JambaGraph:
 
     def _has_attention(self) -> bool:
         return any(jamba.layer_kind(self._config, i) == "attention" for i in range(self._config.num_hidden_layers))
-
-    def _token_mask(self, ids: ir.Value, mask: ir.Value) -> ir.Value:
-        """[B, S, 1]: 1 for the new tokens, 0 for left padding among them."""
-        graph = self._graph
-        start = graph.op("Sub", graph.shape_of(mask, 1), graph.shape_of(ids, 1))
-        new = graph.op("Slice", mask, start, graph.shape_of(mask, 1), graph.constant([1]))
-        return graph.op("Unsqueeze", graph.op("Cast", new, to=ir.DataType.FLOAT), graph.constant([2]))
 
     def _layer(self, index: int, hidden: ir.Value) -> ir.Value:
         graph, eps = self._graph, self._config.rms_norm_eps
@@ -90,7 +83,6 @@ class JambaGraph:
     def _mamba(self, weights: "_Named", x: ir.Value, past: list[ir.Value]):
         graph, config = self._graph, self._config
         bias = (lambda name: weights(f"mamba.{name}.bias")) if config.mamba_proj_bias else (lambda name: None)
-        x = graph.op("Mul", x, self._keep)
         x, gate = graph.op(
             "Split",
             blocks.linear(graph, x, weights("mamba.in_proj.weight"), bias("in_proj")),
@@ -98,12 +90,11 @@ class JambaGraph:
             axis=-1,
             num_outputs=2,
         )
-        if config.mamba_proj_bias:  # without a bias, padding is zero already
-            x = graph.op("Mul", x, self._keep)
+        x = graph.op("Mul", x, self._keep)
         kernel = blocks.plain(graph, weights("mamba.conv1d.weight"), lambda w: w[:, 0].T)
         conv_bias = blocks.vector(graph, weights("mamba.conv1d.bias")) if config.mamba_conv_bias else None
-        x, conv_state = causal_conv(graph, x, past[0], kernel, conv_bias, config.mamba_d_conv)
-        x = graph.op("Mul", blocks.silu(graph, x), self._keep)
+        x, conv_state = causal_conv(graph, x, past[0], self._real, kernel, conv_bias, config.mamba_d_conv)
+        x = blocks.silu(graph, x)
         dt, b, c = self._time_step_and_matrices(weights, x)
         a_log = weights("mamba.A_log")
         a = blocks.plain(graph, a_log, lambda tensor: -tensor.exp().T, name=a_log.name.removesuffix("_log"))
@@ -139,10 +130,10 @@ class JambaGraph:
 
     def _head(self, hidden: ir.Value, table: blocks.Table) -> ir.Value:
         graph, weights = self._graph, self._model.unit("head").weights
+        self._advance(sum(weight.parameters for weight in weights.values()))
         hidden = blocks.rms_norm(graph, hidden, weights[jamba.FINAL_NORM], self._config.rms_norm_eps)
         if jamba.LM_HEAD not in weights:
             return table.project(graph, hidden)
-        self._advance(weights[jamba.LM_HEAD].parameters)
         return blocks.linear(graph, hidden, weights[jamba.LM_HEAD])
 
 

@@ -7,8 +7,20 @@ from exporters.graph.builder import Graph, declare
 END = (1 << 63) - 1  # "to the end" for Slice
 
 
-def causal_conv(graph: Graph, x: ir.Value, conv_state: ir.Value, weight: ir.Value, bias: ir.Value | None, width: int):
-    """x [B, S, D], conv_state [B, D, W - 1], weight [W, D] -> y [B, S, D] and the new state.
+def token_mask(graph: Graph, ids: ir.Value, attention_mask: ir.Value):
+    """[B, S, 1] of 1 for the new tokens and 0 for padding among them, and [B] how many places the last token is from
+    the first place: S, unless padding follows it."""
+    length, total = graph.shape_of(ids, 1), graph.shape_of(attention_mask, 1)
+    new = graph.op("Slice", attention_mask, graph.op("Sub", total, length), total, graph.constant([1]))
+    place = graph.op(
+        "Range", graph.constant(1), graph.op("Squeeze", graph.op("Add", length, graph.constant([1]))), graph.constant(1)
+    )
+    real = graph.op("ReduceMax", graph.op("Mul", new, place), graph.constant([1]), keepdims=0)
+    return graph.op("Unsqueeze", graph.op("Cast", new, to=ir.DataType.FLOAT), graph.constant([2])), real
+
+
+def causal_conv(graph: Graph, x, conv_state, real, weight, bias: ir.Value | None, width: int):
+    """x [B, S, D], conv_state [B, D, W - 1], real [B], weight [W, D] -> y [B, S, D] and the state after the last token.
 
     Written tap by tap: as an ONNX Conv over [B, D, S] a decode step takes four times as long (benchmarks/RESULTS.md).
     """
@@ -21,8 +33,11 @@ def causal_conv(graph: Graph, x: ir.Value, conv_state: ir.Value, weight: ir.Valu
         shifted = graph.op("Slice", padded, graph.constant([k]), graph.constant([end]), graph.constant([1]))
         term = graph.op("Mul", shifted, tap)
         y = term if y is None else graph.op("Add", y, term)
-    newest = graph.op("Slice", padded, graph.constant([1 - width]), graph.constant([END]), graph.constant([1]))
-    return y, graph.op("Transpose", newest, perm=[0, 2, 1])
+    newest = graph.op(
+        "Add", graph.op("Unsqueeze", real, graph.constant([1])), graph.constant(range(width - 1))
+    )  # [B, W - 1]
+    state = graph.op("GatherND", padded, graph.op("Unsqueeze", newest, graph.constant([2])), batch_dims=1)
+    return y, graph.op("Transpose", state, perm=[0, 2, 1])
 
 
 def selective_scan(graph: Graph, x, dt, a, b, c, recurrent_state, state_size: int, channels: int):
