@@ -1,8 +1,21 @@
-"""What an ARTIFACT argument means: an output folder of `apply`, one of its subfolders, a checkpoint, or a model.onnx."""
+"""What an ARTIFACT argument means, and what can be done with one: score windows of tokens, or go on token by token.
 
+It is an output folder of `apply`, one of its subfolders, a checkpoint folder, or a model.onnx.
+"""
+
+import hashlib
 from pathlib import Path
+from typing import Protocol
 
+import torch
+
+from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
+from compress.checkpoint.folder import file_sha256
+from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
+from compress.inference import Decoder
+from compress.model import HybridModel
+from compress.onnx_session import OnnxDecoder, OnnxSession
 from compress.workspace import MANIFEST
 
 PREFERRED = ("onnxruntime", "onnx", "checkpoint")  # of an output folder: the first that is there
@@ -23,3 +36,65 @@ def find_artifact(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
     raise InputError(f"{path}: neither an output of apply, nor a checkpoint folder, nor a folder with a model.onnx")
+
+
+class Steps(Protocol):
+    """Generation in progress: `step(ids [B, S])` returns the last logits [B, V] and keeps the states."""
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+
+class Artifact(Protocol):
+    """A model that runs. `folder` has its tokenizer, `config` its validated configuration."""
+
+    folder: Path
+    config: object
+
+    def sha256(self) -> str:
+        """Digest of everything that decides its logits."""
+
+    def candidate(self) -> Candidate: ...
+
+    def steps(self, batch: int) -> Steps: ...
+
+
+class CheckpointArtifact:
+    """An opened checkpoint through our own forward; `sha256` may be given where it is known already."""
+
+    def __init__(self, model: HybridModel, folder: Path, sha256, device: str = "cpu"):
+        self.folder, self.config, self.sha256 = folder, model.config, sha256
+        self._model, self._device = model, device
+
+    def candidate(self) -> Candidate:
+        return CheckpointCandidate(self._model, self._device)
+
+    def steps(self, batch: int) -> Steps:
+        return Decoder(self._model, batch, self._device)
+
+
+class OnnxArtifact:
+    """An exported model.onnx under onnxruntime."""
+
+    def __init__(self, path: Path):
+        from exporters.graph.reading import load, model_config
+
+        self.folder, self._path = path.parent, path
+        _, self.config, _ = model_config(load(path), path)
+
+    def sha256(self) -> str:
+        files = sorted(self.folder.glob(self._path.name + "*"))
+        return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+
+    def candidate(self) -> Candidate:
+        return OnnxCandidate(self._path)
+
+    def steps(self, batch: int) -> Steps:
+        return OnnxDecoder(OnnxSession(self._path).start(batch))
+
+
+def open_artifact(path: Path, device: str = "cpu") -> Artifact:
+    """Opens what `find_artifact` found."""
+    if path.suffix == ".onnx":
+        return OnnxArtifact(path)
+    checkpoint = Checkpoint(path, allow_quantized=True)
+    return CheckpointArtifact(checkpoint.model, path, checkpoint.files.sha256, device)

@@ -3,14 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from compress.artifacts import find_artifact
-from compress.checkpoint.reader import Checkpoint
+from compress.artifacts import find_artifact, open_artifact
 from compress.errors import InputError
-from compress.inference import Decoder, sample
-from compress.onnx_session import OnnxSession
+from compress.inference import sample
 from compress.prompts.windows import encode
 from compress.source import load_tokenizer
 
@@ -28,21 +25,13 @@ def stream_text(artifact: Path, prompt: str, max_tokens: int, temperature: float
 
 def stream_tokens(path: Path, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
     """Generated token ids of one sequence."""
-    step, generator = _stepper(path), torch.Generator().manual_seed(seed)
+    step, generator = open_artifact(path).steps(1).step, torch.Generator().manual_seed(seed)
     logits = step(torch.tensor([ids]))
     for remaining in range(max_tokens, 0, -1):
         token = int(sample(logits, temperature, generator)[0])
         yield token
         if remaining > 1:
             logits = step(torch.tensor([[token]]))
-
-
-def _stepper(path: Path):
-    """A function ids [1, S] -> last logits [1, V] that carries the states."""
-    if path.suffix != ".onnx":
-        return Decoder(Checkpoint(path, allow_quantized=True).model).step
-    generation = OnnxSession(path).start(1)
-    return lambda ids: torch.from_numpy(np.array(generation.step(ids.numpy())[:, -1]))
 
 
 def _until(tokens: Iterator[int], end: int | None) -> Iterator[int]:

@@ -1,13 +1,11 @@
 """`compress inspect`: what a model or an artifact is made of. A folder with only config.json is enough for the arithmetic."""
 
-import json
 import math
 from pathlib import Path
 
-from compress import plugins, sizes, source
+from compress import sizes, source
 from compress.artifacts import find_artifact
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
-from compress.errors import InputError
 
 
 def inspect(name: str) -> dict:
@@ -43,14 +41,9 @@ def _checkpoint_facts(folder: Path) -> dict:
 def _onnx_facts(path: Path) -> dict:
     """An exported graph carries its model's config.json; states count in the types the graph declares."""
     from exporters.graph import reading
-    from exporters.onnx import CONFIG_KEY
 
     graph = reading.load(path)
-    if CONFIG_KEY not in graph.metadata_props:
-        raise InputError(f"{path}: was not exported by this tool (no '{CONFIG_KEY}' in its metadata)")
-    values = json.loads(graph.metadata_props[CONFIG_KEY])
-    architecture = plugins.load(plugins.ARCHITECTURES, values["model_type"])
-    config = architecture.parse_config(values, str(path))
+    architecture, config, values = reading.model_config(graph, path)
     units = list(architecture.layout(config))
     tensors = reading.external_tensors(graph)
     facts = _architecture_facts(architecture, config, values, units)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import psutil
+import torch
 
 from compress.errors import InputError, first_line
 
@@ -55,6 +56,16 @@ class Generation:
         logits, *present = self._session.run_with_ort_values(self._outputs, feeds)
         self._state = dict(zip(self._state, present, strict=True))
         return logits.numpy()
+
+
+class OnnxDecoder:
+    """`step(ids [B, S])` returns the last logits [B, V]: the tensors-only view that generation shares with checkpoints."""
+
+    def __init__(self, generation: Generation):
+        self._generation = generation
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._generation.step(ids.numpy())[:, -1].copy())
 
 
 def _empty(value, batch: int) -> np.ndarray:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import compress
 from compress import model_card, plan, plugins, progress, workspace
+from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
 from compress.checkpoint import compressed_tensors, writer
 from compress.checkpoint.reader import Checkpoint
-from compress.errors import InputError
+from compress.errors import InputError, WorkError, first_line
 from compress.plan import PassContext, Plan
 from compress.recipe import LoadedRecipe
 from compress.report import build as report_build
@@ -135,7 +136,12 @@ def export_to(module, kind: str, options, written: Checkpoint, folder: Path) -> 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with progress.task(f"exporting {kind}", written.model.parameters) as advance:
-        module.export(written, partial, options, advance)
+        try:
+            module.export(written, partial, options, advance)
+        except (InputError, WorkError, OSError):
+            raise
+        except Exception as error:  # onnx, protobuf and the exporters to come fail in ways of their own
+            raise WorkError(f"export to {kind} failed: {first_line(error)}") from error
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -146,9 +152,9 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
         return
     artifacts = {"checkpoint": folder / "checkpoint"}
     artifacts |= {exported.kind: folder / exported.kind / exported.main for exported in outcome.exported}
-    baseline = check_run.BaselineSource(planned.checkpoint, outcome.weights_sha256)
+    original = CheckpointArtifact(planned.model, planned.source.folder, lambda: outcome.weights_sha256, job.device)
     outcome.rows, outcome.prompts = check_run.run(
-        baseline, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
+        original, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
     )
 
 

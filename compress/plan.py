@@ -63,7 +63,7 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path, need
         module.requires(step.options, model)
         units = tuple(module.apply(step.options, unit, context) for unit in units)
     for name in recipe.check.prompts if recipe.check else ():
-        prompts.refuse_unusable(name, source.folder if checkpoint else None, recipe_folder)
+        prompts.refuse_unusable(name, source.folder if checkpoint else None, recipe_folder, length=recipe.check.length)
     return Plan(source, model, checkpoint, units, recipe)
 
 

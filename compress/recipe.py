@@ -2,7 +2,7 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, create_model, model_validator
@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, create_model, model_validator
 from compress import plugins, resources, strict_yaml
 from compress.check import settings
 from compress.errors import InputError, nearest
-from compress.strict_model import Strict
+from compress.strict_model import Strict, WholeNumber, key_path, what_was_expected
 from compress.strict_yaml import Document, KeyPath
 
 
@@ -47,7 +47,7 @@ def recipe_model() -> type[Strict]:
     """The pydantic model, with one field per pass and per exporter found on disk."""
 
     class Recipe(Strict):
-        version: Literal[1]
+        version: Annotated[WholeNumber, Field(ge=1, le=1)]
         model: str | None = None
         passes: tuple[_choice("Pass", plugins.PASSES), ...] = ()
         export: tuple[_choice("Export", plugins.EXPORTERS), ...] = ()
@@ -57,7 +57,7 @@ def recipe_model() -> type[Strict]:
         def _each_export_once(self):
             kinds = [step.name for step in self.export]
             if len(set(kinds)) != len(kinds):
-                raise ValueError("an exporter is listed twice")
+                raise ValueError(f"an exporter is listed twice: {', '.join(kinds)}")
             return self
 
     return Recipe
@@ -89,7 +89,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> LoadedRec
     for override in overrides:
         overridden.add(_override(document.data, override))
     recipe = _validate(document, document.data, overridden)
-    return LoadedRecipe(path, path.read_text(encoding="utf-8"), recipe)
+    return LoadedRecipe(path, path.read_bytes().decode("utf-8"), recipe)  # bytes: line ends stay as they are
 
 
 def _override(data: dict, override: str) -> KeyPath:
@@ -98,7 +98,7 @@ def _override(data: dict, override: str) -> KeyPath:
     if not equals or not key:
         raise InputError(f"--set {override}: expected KEY=VALUE, such as passes.0.quantize.weights=int8")
     value = strict_yaml.parse_scalar(text, f"--set {key}")
-    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    path = tuple(int(part) if part.isascii() and part.isdigit() else part for part in key.split("."))
     target: Any = data
     for part in path[:-1]:
         target = _step(target, part, key)
@@ -110,12 +110,15 @@ def _step(target, part, key: str):
     if isinstance(target, list):
         if not isinstance(part, int) or part >= len(target):
             raise InputError(f"--set {key}: there is no item '{part}' in that list of {len(target)}")
-        return target[part]
-    if target.get(str(part)) is None:
-        target[str(part)] = {}
-    if not isinstance(target[str(part)], dict | list):
+        inner = target[part]
+    else:
+        part = str(part)
+        if target.get(part) is None:
+            target[part] = {}
+        inner = target[part]
+    if not isinstance(inner, dict | list):
         raise InputError(f"--set {key}: '{part}' is a plain value, it has no keys")
-    return target[str(part)]
+    return inner
 
 
 def _assign(target, part, value, key: str) -> None:
@@ -131,12 +134,12 @@ def _validate(document: Document, data: dict, overridden: set[KeyPath]):
     try:
         return recipe_model().model_validate(data)
     except ValidationError as error:
-        raise InputError(_sentence(document, data, error.errors(include_url=False)[0], overridden)) from None
+        raise InputError(_sentence(document, error.errors(include_url=False)[0], overridden)) from None
 
 
-def _sentence(document: Document, data: dict, error: dict, overridden: set[KeyPath]) -> str:
+def _sentence(document: Document, error: dict, overridden: set[KeyPath]) -> str:
     """One sentence for a pydantic error: file:line, the dotted key, what was expected."""
-    path = _path_in_data(data, error["loc"])
+    path = key_path(error)
     key = ".".join(str(part) for part in path) or "the recipe"
     if any(path[: len(o)] == o[: len(path)] for o in overridden):
         where = "--set"
@@ -145,24 +148,9 @@ def _sentence(document: Document, data: dict, error: dict, overridden: set[KeyPa
         where = f"{document.source}:{line}" if line else document.source
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key '{path[-1]}'{nearest(path[-1], _known_keys(path[:-1]))}"
-    if error["type"] in ("enum", "literal_error"):
-        value = error["input"]
-        expected = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{where}: {key}: '{value}' is not known{nearest(value, expected)}"
     if error["type"] == "missing":
         return f"{where}: missing key '{key}'"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {key}: {message[0].lower()}{message[1:]}"
-
-
-def _path_in_data(data, loc: tuple) -> KeyPath:
-    """The part of a pydantic location that exists in the data, plus the offending key (drops '[key]' and union tags)."""
-    path: list[str | int] = []
-    for part in loc:
-        if part == "[key]":
-            break
-        path.append(part)
-    return tuple(path)
+    return f"{where}: {key}: {what_was_expected(error)}"
 
 
 def _known_keys(path: KeyPath) -> list[str]:

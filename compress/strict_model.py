@@ -1,7 +1,45 @@
 """Base of every options model: unknown keys are errors, values are frozen, NaN and infinity are no numbers."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from compress.errors import nearest
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class KeyedError(ValueError):
+    """A validator's refusal of one key of a mapping, so that the sentence can name that key's line."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(message)
+        self.key = key
+
+
+def key_path(error: dict) -> tuple[str | int, ...]:
+    """The keys a pydantic error is about: its location without the mark for "the key itself", which is no key."""
+    path = tuple(part for part in error["loc"] if part != "[key]")
+    cause = error.get("ctx", {}).get("error")
+    return (*path, cause.key) if isinstance(cause, KeyedError) else path
+
+
+def what_was_expected(error: dict) -> str:
+    """One pydantic error in words, with the nearest of the known values where there is a list of them."""
+    if error["type"] in ("enum", "literal_error"):
+        expected = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"'{error['input']}' is not known{nearest(error['input'], expected)}"
+    message = error["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _no_truth_value(value):
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not yes/no or true/false")
+    return value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_no_truth_value)]
+Number = Annotated[float, BeforeValidator(_no_truth_value)]

@@ -10,7 +10,7 @@ import yaml
 
 from compress.errors import InputError
 
-MAX_BYTES = 1 << 20
+MAX_BYTES, MAX_DEPTH = 1 << 20, 32
 KeyPath = tuple[str | int, ...]
 
 
@@ -40,7 +40,7 @@ def load(path: Path) -> Document:
 
 def parse(text: str, source: str) -> Document:
     try:
-        _refuse_tags_and_aliases(text, source)
+        _refuse_surprises(text, source)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         lines: dict[KeyPath, int] = {}
         data = None if node is None else _plain(node, (), lines, source)
@@ -59,9 +59,13 @@ def parse_scalar(text: str, source: str):
     return parse(text, source).data
 
 
-def _refuse_tags_and_aliases(text: str, source: str) -> None:
+def _refuse_surprises(text: str, source: str) -> None:
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise InputError(f"{source}:{line}: nested more than {MAX_DEPTH} deep")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise InputError(
                 f"{source}:{line}: anchors and aliases (& and *) are not used in recipes; write the value out"

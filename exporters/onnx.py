@@ -12,7 +12,7 @@ from compress import plugins
 from compress.strict_model import Strict
 from exporters import Exported
 
-MODEL, CONFIG_KEY = "model.onnx", "compress.config"
+MODEL = "model.onnx"
 IR_VERSION = 10  # the one that came with opset 21
 
 
@@ -33,7 +33,7 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
 
     import compress
     from compress.checkpoint.writer import companion_files, write_json
-    from exporters.graph import genai
+    from exporters.graph import genai, reading
     from exporters.graph.builder import Graph, WeightFile
 
     weights = WeightFile(folder)
@@ -41,7 +41,7 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
     graph = architecture.build(checkpoint.model, Graph(weights, options.opset), advance)
     weights.close()
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="compress", producer_version=compress.__version__)
-    model.metadata_props[CONFIG_KEY] = json.dumps(checkpoint.config, sort_keys=True)
+    model.metadata_props[reading.CONFIG_KEY] = json.dumps(checkpoint.config, sort_keys=True)
     ir.save(model, folder / MODEL)
     onnx.checker.check_model(folder / MODEL, full_check=True)
     write_json(folder / "genai_config.json", genai.config(checkpoint.model, MODEL))

@@ -9,12 +9,12 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads sleep: on shared co
 import pytest
 import torch
 from click.testing import CliRunner
+from jamba_models import make_jamba
 
 import cli
 from compress import pipeline, resources
 from compress.recipe import load_recipe
 from compress.source import resolve
-from models import make_jamba
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jamba_models import make_jamba
 from safetensors.torch import load_file, save_file
 from transformers import JambaConfig
 
@@ -23,7 +24,6 @@ from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder
 from compress.checkpoint.reader import Checkpoint, open_config
 from compress.checkpoint.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from compress.errors import InputError
-from models import make_jamba
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.final_layernorm.weight"
 FORMAT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

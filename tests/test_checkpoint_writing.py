@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jamba_models import make_jamba
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,7 +22,6 @@ from compress.model import Unit, Weight
 from compress.passes import quantize
 from compress.plan import PassContext
 from compress.roles import Role
-from models import make_jamba
 
 
 def plain_units(folder: Path) -> tuple[Unit, ...]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
+from jamba_models import make_jamba
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -21,7 +22,6 @@ from compress.errors import InputError
 from compress.formats.base import Quantized
 from compress.recipe import load_recipe
 from compress.source import resolve
-from models import make_jamba
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 KEPT_MATRICES = ("A_log", "router.weight")  # 2-D tensors that stay as they came

@@ -6,13 +6,13 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from jamba_models import make_jamba
 from safetensors import safe_open
 from transformers import JambaConfig, JambaForCausalLM
 
 from compress import exporting
 from compress.errors import InputError
 from compress.inspection import as_text, inspect
-from models import make_jamba
 
 PUBLISHED = 0.005  # relative; published figures are rounded to three or four digits
 

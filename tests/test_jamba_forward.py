@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jamba_models import load_reference, make_jamba
 
 from compress import inference, resources
 from compress import model as model_module
@@ -17,7 +18,6 @@ from compress.inference import Decoder, Head, LayerWeights, embed, layer_weights
 from compress.model import HybridModel
 from compress.prompts.windows import encode
 from compress.source import load_tokenizer
-from models import load_reference, make_jamba
 
 AGREEMENT = 1e-4  # largest difference between logits of the two: the project's requirement on float32 arithmetic
 # Standard deviation of random weights times sqrt(inputs). At 0.7 transformers in float32 is 1e-6 to 3e-5 away from itself

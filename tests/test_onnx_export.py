@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from jamba_models import make_jamba
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,6 @@ from compress.prompts.windows import encode
 from compress.recipe import load_recipe
 from compress.source import load_tokenizer, resolve
 from exporters import onnx as exporter
-from models import make_jamba
 
 AGREEMENT = 1e-3  # largest difference between logits: the project's requirement on an exported graph
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}  # fused int8 products in float32, as our own forward has them

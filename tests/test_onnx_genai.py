@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jamba_models import make_jamba
 
 from compress import exporting, resources
 from compress.onnx_session import OnnxSession
 from compress.source import load_tokenizer
-from models import make_jamba
 
 genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 

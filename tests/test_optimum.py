@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from jamba_models import AWKWARD, make_jamba
 from optimum.commands.base import BaseOptimumCLICommand
 from optimum.commands.export.base import ExportCommand
 from optimum.exporters.tasks import TasksManager
@@ -19,7 +20,6 @@ from compress import exporting
 from compress.architectures import jamba
 from compress.onnx_session import OnnxSession
 from exporters.optimum_hook import register_compress, tasks
-from models import AWKWARD, make_jamba
 
 ROOT = Path(register_compress.__file__).parents[2]
 

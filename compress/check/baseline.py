@@ -1,4 +1,4 @@
-"""The original's log-probabilities: computed once in float32, layer by layer, and kept on disk.
+"""The original's log-probabilities: computed once and kept on disk (a checkpoint's in float32, layer by layer).
 
 Prefill and decode of an exact model agree, so one pass serves both phases of every candidate. The key is what decides
 the values: weights and token ids.
@@ -11,20 +11,17 @@ import numpy as np
 import torch
 
 from compress import cache, progress
-from compress.inference import Head, stream
-from compress.model import HybridModel
+from compress.check.runners import Candidate
 from compress.prompts import PromptSet
 
 VERSION = 1  # part of the key: raise it when our forward changes its values
-ROWS = 256  # positions whose logits are in memory together
 
 
 class Baseline:
     """Log-probabilities [positions, V] of one prompt set: position t of a window predicts its token t + 1."""
 
     def __init__(self, path: Path, prompt_set: PromptSet, vocab_size: int):
-        lengths = [len(window) - 1 for window in prompt_set.windows]
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._starts = _starts(prompt_set)
         self._file, self._vocab = open(path, "rb"), vocab_size  # noqa: SIM115 - stays open: the cache may drop the name
 
     def log_probs(self, window: int, start: int, stop: int) -> torch.Tensor:
@@ -38,15 +35,15 @@ def bytes_needed(tokens: int, vocab_size: int) -> int:
     return 4 * tokens * vocab_size
 
 
-def compute(model: HybridModel, weights_sha256: str, prompt_set: PromptSet, device: str = "cpu") -> Baseline:
+def compute(reference: Candidate, weights_sha256: str, prompt_set: PromptSet) -> Baseline:
     """The baseline of one prompt set, from the cache where it is there."""
     path = cache.folder("baseline") / f"{_key(weights_sha256, prompt_set)}.f32"
     if path.is_file():
         path.touch()
     else:
         with cache.publish(path) as partial:
-            _write(model, prompt_set, partial, device)
-    return Baseline(path, prompt_set, model.config.vocab_size)
+            _write(reference, prompt_set, partial)
+    return Baseline(path, prompt_set, reference.vocab_size)
 
 
 def _key(weights_sha256: str, prompt_set: PromptSet) -> str:
@@ -56,15 +53,15 @@ def _key(weights_sha256: str, prompt_set: PromptSet) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(model: HybridModel, prompt_set: PromptSet, path: Path, device: str) -> None:
-    total = prompt_set.tokens * model.config.num_hidden_layers
-    with (
-        cache.scratch("baseline") as scratch,
-        open(path, "wb") as file,
-        progress.task(f"baseline on {prompt_set.name}", total) as advance,
-    ):
-        head = Head(model, device)
-        for _, hidden in stream(model, prompt_set.windows, scratch, device=device, advance=advance):
-            for window in hidden:
-                for rows in window[:-1].split(ROWS):
-                    torch.log_softmax(head(rows), dim=-1).cpu().numpy().tofile(file)
+def _write(reference: Candidate, prompt_set: PromptSet, path: Path) -> None:
+    starts, row_bytes = _starts(prompt_set), 4 * reference.vocab_size
+    total = reference.steps(prompt_set.tokens)
+    with open(path, "wb") as file, progress.task(f"baseline on {prompt_set.name}", total) as advance:
+        for window, start, logits in reference.logits(prompt_set.windows, "prefill", advance):
+            file.seek(row_bytes * int(starts[window] + start))
+            torch.log_softmax(logits.float(), dim=-1).numpy().tofile(file)
+
+
+def _starts(prompt_set: PromptSet) -> np.ndarray:
+    """The first row of each window in the file: a window of n tokens has n - 1."""
+    return np.concatenate([[0], np.cumsum([len(window) - 1 for window in prompt_set.windows])])

@@ -8,15 +8,15 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from compress import prompts, source, strict_yaml
-from compress.artifacts import find_artifact
+from compress.artifacts import find_artifact, open_artifact
 from compress.check import run as check_run
 from compress.check.compare import verdict
 from compress.check.settings import Check
-from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.writer import write_json
 from compress.errors import InputError
 from compress.report import terminal
 from compress.report.manifest import versions
+from compress.strict_model import key_path, what_was_expected
 
 
 def settings(
@@ -28,8 +28,8 @@ def settings(
         return Check(prompts=prompts or ("heldout",), samples=samples, length=length, limits=values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+        key = ".".join(str(part) for part in key_path(first))
+        raise InputError(f"{key}: {what_was_expected(first)}") from None
 
 
 def _limit(text: str) -> tuple[str, float]:
@@ -52,17 +52,14 @@ def _file_limits(path: Path | None) -> dict:
 def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path = find_artifact(candidate)
-    original = Checkpoint(source.resolve(baseline).folder)
+    original = open_artifact(_baseline_path(baseline), device)
     for name in checks.prompts:
-        prompts.refuse_unusable(name, original.folder)
-    digest = original.files.sha256()
-    rows, used = check_run.run(
-        check_run.BaselineSource(original, digest), {_kind(path): path}, checks, seed=seed, device=device
-    )
+        prompts.refuse_unusable(name, original.folder, length=checks.length)
+    rows, used = check_run.run(original, {_kind(path): path}, checks, seed=seed, device=device)
     result = {
         "schema": 1,
         "verdict": verdict(rows),
-        "baseline": {"name": baseline, "weights_sha256": digest},
+        "baseline": {"name": baseline, "sha256": original.sha256()},
         "candidate": str(candidate),
         "prompts": used,
         "checks": [row.to_json() for row in rows],
@@ -72,6 +69,11 @@ def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: s
     terminal.show_rows(result["checks"], console)
     console.print(f"verdict: {result['verdict']}")
     return result
+
+
+def _baseline_path(name: str) -> Path:
+    """A local artifact, or a model by name."""
+    return find_artifact(Path(name)) if Path(name).exists() else source.resolve(name).folder
 
 
 def _kind(path: Path) -> str:

@@ -1,12 +1,11 @@
 """What a check is asked to do, and the metrics it knows. No model code here: recipes import this."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from compress.errors import nearest
-from compress.strict_model import Strict
+from compress.strict_model import Number, Strict, WholeNumber
 
 
 @dataclass(frozen=True)
@@ -29,24 +28,16 @@ METRICS = {
     )
 }
 
-Limit = Annotated[float, Field(ge=0)]
+Limit = Annotated[Number, Field(ge=0)]
 
 
 class Check(Strict):
     """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set."""
 
     prompts: tuple[str, ...] = Field(default=("heldout",), min_length=1)
-    samples: int = Field(default=48, ge=1, le=1_000_000)
-    length: int = Field(default=512, ge=2, le=1_048_576)
-    limits: dict[str, Limit] = Field(default_factory=dict)
-
-    @field_validator("limits")
-    @classmethod
-    def _known_metrics(cls, limits: dict[str, float]) -> dict[str, float]:
-        for name in limits:
-            if name not in METRICS:
-                raise ValueError(f"unknown metric '{name}'{nearest(name, METRICS)}")
-        return limits
+    samples: WholeNumber = Field(default=48, ge=1, le=1_000_000)
+    length: WholeNumber = Field(default=512, ge=2, le=1_048_576)
+    limits: dict[Literal[*METRICS], Limit] = Field(default_factory=dict)
 
     @field_validator("prompts")
     @classmethod

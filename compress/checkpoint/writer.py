@@ -111,7 +111,7 @@ def write_json(path: Path, value) -> None:
 
 def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8") as file:
+    with open(partial, "w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from compress import formats
 from compress.errors import InputError
 from compress.roles import KEPT_BY_DEFAULT, QUANTIZABLE, Role
-from compress.strict_model import Strict
+from compress.strict_model import KeyedError, Strict
 
 WeightFormat = Literal[*formats.FILES, formats.AS_IT_CAME]
 
@@ -23,9 +23,8 @@ class Options(Strict):
     def _only_matrices(cls, roles: dict) -> dict:
         for role, format_name in roles.items():
             if role in KEPT_BY_DEFAULT and format_name != formats.AS_IT_CAME:
-                raise ValueError(
-                    f"'{role}' always stays as it came; quantizable roles: {', '.join(sorted(QUANTIZABLE))}"
-                )
+                choices = ", ".join(sorted(QUANTIZABLE))
+                raise KeyedError(role, f"'{role}' always stays as it came; quantizable roles: {choices}")
         return roles
 
     def format_of(self, role: Role) -> str:

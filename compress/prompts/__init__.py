@@ -29,7 +29,7 @@ class PromptSet:
         return sum(len(window) for window in self.windows)
 
 
-def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = None) -> None:
+def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = None, *, length: int) -> None:
     """Refuses, before any work, a set that is not known, a file that cannot be read as one, or text without a tokenizer.
 
     Without `model_folder` only the name is looked at.
@@ -40,14 +40,16 @@ def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = 
     tokenizer = load_tokenizer(model_folder)
     if path is not None:
         passages.from_file(path, tokenizer)
+    if name == "recall":
+        recall.windows(tokenizer, [], samples=1, length=length, seed=0)
 
 
 def load(name: str, *, purpose: str, tokenizer, model, weights_sha256: str, samples: int, length: int, seed: int,
-         folder: Path | None = None, device: str = "cpu", progress=None) -> PromptSet:  # fmt: skip
+         folder: Path | None = None, progress=None) -> PromptSet:  # fmt: skip
     """At most `samples` windows of `length` tokens. `purpose` (`check` or `calibration`) separates the seeds."""
     seed = derive_seed(seed, purpose, name)
     if name == "self":
-        windows = self_text.windows(model, weights_sha256, samples, length, seed, device, progress)
+        windows = self_text.windows(model, weights_sha256, samples, length, seed, progress)
     elif name == "recall":
         filler = passages.shipped("heldout" if purpose == "check" else "prose")
         windows = recall.windows(tokenizer, filler, samples, length, seed)

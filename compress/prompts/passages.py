@@ -9,7 +9,7 @@ from compress.errors import InputError
 
 def shipped(name: str) -> list[str]:
     path = resources.folder("calibration_data") / f"{name}.jsonl"
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def from_file(path: Path, tokenizer) -> list[str]:
@@ -23,7 +23,7 @@ def from_file(path: Path, tokenizer) -> list[str]:
     if path.suffix == ".txt":
         texts = [content]
     else:
-        lines = [(i, line) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+        lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
         texts = [_passage(line, f"{path}:{i}", tokenizer) for i, line in lines]
     if not any(text.strip() for text in texts):
         raise InputError(f"{path}: holds no text")

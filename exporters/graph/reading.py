@@ -1,12 +1,15 @@
 """Reads an exported model.onnx back without its weights."""
 
+import json
 from pathlib import Path
 
 import onnx_ir as ir
 
+from compress import plugins
 from compress.errors import InputError, first_line
 from exporters.graph.blocks import SCALE
 
+CONFIG_KEY = "compress.config"  # metadata that carries config.json
 FORMATS = {ir.DataType.INT8: "int8", ir.DataType.FLOAT: "fp32"}
 
 
@@ -16,6 +19,15 @@ def load(path: Path) -> ir.Model:
         return ir.load(path)
     except Exception as error:  # protobuf raises its own DecodeError, onnx-ir several kinds
         raise InputError(f"{path}: not a readable ONNX model ({first_line(error)})") from None
+
+
+def model_config(model: ir.Model, path: Path):
+    """Architecture module, validated configuration and config.json of the checkpoint a graph was exported from."""
+    if CONFIG_KEY not in model.metadata_props:
+        raise InputError(f"{path}: was not exported by this tool (no '{CONFIG_KEY}' in its metadata)")
+    values = json.loads(model.metadata_props[CONFIG_KEY])
+    architecture = plugins.load(plugins.ARCHITECTURES, values["model_type"])
+    return architecture, architecture.parse_config(values, str(path)), values
 
 
 def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:

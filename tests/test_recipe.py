@@ -1,0 +1,380 @@
+"""Recipes: what loads, what is refused and how the refusal reads, and what `--set` changes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compress import resources
+from compress.errors import InputError
+from compress.recipe import load_recipe
+
+RECIPE = """\
+version: 1
+model: models/tiny-jamba
+passes:
+  - quantize:
+      method: rtn
+      weights: int8
+      roles:
+        lm_head: int8
+export:
+  - onnx:
+      opset: 21
+check:
+  prompts: [self]
+  samples: 2
+  length: 48
+  limits:
+    perplexity_ratio: 1.5
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a recipe file (text or bytes) and returns its path."""
+
+    def to_file(content: str | bytes = RECIPE) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return to_file
+
+
+def changed(old: str, new: str) -> str:
+    assert old in RECIPE
+    return RECIPE.replace(old, new, 1)
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The one sentence with which a recipe is refused."""
+    with pytest.raises(InputError) as caught:
+        load_recipe(str(path), overrides)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, "the contract promises one sentence"
+    return message
+
+
+def line_of(text: str, word: str) -> int:
+    return next(i for i, line in enumerate(text.splitlines(), 1) if word in line)
+
+
+@pytest.mark.parametrize("name", sorted(resources.shipped_recipes()))
+def test_a_shipped_recipe_loads_by_name_and_names_a_model_that_is_there(name):
+    loaded = load_recipe(name)
+    assert loaded.name == name
+    assert resources.find_model(loaded.recipe.model, loaded.folder).is_dir()
+
+
+@pytest.mark.parametrize("name", sorted(resources.shipped_recipes()))
+def test_a_shipped_recipe_begins_with_a_line_that_says_what_it_is_for(name):
+    first = resources.find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 10
+
+
+def test_a_recipe_says_what_it_says(write):
+    recipe = load_recipe(str(write())).recipe
+    assert recipe.model == "models/tiny-jamba"
+    assert [step.name for step in recipe.passes] == ["quantize"]
+    assert recipe.passes[0].options.roles == {"lm_head": "int8"}
+    assert [step.name for step in recipe.export] == ["onnx"]
+    assert recipe.check.prompts == ("self",)
+    assert (recipe.check.samples, recipe.check.length) == (2, 48)
+    assert recipe.check.limits == {"perplexity_ratio": 1.5}
+
+
+def test_a_recipe_of_one_line_takes_every_default(write):
+    recipe = load_recipe(str(write("version: 1\n"))).recipe
+    assert (recipe.model, recipe.passes, recipe.export, recipe.check) == (None, (), (), None)
+
+
+MISSPELT = [
+    ("model:", "modle:", "modle", "model"),
+    ("- quantize:", "- quantise:", "quantise", "quantize"),
+    ("weights:", "wieghts:", "wieghts", "weights"),
+    ("- onnx:", "- onxx:", "onxx", "onnx"),
+    ("opset:", "opsett:", "opsett", "opset"),
+    ("samples:", "sample:", "sample", "samples"),
+    ("method: rtn", "method: rtm", "rtm", "rtn"),
+    ("weights: int8", "weights: int9", "int9", "int8"),
+    ("lm_head: int8", "lm_haed: int8", "lm_haed", "lm_head"),
+    ("lm_head: int8", "lm_head: nune", "nune", "none"),
+    ("perplexity_ratio", "perplexity_ratoi", "perplexity_ratoi", "perplexity_ratio"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "wrong", "right"), MISSPELT, ids=[case[2] for case in MISSPELT])
+def test_a_misspelt_word_is_refused_with_file_line_and_nearest_match(write, old, new, wrong, right):
+    text = changed(old, new)
+    path = write(text)
+    message = refusal(path)
+    assert message.startswith(f"{path}:{line_of(text, wrong)}: ")
+    assert f"'{wrong}'" in message
+    assert f"did you mean '{right}'?" in message
+
+
+def test_a_word_like_no_other_is_refused_with_the_words_that_exist(write):
+    message = refusal(write(changed("- onnx:", "- zzz:")))
+    assert "'zzz'" in message
+    assert "expected one of: " in message
+    assert "onnx" in message.split("expected one of: ")[1]
+
+
+OUT_OF_RANGE = [
+    ("perplexity_ratio: 1.5", "perplexity_ratio: -1"),
+    ("perplexity_ratio: 1.5", "perplexity_ratio: .nan"),
+    ("perplexity_ratio: 1.5", "perplexity_ratio: .inf"),
+    ("perplexity_ratio: 1.5", "perplexity_ratio: low"),
+    ("samples: 2", "samples: 0"),
+    ("samples: 2", "samples: -1"),
+    ("samples: 2", "samples: 2.5"),
+    ("samples: 2", "samples: .nan"),
+    ("samples: 2", "samples: 1e30"),
+    ("length: 48", "length: 1"),
+    ("length: 48", "length: [48]"),
+    ("opset: 21", "opset: 13"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), OUT_OF_RANGE, ids=[new for _, new in OUT_OF_RANGE])
+def test_a_number_out_of_range_is_refused_with_its_key_and_line(write, old, new):
+    text = changed(old, new)
+    path = write(text)
+    message = refusal(path)
+    assert message.startswith(f"{path}:{line_of(text, new)}: ")
+    assert new.split(":")[0] in message
+
+
+def test_the_smallest_allowed_check_loads(write):
+    text = changed("samples: 2", "samples: 1").replace("length: 48", "length: 2").replace("1.5", "0")
+    check = load_recipe(str(write(text))).recipe.check
+    assert (check.samples, check.length, check.limits) == (1, 2, {"perplexity_ratio": 0.0})
+
+
+@pytest.mark.parametrize("version", ["2", "0", "'one'", "[1]"])
+def test_another_version_is_refused(write, version):
+    assert "version" in refusal(write(changed("version: 1", f"version: {version}")))
+
+
+def test_a_recipe_without_a_version_is_refused(write):
+    assert "missing key 'version'" in refusal(write(changed("version: 1\n", "")))
+
+
+KEPT = ["norm", "router", "ssm_conv", "ssm_a", "ssm_d", "ssm_dt_bias"]
+
+
+@pytest.mark.parametrize("role", KEPT)
+def test_a_role_that_must_keep_its_precision_cannot_be_quantized(write, role):
+    path = write(changed("lm_head: int8", f"{role}: int8"))
+    message = refusal(path)
+    assert message.startswith(f"{path}:")
+    assert f"'{role}'" in message
+
+
+def test_the_refusal_of_such_a_role_names_its_own_line(write):
+    text = changed("lm_head: int8", "norm: int8")
+    path = write(text)
+    assert refusal(path).startswith(f"{path}:{line_of(text, 'norm: int8')}: ")
+
+
+def test_a_role_that_keeps_its_precision_may_be_spelt_out(write):
+    recipe = load_recipe(str(write(changed("lm_head: int8", "norm: none")))).recipe
+    assert recipe.passes[0].options.format_of("norm") == "none"
+
+
+def test_a_role_takes_its_own_format_and_every_other_the_default(write):
+    options = load_recipe(str(write(changed("lm_head: int8", "lm_head: none")))).recipe.passes[0].options
+    assert (options.format_of("lm_head"), options.format_of("experts"), options.format_of("router")) == (
+        "none",
+        "int8",
+        "none",
+    )
+
+
+def test_two_passes_in_one_list_item_are_refused(write):
+    assert refusal(write(changed("  - quantize:", "  - prune: {}\n    quantize:")))
+
+
+@pytest.mark.parametrize("item", ["{}", "quantize", "null", "3"])
+def test_a_list_item_that_names_no_pass_is_refused_with_its_place(write, item):
+    path = write(f"version: 1\npasses:\n  - {item}\n")
+    message = refusal(path)
+    assert message.startswith(f"{path}:3: ")
+    assert "passes.0" in message
+
+
+def test_an_exporter_listed_twice_is_refused(write):
+    assert "twice" in refusal(write(changed("  - onnx:", "  - onnx: {}\n  - onnx:")))
+
+
+def test_the_calibration_passages_cannot_be_checked_on(write):
+    path = write(changed("[self]", "[self, prose]"))
+    message = refusal(path)
+    assert message.startswith(f"{path}:13: ")
+    assert "'prose'" in message
+
+
+@pytest.mark.parametrize("prompts", ["[self, self]", "[]", "self", "null"])
+def test_a_list_of_prompts_that_makes_no_sense_is_refused(write, prompts):
+    assert "prompts" in refusal(write(changed("[self]", prompts)))
+
+
+def test_a_duplicate_key_is_refused_where_it_occurs_again(write):
+    path = write(changed("      method: rtn\n", "      method: rtn\n      method: rtn\n"))
+    message = refusal(path)
+    assert message.startswith(f"{path}:6: ")
+    assert "duplicate key 'method'" in message
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+SURPRISES = {
+    "a tag that would run code": "version: 1\nmodel: !!python/object/apply:os.system ['true']\n",
+    "a tag that changes a type": "version: !!str 1\n",
+    "an anchor": "version: &v 1\n",
+    "an alias": "version: 1\nmodel: *v\n",
+    "nested aliases that grow without bound": BOMB,
+    "a merge key": "<<: {version: 1}\nversion: 1\n",
+    "two documents": "version: 1\n---\nversion: 1\n",
+    "a list as a key": "version: 1\n? [a]\n: b\n",
+    "a tab as indentation": "version: 1\ncheck:\n\tsamples: 1\n",
+    "a control character": "version: 1\nmodel: \x00\n",
+    "a date that does not exist": "version: 1\nmodel: 2001-99-99\n",
+    "an unclosed bracket": "version: 1\npasses: [\n",
+    "nothing": "",
+    "only a comment": "# version: 1\n",
+    "a list": "- version: 1\n",
+    "one word": "version",
+    "nested mappings without end": "{a: " * 2000,
+    "nested lists without end": "[" * 1000,
+}
+
+
+@pytest.mark.parametrize("text", SURPRISES.values(), ids=list(SURPRISES))
+def test_a_file_that_is_not_plain_data_is_refused_by_name(write, text):
+    path = write(text)
+    assert refusal(path).startswith(str(path))
+
+
+def test_a_file_that_is_not_text_is_refused(write):
+    assert "UTF-8" in refusal(write(RECIPE.encode() + b"\xff\xfe"))
+
+
+def test_a_file_too_large_to_be_a_recipe_is_refused(write):
+    assert "larger" in refusal(write(RECIPE + "#" * (2 << 20)))
+
+
+def test_a_hundred_thousand_open_brackets_are_refused_without_hanging(write):
+    """In a process of its own, so that a parser that never ends fails this test instead of stopping the run."""
+    code = "import sys; from compress.strict_yaml import load; from pathlib import Path; load(Path(sys.argv[1]))"
+    arguments = [sys.executable, "-c", code, str(write("[" * 100_000))]
+    # a parser that gives up at some depth needs well under a second; one that is quadratic in it, hours
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=20, check=False)
+    assert "InputError" in result.stderr
+
+
+def test_a_recipe_that_is_not_there_is_refused_with_the_nearest_shipped_one():
+    with pytest.raises(InputError, match="did you mean 'tiny-int8'"):
+        load_recipe("tiny-in8")
+
+
+def test_a_number_addresses_a_list_item_and_a_mapping_is_made_where_there_is_none(write):
+    path = str(write(changed("      roles:\n        lm_head: int8\n", "")))
+    recipe = load_recipe(path, ("passes.0.quantize.roles.lm_head=none",)).recipe
+    assert recipe.passes[0].options.roles == {"lm_head": "none"}
+
+
+def test_an_override_takes_a_list_or_a_mapping_in_brackets(write):
+    recipe = load_recipe(str(write()), ("check.prompts=[heldout, recall]", "check.limits={top1_agreement: 0.5}")).recipe
+    assert recipe.check.prompts == ("heldout", "recall")
+    assert recipe.check.limits == {"top1_agreement": 0.5}
+
+
+def test_a_later_override_sees_an_earlier_one(write):
+    recipe = load_recipe(str(write()), ("check=null", "check.samples=3")).recipe
+    assert (recipe.check.samples, recipe.check.limits) == (3, {})
+
+
+@pytest.mark.parametrize("override", ["check=null", "check="])
+def test_an_override_switches_the_check_off(write, override):
+    assert load_recipe(str(write()), (override,)).recipe.check is None
+
+
+BAD_OVERRIDES = {
+    "check": "KEY=VALUE",
+    "=1": "KEY=VALUE",
+    "passes.1.quantize.weights=none": "no item '1'",
+    "passes.-1.quantize.weights=none": "no item '-1'",
+    "passes.first.quantize.weights=none": "no item 'first'",
+    "passes.².quantize.weights=none": "no item '²'",
+    "passes.0.quantize.wieghts=none": "did you mean 'weights'?",
+    "passes.0.quantize.weights=nine": "did you mean 'none'?",
+    "passes.0.quantize.roles.norm=int8": "'norm'",
+    "chek=null": "did you mean 'check'?",
+    "chek.samples=1": "did you mean 'check'?",
+    "check.samples=0": "check.samples",
+    "check.samples.x=1": "plain value",
+    "check.prompts.0.x=1": "plain value",
+    "check.prompts.0=prose": "'prose'",
+    "check.limits.perplexity_ratoi=1": "did you mean 'perplexity_ratio'?",
+    "model.name=x": "plain value",
+    "check={": "not valid YAML",
+    "check=*anchor": "anchors and aliases",
+    "model=!!python/name:os.system x": "YAML tag",
+    "version=2": "version",
+}
+
+
+@pytest.mark.parametrize(("override", "said"), BAD_OVERRIDES.items(), ids=list(BAD_OVERRIDES))
+def test_a_bad_override_is_refused_as_an_override_and_not_blamed_on_the_file(write, override, said):
+    message = refusal(write(), override)
+    assert message.startswith("--set")
+    assert said in message
+
+
+def options_of(recipe) -> tuple:
+    """Everything a recipe decides, with the options spelt out."""
+    return (
+        recipe.version,
+        recipe.model,
+        [(step.name, step.options) for step in recipe.passes],
+        [(step.name, step.options) for step in recipe.export],
+        recipe.check,
+    )
+
+
+ROUND_TRIPS = {
+    "as written": (),
+    "check off": ("check=null",),
+    "no export": ("export=[]",),
+    "defaults of an exporter": ("export.0.onnx=null",),
+    "defaults of a pass": ("passes.0.quantize=null",),
+    "no limits": ("check.limits={}",),
+    "a model with odd characters": ("model='a: b # ü'",),
+    "no model": ("model=null",),
+}
+
+
+@pytest.mark.parametrize("overrides", ROUND_TRIPS.values(), ids=list(ROUND_TRIPS))
+def test_the_resolved_recipe_loads_again_as_the_same_recipe(write, tmp_path, overrides):
+    loaded = load_recipe(str(write()), overrides)
+    resolved = tmp_path / "recipe.resolved.yaml"
+    resolved.write_text(loaded.resolved_yaml(), encoding="utf-8")
+    again = load_recipe(str(resolved))
+    assert options_of(again.recipe) == options_of(loaded.recipe)
+    assert again.resolved_yaml() == loaded.resolved_yaml()
+
+
+def test_the_resolved_recipe_spells_out_defaults_and_overrides(write):
+    resolved = load_recipe(str(write("version: 1\npasses: [quantize: {}]\ncheck: {}\n")), ("model=x",)).resolved_yaml()
+    for words in ("method: rtn", "weights: int8", "samples:", "length:", "model: x"):
+        assert words in resolved
+
+
+def test_the_text_of_a_recipe_is_kept_with_its_comments(write):
+    text = "# why this recipe is here\n" + RECIPE
+    assert load_recipe(str(write(text)), ("check=null",)).text == text
