@@ -1,0 +1,64 @@
+"""Time and peak memory of `compress apply` on a large random checkpoint: `python benchmarks/memory.py [--shape SHAPE]`.
+
+Runs the installed command in a process of its own under /usr/bin/time -v, so the peak is the kernel's figure.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import describe_machine
+from shapes import SHAPES, make
+
+
+def measure(source: Path, out: Path) -> dict:
+    """Runs the quick-start recipe on `source`, check off, and returns what time and the report say."""
+    command = [
+        sys.executable,
+        "-m",
+        "cli",
+        "apply",
+        "tiny-int8",
+        "-m",
+        source,
+        "-o",
+        out,
+        "--set",
+        "check=null",
+        "--overwrite",
+    ]
+    run = subprocess.run(["/usr/bin/time", "-v", *command], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    report = json.loads((out / "report.json").read_text())
+    return {
+        "seconds": _elapsed(run.stderr),
+        "peak_rss_gib": int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", run.stderr)[1]) / 2**20,
+        "reported_peak_gib": report["passes"][0]["peak_rss_bytes"] / 2**30,
+        "pass_seconds": report["passes"][0]["seconds"],
+        "baseline_bytes": report["size"]["baseline_bytes"],
+        "artifacts": {a["kind"]: a["bytes"] for a in report["artifacts"]},
+    }
+
+
+def _elapsed(text: str) -> float:
+    """Seconds from time's h:mm:ss or m:ss.ss."""
+    parts = re.search(r"Elapsed \(wall clock\) time .*: ([\d:.]+)", text)[1].split(":")
+    return sum(float(part) * 60**i for i, part in enumerate(reversed(parts)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="jamba-reasoning-3b")
+    parser.add_argument(
+        "--folder", type=Path, help="Where to keep the checkpoint and the output; default a temporary folder."
+    )
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        result = measure(make(arguments.shape, folder / arguments.shape), folder / "out")
+    print(json.dumps({"machine": describe_machine(), "shape": arguments.shape, **result}, indent=2))

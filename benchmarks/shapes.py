@@ -1,0 +1,98 @@
+"""Random checkpoints of published shapes: `python benchmarks/shapes.py SHAPE FOLDER`. Written a block of rows at a time.
+
+The weights are noise of a trained model's scale, so sizes, times and memory are real and text is not.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from compress.architectures import jamba
+from compress.checkpoint import writer
+from compress.model import Spec, Unit, Weight
+from compress.progress import task
+from compress.roles import Role
+
+COMMON = {
+    "model_type": "jamba",
+    "architectures": ["JambaForCausalLM"],
+    "dtype": "bfloat16",
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+SHAPES = {
+    # AI21 Jamba-Reasoning-3B: dense, embeddings tied; 3.03B parameters, 6.06 GB in bfloat16
+    "jamba-reasoning-3b": {
+        "vocab_size": 65536, "hidden_size": 2560, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 20,
+        "num_key_value_heads": 1, "attn_layer_period": 14, "attn_layer_offset": 7, "num_experts": 1, "num_experts_per_tok": 1,
+        "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 160, "tie_word_embeddings": True,
+    },
+    # a small MoE Jamba: 1.6B parameters, 16 experts on every other layer
+    "moe-1.6b": {
+        "vocab_size": 16384, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "attn_layer_period": 8, "attn_layer_offset": 4, "num_experts": 16, "num_experts_per_tok": 2,
+        "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 64, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def make(shape: str, folder: Path) -> Path:
+    """Writes the checkpoint into `folder` (kept where it is complete already) and returns it."""
+    if (folder / "config.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = COMMON | SHAPES[shape]
+    units = [_unit(spec) for spec in jamba.layout(jamba.parse_config(config, shape))]
+    total = sum(weight.parameters for unit in units for weight in unit.weights.values())
+    with task(f"writing {shape}", total) as advance:
+        for number, unit in enumerate(units):
+            writer.write_shard(unit, folder / writer.shard_name(number, len(units)), advance)
+    writer.write_index(folder, tuple(units))
+    writer.write_json(folder / "config.json", config)
+    return folder
+
+
+def _unit(spec) -> Unit:
+    return Unit(spec.name, {s.name: Weight(s.name, s.role, s.shape, "bf16", _loader(s)) for s in spec.specs})
+
+
+def _loader(spec: Spec):
+    def load(rows: slice | None = None) -> torch.Tensor:
+        rows = rows or slice(0, spec.shape[0])
+        seed = hashlib.sha256(f"{spec.name}/{rows.start}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed[:8], "little") >> 1)
+        return _values(spec, (rows.stop - rows.start, *spec.shape[1:]), generator).to(torch.bfloat16)
+
+    return load
+
+
+def _values(spec: Spec, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if spec.role == Role.SSM_A:  # Mamba's start: A_log[d, n] = log(n + 1)
+        return torch.log(torch.arange(1, shape[1] + 1, dtype=torch.float32)).expand(shape)
+    if spec.role in (Role.NORM, Role.SSM_D):
+        return torch.ones(shape)
+    if spec.role == Role.SSM_DT_BIAS:  # softplus of it is a time step of about 0.01
+        return torch.full(shape, -4.6)
+    return torch.randn(shape, generator=generator) / max(1, spec.shape[-1]) ** 0.5
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    make(arguments.shape, arguments.folder)
+    size = sum(path.stat().st_size for path in arguments.folder.iterdir())
+    print(json.dumps({"shape": arguments.shape, "bytes": size}))
