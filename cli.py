@@ -3,7 +3,9 @@
 Heavy packages are imported inside the commands: a misspelt recipe key is refused without loading torch.
 """
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,15 +14,23 @@ import click
 import compress as package
 from compress.errors import InputError, WorkError
 
+# waiting threads sleep: where cores are shared, spinning ones take many times as long (set before torch is imported)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 
 
 class Commands(click.Group):
     """Maps the two error classes, a full disk and Ctrl-C to the contract's exit codes, each with one sentence."""
 
+    def make_context(self, *arguments, **options):
+        with _one_sentence():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, context: click.Context):
         try:
-            return super().invoke(context)
+            with _one_sentence():
+                return super().invoke(context)
         except InputError as error:
             _stop(error, BAD_INPUT)
         except WorkError as error:
@@ -34,6 +44,18 @@ class Commands(click.Group):
         except (KeyboardInterrupt, click.Abort):
             hint = "; run again with --resume to continue" if context.invoked_subcommand == "apply" else ""
             _stop(f"interrupted{hint}", INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _one_sentence():
+    """A usage error is bad input like any other: one sentence, not click's several lines."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "compress"
+        _stop(f"{error.format_message().rstrip('.')}; see '{command} --help'", BAD_INPUT)
 
 
 def _stop(message, code: int):

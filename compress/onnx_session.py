@@ -9,7 +9,7 @@ import torch
 
 from compress.errors import InputError, first_line
 
-LOAD_FACTOR = 1.6  # peak memory of a session over the artifact's bytes, measured: prepacking copies weights
+LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
 
 
 class OnnxSession:

@@ -48,17 +48,17 @@ class Outcome:
 
 
 def prepare(job: Job, *, needs_weights: bool = True) -> Plan:
-    """Everything that can be refused before a weight is read. A folder with only config.json will do for a plan."""
+    """Refuses what can be refused before a weight is read. A folder with only config.json will do for a plan."""
     context = PassContext(job.device, job.seed)
-    planned = plan.make(job.recipe.recipe, job.source, context, job.recipe.folder, needs_weights=needs_weights)
-    plan.refuse_full_disk(planned, job.out)
-    return planned
+    return plan.make(job.recipe.recipe, job.source, context, job.recipe.folder, needs_weights=needs_weights)
 
 
 def apply(job: Job) -> dict:
     """Runs the job and publishes `job.out`; returns the report."""
     workspace.refuse_existing(job.out, resume=job.resume, overwrite=job.overwrite)
     planned = prepare(job)
+    if shortages := plan.disk_shortages(planned, job.out):
+        raise InputError(shortages[0])
     outcome = Outcome(_sha256(planned.checkpoint))
     key = {
         "recipe": job.recipe.resolved_yaml(),

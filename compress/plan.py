@@ -8,7 +8,6 @@ from pathlib import Path
 from compress import cache, plugins, prompts, sizes
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
-from compress.errors import InputError
 from compress.model import HybridModel, Unit
 from compress.source import Source
 
@@ -67,16 +66,17 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path, need
     return Plan(source, model, checkpoint, units, recipe)
 
 
-def refuse_full_disk(plan: Plan, out: Path) -> None:
-    """Output and, where a check runs, the baseline must fit on the disks they go to."""
+def disk_shortages(plan: Plan, out: Path) -> list[str]:
+    """What of output and, where a check runs, baseline does not fit on the disk it goes to."""
     output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values())))
     needs = [(_existing(out), output, "the output")]
     if plan.recipe.check is not None:
         needs.append((_existing(cache.location("baseline")), plan.check_bytes(), "the baseline's log-probabilities"))
-    for folder, need, what in needs:
-        free = shutil.disk_usage(folder).free
-        if need > free:
-            raise InputError(f"{folder}: {what} needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free")
+    return [
+        f"{folder}: {what} needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free"
+        for folder, need, what in needs
+        if need > (free := shutil.disk_usage(folder).free)
+    ]
 
 
 def _existing(path: Path) -> Path:
@@ -97,6 +97,7 @@ def describe(plan: Plan, out: Path) -> str:
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
     ]
+    lines += [f"disk      {shortage}" for shortage in disk_shortages(plan, out)]
     if check is None:
         return "\n".join([*lines, "check     off"])
     limits = ", ".join(f"{name} {value:g}" for name, value in check.limits.items()) or "no limits"

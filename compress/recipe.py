@@ -2,15 +2,15 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from compress import plugins, resources, strict_yaml
 from compress.check import settings
 from compress.errors import InputError, nearest
-from compress.strict_model import Strict, WholeNumber, key_path, what_was_expected
+from compress.strict_model import Strict, key_path, no_truth_value, what_was_expected
 from compress.strict_yaml import Document, KeyPath
 
 
@@ -47,7 +47,7 @@ def recipe_model() -> type[Strict]:
     """The pydantic model, with one field per pass and per exporter found on disk."""
 
     class Recipe(Strict):
-        version: Annotated[WholeNumber, Field(ge=1, le=1)]
+        version: Annotated[Literal[1], BeforeValidator(no_truth_value)]
         model: str | None = None
         passes: tuple[_choice("Pass", plugins.PASSES), ...] = ()
         export: tuple[_choice("Export", plugins.EXPORTERS), ...] = ()

@@ -31,15 +31,18 @@ def what_was_expected(error: dict) -> str:
     if error["type"] in ("enum", "literal_error"):
         expected = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         return f"'{error['input']}' is not known{nearest(error['input'], expected)}"
+    if error["type"] == "model_type":
+        return f"expected a mapping of options, not {error['input']!r:.80}"
     message = error["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:]
 
 
-def _no_truth_value(value):
+def no_truth_value(value):
+    """YAML's yes, no, true and false would count as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("expected a number, not yes/no or true/false")
     return value
 
 
-WholeNumber = Annotated[int, BeforeValidator(_no_truth_value)]
-Number = Annotated[float, BeforeValidator(_no_truth_value)]
+WholeNumber = Annotated[int, BeforeValidator(no_truth_value)]
+Number = Annotated[float, BeforeValidator(no_truth_value)]

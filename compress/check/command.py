@@ -77,7 +77,7 @@ def _baseline_path(name: str) -> Path:
 
 
 def _kind(path: Path) -> str:
-    return path.parent.name if path.suffix == ".onnx" else "checkpoint"
+    return path.resolve().parent.name if path.suffix == ".onnx" else "checkpoint"
 
 
 def write(result: dict, target: str | None) -> None:

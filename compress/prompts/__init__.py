@@ -41,7 +41,7 @@ def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = 
     if path is not None:
         passages.from_file(path, tokenizer)
     if name == "recall":
-        recall.windows(tokenizer, [], samples=1, length=length, seed=0)
+        recall.windows(tokenizer, ["Any text."], samples=1, length=length, seed=0)
 
 
 def load(name: str, *, purpose: str, tokenizer, model, weights_sha256: str, samples: int, length: int, seed: int,
@@ -62,9 +62,10 @@ def load(name: str, *, purpose: str, tokenizer, model, weights_sha256: str, samp
 
 
 def _find_file(name: str, folder: Path | None) -> Path:
+    usable = set(NAMES) - {"prose"}  # which a check may not use
     for candidate in ([folder / name] if folder else []) + [Path(name)]:
         if candidate.is_file():
             if candidate.suffix not in (".txt", ".jsonl"):
                 raise InputError(f"prompts '{name}': expected a .txt or .jsonl file")
             return candidate
-    raise InputError(f"prompts '{name}' is neither a file nor a known set{nearest(name, NAMES)}")
+    raise InputError(f"prompts '{name}' is neither a file nor a known set{nearest(name, usable)}")
