@@ -14,8 +14,8 @@ def moe(graph: Graph, x: ir.Value, router: ir.Value, experts: list[Expert], top_
     """Softmax over all experts, then top-k, weights not renormalised. x [B, S, H], router [H, E] -> [B, S, H].
 
     The rows are sorted by expert and split: every expert runs on exactly the rows routed to it, most of them, in a
-    decode step, on none, which costs nothing. Against an `If` per expert this is as fast and loads in 0.6 of the
-    memory (weights inside a branch are held twice); against running every expert, six times as fast at decode
+    decode step, on none, which costs nothing. Against an `If` per expert this is as fast and takes 0.8 of the memory
+    (weights inside a branch are held twice); against running every expert, three times as fast at decode
     (benchmarks/RESULTS.md).
     """
     rows = graph.reshape(x, -1, hidden)
