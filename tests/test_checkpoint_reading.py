@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from jamba_models import make_jamba
+from refusals import refusal
 from safetensors.torch import load_file, save_file
 from transformers import JambaConfig
 
@@ -49,15 +50,6 @@ def shards(sharded, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Path:
     return make_jamba(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
-
-
-def refusal(action) -> str:
-    """The sentence of the InputError that `action` must end with."""
-    with pytest.raises(InputError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def refused(folder: Path, *named) -> None:

@@ -85,15 +85,6 @@ def _tokens(vocabulary: int, length: int = LENGTH, batch: int = BATCH) -> torch.
     return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(7))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices of 40 columns gain nothing from a second thread, and lose much where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_jamba(folder: Path, **changes) -> Path:
     return make_jamba(folder, spread=SPREAD, **changes)
 

@@ -85,15 +85,6 @@ def make_artifact(folder: Path, changes: dict, quantize: bool) -> Artifact:
     return Artifact(source, exporting.export_checkpoint(source, "onnx", folder / "onnx"), scratch)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices of 40 columns gain nothing from a second thread, and lose much where other work shares the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=VARIANTS)
 def artifact(request, tmp_path_factory) -> Artifact:
     return make_artifact(tmp_path_factory.mktemp("variant"), *VARIANTS[request.param])

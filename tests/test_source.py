@@ -15,20 +15,12 @@ import pytest
 import transformers
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from refusals import refusal
 
 from compress.errors import InputError
 from compress.source import Source, load_tokenizer, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def refusal(action) -> str:
-    """The sentence of the InputError that `action` must end with."""
-    with pytest.raises(InputError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # ---- local folders and shipped data
