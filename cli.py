@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 import compress as package
-from compress.errors import InputError, WorkError
+from compress.errors import InputError, WorkError, first_line
 
 # waiting threads sleep: where cores are shared, spinning ones take many times as long (set before torch is imported)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,9 +41,16 @@ class Commands(click.Group):
             raise  # the reader of our output went away: click ends quietly
         except OSError as error:
             _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
+        except (click.exceptions.Exit, click.ClickException):
+            raise
         except (KeyboardInterrupt, click.Abort):
             hint = "; run again with --resume to continue" if context.invoked_subcommand == "apply" else ""
             _stop(f"interrupted{hint}", INTERRUPTED)
+        except Exception as error:  # a defect of ours must not look like a missed limit, which is exit code 1
+            if os.environ.get("COMPRESS_TRACEBACK"):
+                raise
+            where = f"{type(error).__name__}: {first_line(error)}"
+            _stop(f"internal error, {where}; COMPRESS_TRACEBACK=1 shows where, please report it", FAILED)
 
 
 @contextlib.contextmanager
@@ -90,7 +97,7 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
     from compress.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    name = model or loaded.recipe.model
+    name = loaded.recipe.model if model is None else model
     if name is None:
         raise InputError(f"{loaded.path}: names no model; add 'model:' or pass -m")
     _refuse_missing_device(device)
@@ -98,7 +105,7 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
     from compress.report import terminal
     from compress.source import resolve
 
-    source = resolve(name, None if model else loaded.folder, config_only=dry_run)
+    source = resolve(name, loaded.folder if model is None else None, config_only=dry_run)
     job = pipeline.Job(loaded, source, out or Path("out") / loaded.name, device, seed, resume, overwrite)
     if dry_run:
         click.echo(plan.describe(pipeline.prepare(job, needs_weights=False), job.out))
@@ -164,6 +171,7 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
     from compress.check import command
 
     settings = command.settings(prompts, limits, limits_file, samples, length)
+    command.refuse_unwritable(json_file)
     _refuse_missing_device(device)
     result = command.check(baseline, candidate, settings, seed=seed, device=device)
     command.write(result, json_file)
@@ -182,10 +190,17 @@ def run(artifact, prompt, max_tokens, temperature, seed):
     """Stream text from a checkpoint or an ONNX artifact; PROMPT - reads standard input."""
     from compress import generation
 
-    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    text = _read_stdin() if prompt == "-" else prompt or ""
     for piece in generation.stream_text(artifact, text, max_tokens, temperature, seed):
         click.echo(piece, nl=False)
     click.echo()
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError("the prompt on standard input is not UTF-8 text") from None
 
 
 @main.command()
@@ -199,7 +214,7 @@ def recipes(name):
             first_line = path.read_text(encoding="utf-8").split("\n", 1)[0]
             click.echo(f"{stem:<16} {first_line.lstrip('# ')}")
     else:
-        click.echo(resources.find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        click.echo(resources.shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from compress.checkpoint.folder import file_sha256
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
 from compress.inference import Decoder
-from compress.model import HybridModel
 from compress.onnx_session import OnnxDecoder, OnnxSession
 from compress.workspace import MANIFEST
 
@@ -59,11 +58,16 @@ class Artifact(Protocol):
 
 
 class CheckpointArtifact:
-    """An opened checkpoint through our own forward; `sha256` may be given where it is known already."""
+    """An opened checkpoint through our own forward; the digest of its weights may be given where it is known already."""
 
-    def __init__(self, model: HybridModel, folder: Path, sha256, device: str = "cpu"):
-        self.folder, self.config, self.sha256 = folder, model.config, sha256
-        self._model, self._device = model, device
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", weights_sha256: str | None = None):
+        self.folder, self.config = checkpoint.folder, checkpoint.model.config
+        self._checkpoint, self._model, self._device = checkpoint, checkpoint.model, device
+        self._weights_sha256 = weights_sha256
+
+    def sha256(self) -> str:
+        self._weights_sha256 = self._weights_sha256 or self._checkpoint.files.sha256()
+        return self._checkpoint.sha256(self._weights_sha256)
 
     def candidate(self) -> Candidate:
         return CheckpointCandidate(self._model, self._device)
@@ -78,12 +82,14 @@ class OnnxArtifact:
     def __init__(self, path: Path):
         from exporters.graph.reading import load, model_config
 
-        self.folder, self._path = path.parent, path
+        self.folder, self._path, self._sha256 = path.parent, path, None
         _, self.config, _ = model_config(load(path), path)
 
     def sha256(self) -> str:
-        files = sorted(self.folder.glob(self._path.name + "*"))
-        return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+        if self._sha256 is None:
+            files = sorted(self.folder.glob(self._path.name + "*"))
+            self._sha256 = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+        return self._sha256
 
     def candidate(self) -> Candidate:
         return OnnxCandidate(self._path)
@@ -96,5 +102,4 @@ def open_artifact(path: Path, device: str = "cpu") -> Artifact:
     """Opens what `find_artifact` found."""
     if path.suffix == ".onnx":
         return OnnxArtifact(path)
-    checkpoint = Checkpoint(path, allow_quantized=True)
-    return CheckpointArtifact(checkpoint.model, path, checkpoint.files.sha256, device)
+    return CheckpointArtifact(Checkpoint(path, allow_quantized=True), device)

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from compress.errors import InputError
 
 NEWEST_KEPT = 8  # entries of one kind; older ones are removed when a new one is published
@@ -41,11 +43,25 @@ def publish(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         _remove(partial)
-    entries = sorted(
-        (p for p in path.parent.iterdir() if not p.name.endswith(".partial")), key=lambda p: p.stat().st_mtime
-    )
+        _remove_leftovers(path.parent)
+    entries = sorted((p for p in path.parent.iterdir() if p.suffix != ".partial"), key=_last_used)
     for old in entries[:-NEWEST_KEPT]:
         _remove(old)
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process removed it meanwhile
+        return 0.0
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What killed processes left: the number in `NAME.PID.partial` is the process that was writing it."""
+    for path in folder.glob("*.partial"):
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -58,7 +74,8 @@ def _remove(path: Path) -> None:
 @contextlib.contextmanager
 def scratch(kind: str) -> Iterator[Path]:
     """A folder for intermediate data, removed at the end."""
-    path = folder("scratch") / f"{kind}-{os.getpid()}"
+    path = folder("scratch") / f"{kind}.{os.getpid()}.partial"
+    _remove_leftovers(path.parent)
     _remove(path)
     path.mkdir()
     try:

@@ -5,27 +5,34 @@ from pathlib import Path
 
 import torch
 
-from compress.artifacts import find_artifact, open_artifact
+from compress.artifacts import Artifact, find_artifact, open_artifact
 from compress.errors import InputError
 from compress.inference import sample
-from compress.prompts.windows import encode
+from compress.prompts.windows import encode, refuse_foreign_tokens
 from compress.source import load_tokenizer
 
 
-def stream_text(artifact: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
     """Yields the generated text piece by piece, without the prompt; ends at an end-of-text token."""
-    path = find_artifact(artifact)
-    tokenizer = load_tokenizer(path.parent if path.suffix == ".onnx" else path)
+    artifact = open_artifact(find_artifact(name))
+    tokenizer = load_tokenizer(artifact.folder)
     ids = encode(tokenizer, prompt)
     if not ids:
         raise InputError("the prompt is empty and the tokenizer has no BOS token to begin with")
-    tokens = stream_tokens(path, ids, max_tokens, temperature, seed)
-    yield from _readable(tokenizer, _until(tokens, tokenizer.eos_token_id))
+    refuse_foreign_tokens(max(ids), artifact.config.vocab_size)
+    tokens = stream_tokens(artifact, ids, max_tokens, temperature, seed)
+    yield from _readable(tokenizer, _until(tokens, _ends(artifact.config, tokenizer)))
 
 
-def stream_tokens(path: Path, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
+def _ends(config, tokenizer) -> set[int]:
+    """Every token that ends a text, by the configuration or by the tokenizer."""
+    of_config = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return {token for token in (*of_config, tokenizer.eos_token_id) if token is not None}
+
+
+def stream_tokens(artifact: Artifact, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
     """Generated token ids of one sequence."""
-    step, generator = open_artifact(path).steps(1).step, torch.Generator().manual_seed(seed)
+    step, generator = artifact.steps(1).step, torch.Generator().manual_seed(seed)
     logits = step(torch.tensor([ids]))
     for remaining in range(max_tokens, 0, -1):
         token = int(sample(logits, temperature, generator)[0])
@@ -34,9 +41,9 @@ def stream_tokens(path: Path, ids: list[int], max_tokens: int, temperature: floa
             logits = step(torch.tensor([[token]]))
 
 
-def _until(tokens: Iterator[int], end: int | None) -> Iterator[int]:
+def _until(tokens: Iterator[int], ends: set[int]) -> Iterator[int]:
     for token in tokens:
-        if token == end:
+        if token in ends:
             return
         yield token
 

@@ -35,7 +35,7 @@ def _checkpoint_facts(folder: Path) -> dict:
     for weight in model.weights:
         formats[weight.format] = formats.get(weight.format, 0) + weight.parameters
     facts = _architecture_facts(model.architecture, model.config, checkpoint.config, model.units)
-    return facts | {"weight_bytes": sizes.stored_bytes(model), "formats": formats}
+    return facts | {"weight_bytes": sizes.stored_bytes(model.units), "formats": formats}
 
 
 def _onnx_facts(path: Path) -> dict:

@@ -18,7 +18,7 @@ Glossary (letters of the Mamba paper, arXiv 2312.00752, in brackets)
     recurrent_state  [B, N, D]        h, the scan's hidden state
     key, value       [B, G, T, P]
 
-`mask` is [B, S] of 1 for tokens and 0 for padding: padding leaves every state as it was. It is 1 where there is none.
+`mask` is 1 for tokens and 0 for padding, [B, S] over the new tokens or [B, T] over all: padding leaves every state as it was.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from compress.report import manifest, markdown
 from compress.source import Source
 from compress.workspace import MANIFEST, Workspace
 from exporters import Exported
+
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,12 @@ def apply(job: Job) -> dict:
     """Runs the job and publishes `job.out`; returns the report."""
     workspace.refuse_existing(job.out, resume=job.resume, overwrite=job.overwrite)
     planned = prepare(job)
-    if shortages := plan.disk_shortages(planned, job.out):
-        raise InputError(shortages[0])
+    if found := plan.shortages(planned, job.out):
+        raise InputError(found[0])
     outcome = Outcome(_sha256(planned.checkpoint))
     key = {
         "recipe": job.recipe.resolved_yaml(),
-        "model": outcome.weights_sha256,
+        "model": planned.checkpoint.sha256(outcome.weights_sha256),
         "seed": job.seed,
         "version": compress.__version__,
     }
@@ -125,16 +128,27 @@ def _export(step, written: Checkpoint, space: Workspace) -> Exported:
     """One export into its folder; one that an earlier run finished is only described again."""
     module, folder = plugins.load(plugins.EXPORTERS, step.name), space.folder / step.name
     if not space.is_done(step.name):
+        for killed in space.folder.glob(f"{step.name}.*{PARTIAL}"):
+            shutil.rmtree(killed)
         export_to(module, step.name, step.options, written, folder)
         space.mark_done(step.name)
     return module.describe(folder)
 
 
 def export_to(module, kind: str, options, written: Checkpoint, folder: Path) -> None:
-    """Writes an export beside `folder` and renames it when complete."""
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Writes an export beside `folder` and renames it when complete; leaves nothing where it fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=PARTIAL, dir=folder.parent))
+    try:
+        _fill_export(module, kind, options, written, partial)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill_export(module, kind: str, options, written: Checkpoint, partial: Path) -> None:
     with progress.task(f"exporting {kind}", written.model.parameters) as advance:
         try:
             module.export(written, partial, options, advance)
@@ -142,8 +156,6 @@ def export_to(module, kind: str, options, written: Checkpoint, folder: Path) -> 
             raise
         except Exception as error:  # onnx, protobuf and the exporters to come fail in ways of their own
             raise WorkError(f"export to {kind} failed: {first_line(error)}") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
@@ -152,7 +164,7 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
         return
     artifacts = {"checkpoint": folder / "checkpoint"}
     artifacts |= {exported.kind: folder / exported.kind / exported.main for exported in outcome.exported}
-    original = CheckpointArtifact(planned.model, planned.source.folder, lambda: outcome.weights_sha256, job.device)
+    original = CheckpointArtifact(planned.checkpoint, job.device, outcome.weights_sha256)
     outcome.rows, outcome.prompts = check_run.run(
         original, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
     )

@@ -5,11 +5,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from compress import cache, plugins, prompts, sizes
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
 from compress.model import HybridModel, Unit
+from compress.onnx_session import LOAD_FACTOR
 from compress.source import Source
+from compress.workspace import partial_of, tree_bytes
 
 SPARE = 1.02  # room for headers, graph and report beside the weights
 
@@ -34,11 +38,11 @@ class Plan:
 
     @property
     def source_bytes(self) -> int:
-        return self.checkpoint.files.bytes if self.checkpoint else sizes.stored_bytes(self.model)
+        return self.checkpoint.files.bytes if self.checkpoint else sizes.stored_bytes(self.model.units)
 
     @property
     def checkpoint_bytes(self) -> int:
-        return sum(unit.stored_bytes() for unit in self.units)
+        return sizes.stored_bytes(self.units)
 
     def export_bytes(self) -> dict[str, int]:
         return {s.name: plugins.load(plugins.EXPORTERS, s.name).predict_bytes(self.units) for s in self.recipe.export}
@@ -66,17 +70,37 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path, need
     return Plan(source, model, checkpoint, units, recipe)
 
 
-def disk_shortages(plan: Plan, out: Path) -> list[str]:
-    """What of output and, where a check runs, baseline does not fit on the disk it goes to."""
+def shortages(plan: Plan, out: Path) -> list[str]:
+    """What will not fit: output and baseline on the disks they go to, and an export that is to be checked in memory."""
     output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values())))
-    needs = [(_existing(out), output, "the output")]
+    needs = [(_existing(out), output - max(0, tree_bytes(partial_of(out))), "the output")]
     if plan.recipe.check is not None:
         needs.append((_existing(cache.location("baseline")), plan.check_bytes(), "the baseline's log-probabilities"))
-    return [
-        f"{folder}: {what} needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free"
-        for folder, need, what in needs
-        if need > (free := shutil.disk_usage(folder).free)
-    ]
+    disks: dict[int, list] = {}
+    for need in needs:
+        disks.setdefault(need[0].stat().st_dev, []).append(need)
+    found = [*map(_disk_shortage, disks.values()), _memory_shortage(plan)]
+    return [shortage for shortage in found if shortage]
+
+
+def _disk_shortage(needs: list[tuple[Path, int, str]]) -> str | None:
+    """Needs on one file system count together."""
+    need = sum(size for _, size, _ in needs)
+    free = min(shutil.disk_usage(folder).free for folder, _, _ in needs)
+    if need <= free:
+        return None
+    what = " and ".join(what for _, _, what in needs)
+    return f"{needs[0][0]}: {need / 2**20:,.0f} MiB are needed for {what}, {free / 2**20:,.0f} MiB are free"
+
+
+def _memory_shortage(plan: Plan) -> str | None:
+    """A checked ONNX artifact is loaded whole; said now rather than after the work."""
+    if plan.recipe.check is None or not plan.recipe.export:
+        return None
+    need, total = LOAD_FACTOR * max(plan.export_bytes().values()), psutil.virtual_memory().total
+    if need <= total:
+        return None
+    return f"the check loads the export, which takes about {need / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory; use check=null"
 
 
 def _existing(path: Path) -> Path:
@@ -97,7 +121,7 @@ def describe(plan: Plan, out: Path) -> str:
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
     ]
-    lines += [f"disk      {shortage}" for shortage in disk_shortages(plan, out)]
+    lines += [f"short     {shortage}" for shortage in shortages(plan, out)]
     if check is None:
         return "\n".join([*lines, "check     off"])
     limits = ", ".join(f"{name} {value:g}" for name, value in check.limits.items()) or "no limits"

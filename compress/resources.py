@@ -20,6 +20,13 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder("recipes").glob("*.yaml"))}
 
 
+def shipped_recipe(name: str) -> Path:
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise InputError(f"there is no shipped recipe '{name}'{nearest(name, shipped)}")
+    return shipped[name]
+
+
 def find_recipe(name_or_path: str) -> Path:
     """A path, or the name of a shipped recipe."""
     path = Path(name_or_path)

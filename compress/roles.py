@@ -22,7 +22,7 @@ class Role(StrEnum):
     SSM_DT_BIAS = "ssm_dt_bias"
 
 
-# Roles that `quantize` leaves as they came unless the recipe names them; docs/roles.md argues each.
+# Roles that `quantize` leaves as they came, whatever the recipe; docs/roles.md argues each.
 # All others take the recipe's `weights` format.
 KEPT_BY_DEFAULT = frozenset({Role.NORM, Role.ROUTER, Role.SSM_CONV, Role.SSM_A, Role.SSM_D, Role.SSM_DT_BIAS})
 

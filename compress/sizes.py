@@ -1,9 +1,10 @@
 """What a model weighs: parameters, bytes of weights, bytes of state per sequence and per token."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from compress.model import HybridModel, UnitSpec
+from compress.model import Unit, UnitSpec
 from compress.roles import Role
 
 STATE_BYTES = {"ssm": 4, "conv": 2, "kv": 2}  # float32 SSM state, bfloat16 convolution state and KV: the usual runtimes
@@ -56,5 +57,5 @@ def _sized(units):
             yield item, math.prod(item.shape)
 
 
-def stored_bytes(model: HybridModel) -> int:
-    return sum(unit.stored_bytes() for unit in model.units)
+def stored_bytes(units: Iterable[Unit]) -> int:
+    return sum(unit.stored_bytes() for unit in units)

@@ -53,13 +53,34 @@ def partial_of(out: Path) -> Path:
 
 def refuse_existing(out: Path, *, resume: bool, overwrite: bool) -> None:
     """What stands in the way of writing to `out`, before any work."""
-    if out.exists() and not overwrite:
-        what = "a complete output" if (out / MANIFEST).is_file() else "something else"
-        raise InputError(f"{out}: holds {what} already; choose another folder with -o or replace it with --overwrite")
+    if not out.name or out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(f"{out}: the output needs a folder of its own, not one that holds the working folder")
+    ancestor = next(path for path in out.absolute().parents if path.exists())
+    if not ancestor.is_dir():
+        raise InputError(f"{out}: {ancestor} is a file, not a folder")
+    _refuse_occupied(out, resume=resume, overwrite=overwrite)
     if partial_of(out).exists() and not (resume or overwrite):
         raise InputError(
             f"{partial_of(out)}: an earlier run stopped there; continue it with --resume or begin anew with --overwrite"
         )
+
+
+def _refuse_occupied(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """--overwrite replaces outputs of this tool and empty folders, nothing else."""
+    if not out.exists():
+        return
+    is_output = (out / MANIFEST).is_file()
+    if not is_output and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"{out}: is not an output of this tool, so it is left alone; choose another folder with -o")
+    if overwrite:
+        return
+    if resume and partial_of(out).exists():
+        raise InputError(
+            f"{out}: holds a complete output already; --resume --overwrite finishes the later run and replaces it"
+        )
+    raise InputError(
+        f"{out}: holds a complete output already; choose another folder with -o or replace it with --overwrite"
+    )
 
 
 def _journal(folder: Path, key: dict) -> dict[str, int]:

@@ -478,3 +478,29 @@ def test_a_second_check_of_the_same_model_reads_the_baseline(compress_cli, small
 def test_another_seed_checks_on_other_text(compress_cli, small, int8):
     results = [checks(checked(compress_cli, small, int8 / "checkpoint", "--seed", s, "--json", "-")) for s in (0, 1)]
     assert results[0] != results[1]
+
+
+def test_a_configuration_that_changes_the_logits_is_another_baseline(compress_cli, small, tmp_path):
+    """Same weights, top-1 routing: compared with itself it must agree, whatever the cache holds of the other."""
+    other = tmp_path / "other"
+    shutil.copytree(small, other)
+    config = json.loads((other / "config.json").read_text()) | {"num_experts_per_tok": 1}
+    (other / "config.json").write_text(json.dumps(config))
+    for folder in (small, other):
+        result = checked(compress_cli, folder, folder, "--json", "-")
+        # float32 rounding of the same computation
+        assert checks(result)["kl_divergence_mean", "prefill"]["value"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_killed_checks_left_in_the_cache_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    dead, alive = (cache.folder("things") / f"x.{pid}.partial" for pid in (1 << 30, os.getpid()))
+    dead.touch(), alive.touch()
+    with cache.publish(cache.folder("things") / "y") as partial:
+        partial.touch()
+    assert (dead.exists(), alive.exists()) == (False, True)
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(compress_cli, small, tmp_path):
+    result = checked(compress_cli, small, small, "--json", tmp_path / "nowhere" / "a.json")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)

@@ -358,3 +358,27 @@ def test_recall_windows_too_short_for_a_question_are_refused_before_work_begins(
     result = compress_cli("apply", "tiny-int8", "-m", tiny, "-o", tmp_path / "out", *settings)
     assert "too short" in expect_refusal(result)
     assert files_below(tmp_path) == [], "a corrected recipe is a different job and could not resume this one"
+
+
+@pytest.mark.parametrize("out", [".", "", ".."])
+def test_an_output_that_holds_the_working_folder_is_refused(compress_cli, tiny, monkeypatch, tmp_path, out):
+    (tmp_path / "precious").mkdir()
+    monkeypatch.chdir(tmp_path / "precious")
+    expect_refusal(compress_cli("apply", "tiny-int8", "-m", tiny, "-o", out, "--overwrite", "--set", "check=null"))
+    assert (tmp_path / "precious").is_dir()
+
+
+def test_overwrite_leaves_a_folder_alone_that_is_no_output(compress_cli, tiny, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("kept")
+    arguments = ("apply", "tiny-int8", "-m", tiny, "-o", tmp_path / "letters", "--overwrite", "--set", "check=null")
+    expect_refusal(compress_cli(*arguments))
+    assert (tmp_path / "letters" / "dear.txt").read_text() == "kept"
+
+
+def test_a_defect_of_ours_is_not_mistaken_for_a_missed_limit(compress_cli, monkeypatch, tiny):
+    def broken(*arguments):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("compress.inspection.inspect", broken)
+    expect_refusal(compress_cli("inspect", tiny), FAILED)

@@ -7,6 +7,7 @@ import torch
 from jamba_models import load_reference
 
 from compress import exporting, generation
+from compress.artifacts import open_artifact
 from compress.source import load_tokenizer
 
 TOKENS = 16
@@ -180,4 +181,9 @@ def test_an_empty_prompt_without_a_bos_to_begin_with_is_refused(compress_cli, ar
 @pytest.mark.parametrize("kind", ["checkpoint", "onnx"])
 def test_max_tokens_is_how_many_tokens_there_are(artifacts, kind):
     path = artifacts[kind] / "model.onnx" if kind == "onnx" else artifacts[kind]
-    assert len(list(generation.stream_tokens(path, [1, 50, 60], 5, 0.0, 0))) == 5
+    assert len(list(generation.stream_tokens(open_artifact(path), [1, 50, 60], 5, 0.0, 0))) == 5
+
+
+def test_a_prompt_that_is_not_text_is_refused(compress_cli, tiny):
+    result = compress_cli("run", tiny, "-", input=b"\xff\xfeabc")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)

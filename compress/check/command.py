@@ -65,7 +65,7 @@ def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: s
         "checks": [row.to_json() for row in rows],
         "versions": versions(),
     }
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     terminal.show_rows(result["checks"], console)
     console.print(f"verdict: {result['verdict']}")
     return result
@@ -78,6 +78,12 @@ def _baseline_path(name: str) -> Path:
 
 def _kind(path: Path) -> str:
     return path.resolve().parent.name if path.suffix == ".onnx" else "checkpoint"
+
+
+def refuse_unwritable(target: str | None) -> None:
+    """A result that cannot be written is refused before the work."""
+    if target not in (None, "-") and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
+        raise InputError(f"--json {target}: expected a file in a folder that exists")
 
 
 def write(result: dict, target: str | None) -> None:

@@ -8,6 +8,7 @@ from compress.check import baseline
 from compress.check.compare import Row, compare
 from compress.check.settings import Check
 from compress.errors import InputError
+from compress.prompts.windows import refuse_foreign_tokens
 
 
 def run(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed: int, device: str = "cpu",
@@ -31,7 +32,9 @@ def run(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed
 def _prompt_set(name: str, original: Artifact, digest: str, settings: Check, seed: int, folder: Path | None):
     tokenizer = None if name == "self" else source.load_tokenizer(original.folder)
     with progress.task(f"prompts: {name}", settings.samples * settings.length) as advance:
-        return prompts.load(
+        prompt_set = prompts.load(
             name, purpose="check", tokenizer=tokenizer, model=original, weights_sha256=digest,
             samples=settings.samples, length=settings.length, seed=seed, folder=folder, progress=advance,
         )  # fmt: skip
+    refuse_foreign_tokens(max(int(window.max()) for window in prompt_set.windows), original.config.vocab_size)
+    return prompt_set

@@ -1,5 +1,7 @@
 """Opens a checkpoint folder as a `HybridModel`: everything that can be refused is refused before a weight is read."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -32,8 +34,8 @@ def has_weights(folder: Path) -> bool:
 
 def config_dtype(values: dict, source: str) -> torch.dtype:
     """The type config.json says the weights have; bfloat16 where it names none."""
-    name = values.get("dtype") or values.get("torch_dtype") or "bfloat16"
-    if name not in CONFIG_DTYPES:
+    name = next((values[key] for key in ("dtype", "torch_dtype") if values.get(key) is not None), "bfloat16")
+    if not isinstance(name, str) or name not in CONFIG_DTYPES:
         raise InputError(f"{source}: dtype '{name}' is not known; expected one of {', '.join(CONFIG_DTYPES)}")
     return CONFIG_DTYPES[name]
 
@@ -59,7 +61,7 @@ class Checkpoint:
     def __init__(self, folder: Path, *, allow_quantized: bool = False):
         self.folder = folder
         architecture, parsed, self.config = open_config(folder)
-        self.is_quantized = "quantization_config" in self.config
+        self.is_quantized = self.config.get("quantization_config") is not None
         if self.is_quantized and not allow_quantized:
             raise InputError(
                 f"{folder / 'config.json'}: the model is already quantized (quantization_config); start from the original"
@@ -72,6 +74,10 @@ class Checkpoint:
         units = tuple(self._unit(spec) for spec in architecture.layout(parsed))
         self._refuse_extra(units, architecture, tied=parsed.tie_word_embeddings)
         self.model = HybridModel(self.config.get("_name_or_path") or folder.resolve().name, architecture, parsed, units)
+
+    def sha256(self, weights_sha256: str) -> str:
+        """Digest of everything that decides the logits: the weights (their digest is given) and config.json."""
+        return hashlib.sha256(f"{weights_sha256}/{json.dumps(self.config, sort_keys=True)}".encode()).hexdigest()
 
     def _check_layer_count(self, parsed) -> None:
         """A config that promises more layers than there are tensors is refused before they are enumerated."""
@@ -114,7 +120,7 @@ class Checkpoint:
     def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, spec: Spec) -> None:
         if name not in self.files.names:
             raise InputError(
-                f"{self.folder}: tensor '{name}' is missing (config.json implies it, shape {list(spec.shape)})"
+                f"{self.folder}: tensor '{name}' is missing ({self.folder / 'config.json'} implies it, shape {list(spec.shape)})"
             )
         entry = self.files.entry(name)
         if entry.shape != shape:
@@ -133,7 +139,7 @@ class Checkpoint:
         return tensor
 
     def _refuse_extra(self, units: tuple[Unit, ...], architecture, tied: bool) -> None:
-        known = {name for unit in units for weight in unit.weights.values() for name in self._stored_names(weight)}
+        known = {name for unit in units for weight in unit.weights.values() for name in weight.layout()}
         extra = sorted(self.files.names - known)
         if tied and extra == [architecture.LM_HEAD]:
             self._refuse_untied_head(units[0].weights[architecture.EMBEDDING], architecture.LM_HEAD)
@@ -142,9 +148,6 @@ class Checkpoint:
             raise InputError(
                 f"{self.files.path_of(extra[0])}: unexpected tensor '{extra[0]}'{more}; config.json does not imply it"
             )
-
-    def _stored_names(self, weight: Weight) -> list[str]:
-        return list(weight.layout())
 
     def _refuse_untied_head(self, embedding: Weight, head: str) -> None:
         """A head beside tied embeddings may only repeat them: else one of the two would be dropped silently."""

@@ -7,6 +7,7 @@ import torch
 
 from compress import cache
 from compress.inference import sample
+from compress.prompts.windows import refuse_foreign_tokens
 
 BATCH = 32
 VERSION = 1  # part of the cache key: raise it when the sampling changes
@@ -35,6 +36,7 @@ def _sizes(samples: int) -> list[int]:
 def _batch(model, batch: int, length: int, seed: int, progress) -> np.ndarray:
     """[batch, length] ids. After an end-of-text token comes BOS and a new text."""
     bos = model.config.bos_token_id if model.config.bos_token_id is not None else 0
+    refuse_foreign_tokens(bos, model.config.vocab_size)
     ends = model.config.eos_token_id
     ends = torch.tensor([] if ends is None else ends if isinstance(ends, list) else [ends])
     steps, generator = model.steps(batch), torch.Generator().manual_seed(seed)

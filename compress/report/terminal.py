@@ -10,7 +10,7 @@ from compress.check.compare import ALL
 
 def show(report: dict, out: Path) -> None:
     """Human text on stderr."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     size = report["size"]
     console.print(
         f"{report['model']['name']}: {size['baseline_bytes']:,} -> {size['candidate_bytes']:,} bytes of weights, "

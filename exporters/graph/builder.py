@@ -23,15 +23,20 @@ class WeightFile:
     def __init__(self, folder: Path):
         self._folder, self._file = folder, open(folder / DATA, "wb")  # noqa: SIM115 - closed by the exporter
 
-    def add(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.ExternalTensor:
+    def add(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
         offset = self._file.tell()
         step = ALIGN_LARGE if array.nbytes >= LARGE else ALIGN
         self._file.write(b"\0" * (-offset % step))
         offset += -offset % step
         array.tofile(self._file)
-        dtype = dtype or DTYPES[array.dtype]
         return ir.ExternalTensor(
-            DATA, offset, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name, base_dir=self._folder
+            DATA,
+            offset,
+            array.nbytes,
+            DTYPES[array.dtype],
+            shape=ir.Shape(array.shape),
+            name=name,
+            base_dir=self._folder,
         )
 
     def close(self) -> None:
