@@ -32,9 +32,8 @@ class Workspace:
 
     def publish(self) -> None:
         """Renames the finished folder to its final name, replacing a previous one at the last moment."""
-        previous = self.out.with_name(self.out.name + ".previous")
+        previous = self.out.with_name(f"{self.out.name}.previous-{os.getpid()}")
         if self.out.exists():
-            shutil.rmtree(previous, ignore_errors=True)
             os.replace(self.out, previous)
         os.replace(self.folder, self.out)
         (self.out / JOURNAL).unlink()  # only now: an interruption before the renaming can still be resumed
