@@ -1,11 +1,15 @@
-"""`compress export`: one export of a checkpoint folder."""
+"""One export of a checkpoint folder: `compress export`, and what `apply` does for each exporter of a recipe."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
-from compress import pipeline, plugins
+from compress import plugins, progress
 from compress.checkpoint.reader import Checkpoint
-from compress.errors import InputError, nearest
+from compress.errors import InputError, WorkError, first_line, nearest
 from compress.workspace import MANIFEST
+
+PARTIAL = ".partial"
 
 
 def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
@@ -19,7 +23,7 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
     if out.exists():
         raise InputError(f"{out}: exists already; choose another folder with -o")
     module = plugins.load(plugins.EXPORTERS, kind)
-    pipeline.export_to(module, kind, module.Options(), Checkpoint(checkpoint, allow_quantized=True), out)
+    export_to(module, kind, module.Options(), Checkpoint(checkpoint, allow_quantized=True), out)
     return out
 
 
@@ -27,3 +31,26 @@ def _default_folder(checkpoint: Path, kind: str) -> Path:
     """Beside the checkpoint, or beside the finished output it is part of, which stays as its manifest lists it."""
     base = checkpoint.parent if (checkpoint.parent / MANIFEST).is_file() else checkpoint
     return base.with_name(f"{base.name}-{kind}")
+
+
+def export_to(module, kind: str, options, written: Checkpoint, folder: Path) -> None:
+    """Writes an export beside `folder` and renames it when complete; leaves nothing where it fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=PARTIAL, dir=folder.parent))
+    try:
+        _fill_export(module, kind, options, written, partial)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill_export(module, kind: str, options, written: Checkpoint, partial: Path) -> None:
+    with progress.task(f"exporting {kind}", written.model.parameters) as advance:
+        try:
+            module.export(written, partial, options, advance)
+        except (InputError, WorkError, OSError):
+            raise
+        except Exception as error:  # onnx, protobuf and the exporters to come fail in ways of their own
+            raise WorkError(f"export to {kind} failed: {first_line(error)}") from error

@@ -104,7 +104,6 @@ class Unit:
 class HybridModel:
     """An opened model: its architecture module, its validated configuration and its units in order of computation."""
 
-    name: str
     architecture: ModuleType
     config: object
     units: tuple[Unit, ...]

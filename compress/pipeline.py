@@ -2,19 +2,18 @@
 
 import resource
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import compress
-from compress import model_card, plan, plugins, progress, workspace
+from compress import exporting, model_card, plan, plugins, progress, workspace
 from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
 from compress.checkpoint import compressed_tensors, writer
 from compress.checkpoint.reader import Checkpoint
-from compress.errors import InputError, WorkError, first_line
+from compress.errors import InputError
 from compress.plan import PassContext, Plan
 from compress.recipe import LoadedRecipe
 from compress.report import build as report_build
@@ -22,8 +21,6 @@ from compress.report import manifest, markdown
 from compress.source import Source
 from compress.workspace import MANIFEST, Workspace
 from exporters import Exported
-
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -118,8 +115,7 @@ def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
     if section:
         config["quantization_config"] = section
     writer.write_json(folder / "config.json", config)
-    for path in writer.companion_files(planned.source.folder):
-        shutil.copyfile(path, folder / path.name)
+    writer.copy_companions(planned.source.folder, folder)
     card = model_card.render(planned.source.folder, planned.source.name, planned.units, job.recipe.resolved_yaml())
     writer.write_text(folder / "README.md", card)
 
@@ -128,34 +124,11 @@ def _export(step, written: Checkpoint, space: Workspace) -> Exported:
     """One export into its folder; one that an earlier run finished is only described again."""
     module, folder = plugins.load(plugins.EXPORTERS, step.name), space.folder / step.name
     if not space.is_done(step.name):
-        for killed in space.folder.glob(f"{step.name}.*{PARTIAL}"):
+        for killed in space.folder.glob(f"{step.name}.*{exporting.PARTIAL}"):
             shutil.rmtree(killed)
-        export_to(module, step.name, step.options, written, folder)
+        exporting.export_to(module, step.name, step.options, written, folder)
         space.mark_done(step.name)
     return module.describe(folder)
-
-
-def export_to(module, kind: str, options, written: Checkpoint, folder: Path) -> None:
-    """Writes an export beside `folder` and renames it when complete; leaves nothing where it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=PARTIAL, dir=folder.parent))
-    try:
-        _fill_export(module, kind, options, written, partial)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fill_export(module, kind: str, options, written: Checkpoint, partial: Path) -> None:
-    with progress.task(f"exporting {kind}", written.model.parameters) as advance:
-        try:
-            module.export(written, partial, options, advance)
-        except (InputError, WorkError, OSError):
-            raise
-        except Exception as error:  # onnx, protobuf and the exporters to come fail in ways of their own
-            raise WorkError(f"export to {kind} failed: {first_line(error)}") from error
 
 
 def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:

@@ -59,7 +59,7 @@ class Plan:
 def make(recipe, source: Source, context: PassContext, recipe_folder: Path, needs_weights: bool = True) -> Plan:
     """Opens the source and refuses everything that headers and configuration tell."""
     checkpoint = Checkpoint(source.folder) if needs_weights or has_weights(source.folder) else None
-    model = checkpoint.model if checkpoint else model_of_config(source.folder, source.name)
+    model = checkpoint.model if checkpoint else model_of_config(source.folder)
     units = model.units
     for step in recipe.passes:
         module = plugins.load(plugins.PASSES, step.name)

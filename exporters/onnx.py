@@ -4,7 +4,6 @@ Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,7 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
     import onnx_ir as ir
 
     import compress
-    from compress.checkpoint.writer import companion_files, write_json
+    from compress.checkpoint.writer import copy_companions, write_json
     from exporters.graph import genai, reading
     from exporters.graph.builder import Graph, WeightFile
 
@@ -45,8 +44,7 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
     ir.save(model, folder / MODEL)
     onnx.checker.check_model(folder / MODEL, full_check=True)
     write_json(folder / "genai_config.json", genai.config(checkpoint.model, MODEL))
-    for path in companion_files(checkpoint.folder):
-        shutil.copyfile(path, folder / path.name)
+    copy_companions(checkpoint.folder, folder)
 
 
 def describe(folder: Path) -> Exported:

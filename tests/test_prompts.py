@@ -51,7 +51,7 @@ class Letters:
 
 
 def load(name: str, tokenizer, model=None, **changes) -> prompts.PromptSet:
-    settings = {"purpose": "check", "samples": 4, "length": 16, "seed": 0, "weights_sha256": "unused", **changes}
+    settings = {"purpose": "check", "samples": 4, "length": 16, "seed": 0, "model_sha256": "unused", **changes}
     return prompts.load(str(name), tokenizer=tokenizer, model=model, **settings)
 
 
@@ -151,7 +151,7 @@ def test_a_short_set_gives_what_it_has(tokenizer):
 @pytest.mark.parametrize("name", ["recall", "self", "heldout"])
 def test_calibration_and_check_draw_different_windows_from_the_same_seed(tokenizer, random_model, name):
     drawn = [
-        as_lists(load(name, tokenizer, random_model, purpose=purpose, weights_sha256="purposes", length=64).windows)
+        as_lists(load(name, tokenizer, random_model, purpose=purpose, model_sha256="purposes", length=64).windows)
         for purpose in ("check", "calibration")
     ]
     assert not [window for window in drawn[0] if window in drawn[1]]

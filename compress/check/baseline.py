@@ -36,9 +36,9 @@ def bytes_needed(tokens: int, vocab_size: int) -> int:
     return 4 * tokens * vocab_size
 
 
-def compute(reference: Candidate, weights_sha256: str, prompt_set: PromptSet) -> Baseline:
+def compute(reference: Candidate, model_sha256: str, prompt_set: PromptSet) -> Baseline:
     """The baseline of one prompt set, from the cache where it is there."""
-    path = cache.folder("baseline") / f"{_key(weights_sha256, prompt_set)}.f32"
+    path = cache.folder("baseline") / f"{_key(model_sha256, prompt_set)}.f32"
     if path.is_file() and path.stat().st_size == bytes_needed(int(_starts(prompt_set)[-1]), reference.vocab_size):
         os.utime(path)
     else:
@@ -47,8 +47,8 @@ def compute(reference: Candidate, weights_sha256: str, prompt_set: PromptSet) ->
     return Baseline(path, prompt_set, reference.vocab_size)
 
 
-def _key(weights_sha256: str, prompt_set: PromptSet) -> str:
-    digest = hashlib.sha256(f"{VERSION}/{weights_sha256}".encode())
+def _key(model_sha256: str, prompt_set: PromptSet) -> str:
+    digest = hashlib.sha256(f"{VERSION}/{model_sha256}".encode())
     for window in prompt_set.windows:
         digest.update(f"/{len(window)}/".encode() + window.numpy().tobytes())
     return digest.hexdigest()[:32]

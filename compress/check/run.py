@@ -33,7 +33,7 @@ def _prompt_set(name: str, original: Artifact, digest: str, settings: Check, see
     tokenizer = None if name == "self" else source.load_tokenizer(original.folder)
     with progress.task(f"prompts: {name}", settings.samples * settings.length) as advance:
         prompt_set = prompts.load(
-            name, purpose="check", tokenizer=tokenizer, model=original, weights_sha256=digest,
+            name, purpose="check", tokenizer=tokenizer, model=original, model_sha256=digest,
             samples=settings.samples, length=settings.length, seed=seed, folder=folder, progress=advance,
         )  # fmt: skip
     refuse_foreign_tokens(max(int(window.max()) for window in prompt_set.windows), original.config.vocab_size)

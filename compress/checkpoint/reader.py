@@ -40,7 +40,7 @@ def config_dtype(values: dict, source: str) -> torch.dtype:
     return CONFIG_DTYPES[name]
 
 
-def model_of_config(folder: Path, name: str) -> HybridModel:
+def model_of_config(folder: Path) -> HybridModel:
     """The model a folder with only config.json describes: shapes, roles and formats, and no weights to load."""
     architecture, parsed, values = open_config(folder)
     number_format = PLAIN_FORMATS[config_dtype(values, str(folder / "config.json"))]
@@ -52,7 +52,7 @@ def model_of_config(folder: Path, name: str) -> HybridModel:
         Unit(unit.name, {s.name: Weight(s.name, s.role, s.shape, number_format, load) for s in unit.specs})
         for unit in architecture.layout(parsed)
     )
-    return HybridModel(name, architecture, parsed, units)
+    return HybridModel(architecture, parsed, units)
 
 
 class Checkpoint:
@@ -73,7 +73,7 @@ class Checkpoint:
         self._check_layer_count(parsed)
         units = tuple(self._unit(spec) for spec in architecture.layout(parsed))
         self._refuse_extra(units, architecture, tied=parsed.tie_word_embeddings)
-        self.model = HybridModel(self.config.get("_name_or_path") or folder.resolve().name, architecture, parsed, units)
+        self.model = HybridModel(architecture, parsed, units)
 
     def sha256(self, weights_sha256: str) -> str:
         """Digest of everything that decides the logits: the weights (their digest is given) and config.json."""

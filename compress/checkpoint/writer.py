@@ -7,6 +7,7 @@ format and shape, so peak memory follows the block, not the tensor.
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,5 +121,9 @@ def write_text(path: Path, text: str) -> None:
 
 def companion_files(folder: Path) -> list[Path]:
     """The tokenizer, generation config, chat template and licence files of a checkpoint folder."""
-    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+    return sorted({path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()})
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    for path in companion_files(source):
+        shutil.copyfile(path, target / path.name)

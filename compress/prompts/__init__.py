@@ -44,12 +44,12 @@ def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = 
         recall.windows(tokenizer, ["Any text."], samples=1, length=length, seed=0)
 
 
-def load(name: str, *, purpose: str, tokenizer, model, weights_sha256: str, samples: int, length: int, seed: int,
+def load(name: str, *, purpose: str, tokenizer, model, model_sha256: str, samples: int, length: int, seed: int,
          folder: Path | None = None, progress=None) -> PromptSet:  # fmt: skip
     """At most `samples` windows of `length` tokens. `purpose` (`check` or `calibration`) separates the seeds."""
     seed = derive_seed(seed, purpose, name)
     if name == "self":
-        windows = self_text.windows(model, weights_sha256, samples, length, seed, progress)
+        windows = self_text.windows(model, model_sha256, samples, length, seed, progress)
     elif name == "recall":
         filler = passages.shipped("heldout" if purpose == "check" else "prose")
         windows = recall.windows(tokenizer, filler, samples, length, seed)

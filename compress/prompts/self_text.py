@@ -13,12 +13,12 @@ BATCH = 32
 VERSION = 1  # part of the cache key: raise it when the sampling changes
 
 
-def windows(model, weights_sha256: str, samples: int, length: int, seed: int, progress=None) -> list[torch.Tensor]:
+def windows(model, model_sha256: str, samples: int, length: int, seed: int, progress=None) -> list[torch.Tensor]:
     """`samples` windows of `length` tokens drawn at temperature 1 from BOS; kept on disk per model, seed and size.
 
     `model` is an `Artifact`: its `config` names BOS and end of text, its `steps(batch)` generates.
     """
-    key = hashlib.sha256(f"{VERSION}/{weights_sha256}/{seed}/{samples}/{length}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{VERSION}/{model_sha256}/{seed}/{samples}/{length}".encode()).hexdigest()[:32]
     path = cache.folder("self-text") / f"{key}.npy"
     if not path.is_file():
         ids = np.concatenate(

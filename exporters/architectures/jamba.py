@@ -92,14 +92,14 @@ class JambaGraph:
         )
         x = graph.op("Mul", x, self._keep)
         kernel = blocks.plain(graph, weights("mamba.conv1d.weight"), lambda w: w[:, 0].T)
-        conv_bias = blocks.vector(graph, weights("mamba.conv1d.bias")) if config.mamba_conv_bias else None
+        conv_bias = blocks.plain(graph, weights("mamba.conv1d.bias")) if config.mamba_conv_bias else None
         x, conv_state = causal_conv(graph, x, past[0], self._real, kernel, conv_bias, config.mamba_d_conv)
         x = blocks.silu(graph, x)
         dt, b, c = self._time_step_and_matrices(weights, x)
         a_log = weights("mamba.A_log")
         a = blocks.plain(graph, a_log, lambda tensor: -tensor.exp().T, name=a_log.name.removesuffix("_log"))
         y, state = selective_scan(graph, x, dt, a, b, c, past[1], config.mamba_d_state, config.d_inner)
-        y = graph.op("Add", y, graph.op("Mul", x, blocks.vector(graph, weights("mamba.D"))))
+        y = graph.op("Add", y, graph.op("Mul", x, blocks.plain(graph, weights("mamba.D"))))
         y = graph.op("Mul", y, blocks.silu(graph, gate))
         return blocks.linear(graph, y, weights("mamba.out_proj.weight"), bias("out_proj")), (conv_state, state)
 

@@ -18,7 +18,7 @@ def linear(graph: Graph, x: ir.Value, weight: Weight, bias: Weight | None = None
     The matrix is stored as [K, N]: only then does onnxruntime fuse DequantizeLinear and MatMul into MatMulNBits.
     """
     y = graph.op("MatMul", x, matrix(graph, weight))
-    return y if bias is None else graph.op("Add", y, vector(graph, bias))
+    return y if bias is None else graph.op("Add", y, plain(graph, bias))
 
 
 def matrix(graph: Graph, weight: Weight) -> ir.Value:
@@ -48,15 +48,11 @@ def plain(graph: Graph, weight: Weight, transform=lambda tensor: tensor, name: s
     return graph.weight(name or weight.name, transform(weight.dense()).numpy())
 
 
-def vector(graph: Graph, weight: Weight) -> ir.Value:
-    return plain(graph, weight)
-
-
 def rms_norm(graph: Graph, x: ir.Value, weight: Weight, eps: float) -> ir.Value:
     square = graph.op("Mul", x, x)
     mean = graph.op("ReduceMean", square, graph.constant([-1]), keepdims=1)
     root = graph.op("Sqrt", graph.op("Add", mean, graph.constant(eps, FLOAT)))
-    return graph.op("Mul", graph.op("Div", x, root), vector(graph, weight))
+    return graph.op("Mul", graph.op("Div", x, root), plain(graph, weight))
 
 
 def silu(graph: Graph, x: ir.Value) -> ir.Value:
