@@ -3,12 +3,14 @@
 Both ways touch one layer at a time, and inside it one expert, unless what was read fits into a stated budget.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 
 from compress.layers import rms_norm
 from compress.model import HybridModel, Unit, Weight
@@ -19,13 +21,17 @@ DECODE_TOKENS = 32768  # the same in decode, where a step holds one token of eac
 EMBEDDING_ROWS = 256  # rows read together where a few of a large embedding are needed
 
 Advance = Callable[[int], None]
+Tap = Callable[[str, torch.Tensor], None]
 
 
 class LayerWeights:
-    """Weights of one unit as float32 on `device`, by name within the unit; keeps what fits into `budget` bytes."""
+    """Weights of one unit as float32 on `device`, by name within the unit; keeps what fits into `budget` bytes.
 
-    def __init__(self, unit: Unit, prefix: str, device: str, budget: int = CACHE_BYTES):
-        self._unit, self._prefix, self._device, self._room = unit, prefix, device, budget
+    `tap(name, x)` hears of every input of a matrix, before it is rounded.
+    """
+
+    def __init__(self, unit: Unit, prefix: str, device: str, budget: int = CACHE_BYTES, tap: Tap | None = None):
+        self._unit, self._prefix, self._device, self._room, self._tap = unit, prefix, device, budget, tap
         self._kept: dict[str, torch.Tensor] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
@@ -36,6 +42,12 @@ class LayerWeights:
             self._kept[name] = tensor
             self._room -= tensor.nbytes
         return tensor
+
+    def linear(self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self._tap is not None:
+            self._tap(name, x)
+        activation = self._unit.weights[self._prefix + name].activation
+        return F.linear(x if activation is None else activation.fake_quantize(x), self(name), bias)
 
 
 def layer_weights(model: HybridModel, index: int, device: str, budget: int = CACHE_BYTES) -> LayerWeights:
@@ -76,6 +88,8 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = rms_norm(hidden, self._norm, self._eps)
+        if self._weight.activation is not None:
+            hidden = self._weight.activation.fake_quantize(hidden)
         logits = torch.empty(*hidden.shape[:-1], self._weight.shape[0], device=self._device)
         for rows, matrix in self._kept or ((rows, self._rows(rows)) for rows in self._weight.row_blocks()):
             logits[..., rows] = hidden @ matrix.T
@@ -94,6 +108,42 @@ def blocks_of(windows: list[torch.Tensor], tokens: int) -> list[list[int]]:
     return blocks
 
 
+class HiddenStates:
+    """Hidden states of many windows between two layers, on disk by block of windows."""
+
+    def __init__(self, folder: Path, windows: list[torch.Tensor], hidden_size: int, tokens: int = BLOCK_TOKENS):
+        self.folder, self.blocks = folder, blocks_of(windows, tokens)
+        self._shapes = [(len(block), len(windows[block[0]]), hidden_size) for block in self.blocks]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def at(self, folder: Path) -> "HiddenStates":
+        """The same blocks in another folder, which is made."""
+        other = copy.copy(self)
+        other.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        return other
+
+    def read(self, number: int) -> torch.Tensor:
+        """Block `number`, float32 [b, S, H]."""
+        return torch.from_numpy(np.fromfile(self._file(number), dtype=np.float32).reshape(self._shapes[number]))
+
+    def write(self, number: int, hidden: torch.Tensor) -> None:
+        hidden.cpu().numpy().tofile(self._file(number))
+
+    def remove(self, number: int) -> None:
+        self._file(number).unlink()
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"hidden-{number:05d}.f32"
+
+
+def embed_windows(model: HybridModel, windows: list[torch.Tensor], states: HiddenStates) -> None:
+    for number, block in enumerate(states.blocks):
+        states.write(number, embed(model, torch.stack([windows[i] for i in block])))
+
+
 @torch.inference_mode()
 def stream(model: HybridModel, windows: list[torch.Tensor], scratch: Path, *, device: str = "cpu",
            decode: bool = False, advance: Advance = lambda tokens: None) -> Iterator[tuple[list[int], torch.Tensor]]:  # fmt: skip
@@ -102,25 +152,17 @@ def stream(model: HybridModel, windows: list[torch.Tensor], scratch: Path, *, de
     Hidden states wait on disk under `scratch` between layers. With `decode`, every layer takes its tokens one at a
     time and carries its state, as in generation: what rounds or drifts there shows. `advance` hears of tokens x layers.
     """
-    blocks = blocks_of(windows, DECODE_TOKENS if decode else BLOCK_TOKENS)
-    files = [scratch / f"hidden-{i:05d}.f32" for i in range(len(blocks))]
-    for block, file in zip(blocks, files, strict=True):
-        ids = torch.stack([windows[i] for i in block])
-        embed(model, ids).numpy().tofile(file)
+    states = HiddenStates(scratch, windows, model.config.hidden_size, DECODE_TOKENS if decode else BLOCK_TOKENS)
+    embed_windows(model, windows, states)
     for index in range(model.config.num_hidden_layers):
         weights = layer_weights(model, index, device)
-        for block, file in zip(blocks, files, strict=True):
-            hidden = _load(file, block, windows, model).to(device)
-            _run_layer(model, index, weights, hidden, decode).cpu().numpy().tofile(file)
+        for number in range(len(states)):
+            hidden = states.read(number).to(device)
+            states.write(number, _run_layer(model, index, weights, hidden, decode))
             advance(hidden.shape[0] * hidden.shape[1])
-    for block, file in zip(blocks, files, strict=True):
-        yield block, _load(file, block, windows, model).to(device)
-        file.unlink()
-
-
-def _load(file: Path, block: list[int], windows: list[torch.Tensor], model: HybridModel) -> torch.Tensor:
-    shape = (len(block), len(windows[block[0]]), model.config.hidden_size)
-    return torch.from_numpy(np.fromfile(file, dtype=np.float32).reshape(shape))
+    for number, block in enumerate(states.blocks):
+        yield block, states.read(number).to(device)
+        states.remove(number)
 
 
 def _run_layer(

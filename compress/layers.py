@@ -27,6 +27,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+Linear = Callable[[torch.Tensor], torch.Tensor]  # applies one matrix
 SCAN_BLOCK_ELEMENTS = 1 << 22  # float32 elements of [B, chunks, N, channels] worked on at a time (16 MiB)
 
 
@@ -35,9 +36,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 
 
-def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """down(silu(gate x) * up x) (Shazeer, arXiv 2002.05202). x [..., H]; gate, up [F, H]; down [H, F]."""
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+def swiglu(x: torch.Tensor, gate: Linear, up: Linear, down: Linear) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202). x [..., H]; gate and up give [..., F], down [..., H]."""
+    return down(F.silu(gate(x)) * up(x))
 
 
 def causal_conv(x: torch.Tensor, conv_state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask=None):
@@ -130,16 +131,17 @@ def attention(query, key, value, mask: torch.Tensor | None):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None], enable_gqa=True)
 
 
-def moe(x: torch.Tensor, router: torch.Tensor, top_k: int, expert: Callable[[int, torch.Tensor], torch.Tensor]):
+def moe(x: torch.Tensor, router: torch.Tensor, top_k: int, expert: Callable[[int, torch.Tensor], torch.Tensor],
+        only: set[int] | None = None):  # fmt: skip
     """Sparse mixture of experts: softmax over all experts, then top-k, weights not renormalised (Jamba).
 
     x [..., H], router [E, H]; `expert(e, rows)` runs expert e on the rows [n, H] routed to it, and is called only for
-    experts that have any, so weights are touched one expert at a time.
+    experts that have any (of `only`, where given), so weights are touched one expert at a time.
     """
     rows = x.reshape(-1, x.shape[-1])
     gates, chosen = torch.topk(torch.softmax(F.linear(rows, router), dim=-1), top_k, dim=-1)
     result = torch.zeros_like(rows)
-    for e in chosen.unique().tolist():
+    for e in sorted(set(chosen.unique().tolist()) & (only or set(range(len(router))))):
         row, place = torch.where(chosen == e)
         result.index_add_(0, row, expert(e, rows[row]) * gates[row, place, None])
     return result.view_as(x)

@@ -8,17 +8,20 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import NamedTuple, Protocol
 
 import torch
 
 from compress import formats
-from compress.formats.base import Layout, Part, Quantized
+from compress.formats.base import Layout, Part, Parts, Quantized
+from compress.quantization.activations import Activation
 from compress.roles import Role
 
 Stored = torch.Tensor | Quantized
 PLAIN_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PLAIN_DTYPES = {name: dtype for dtype, name in PLAIN_FORMATS.items()}
 BLOCK_BYTES = 64 << 20  # of float32: matrices are worked on in blocks of rows of about this size
+INPUT_SCALE = "input_scale"
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,17 @@ class UnitSpec:
 
 @dataclass(frozen=True)
 class Weight:
-    """One logical tensor. `load(rows)` returns it as stored: a plain tensor, or values and scales."""
+    """One logical tensor. `load(rows)` returns it as stored: a plain tensor, or values and scales.
+
+    `activation` says how the input of a quantized matrix is rounded, where it is.
+    """
 
     name: str
     role: Role
     shape: tuple[int, ...]
     format: str
     load: Callable[[slice | None], Stored]
+    activation: Activation | None = None
 
     @property
     def parameters(self) -> int:
@@ -60,21 +67,43 @@ class Weight:
         """The tensor (or rows of it) as float32."""
         return to_dense(self.load(rows))
 
-    def with_load(self, format: str, load: Callable[[slice | None], Stored]) -> "Weight":
-        return replace(self, format=format, load=load)
+    def with_load(self, format: str, load: Callable[[slice | None], Stored], activation=None) -> "Weight":
+        return replace(self, format=format, load=load, activation=activation)
 
     def row_blocks(self) -> Iterator[slice]:
-        """Slices over dimension 0, each about BLOCK_BYTES of float32."""
-        rows = max(1, BLOCK_BYTES // (4 * max(1, self.parameters // self.shape[0])))
+        """Slices over dimension 0, each about BLOCK_BYTES of float32, that cut no block of rows which share a scale."""
+        step = (formats.get(self.format).rows or 1) if self.is_quantized else 1
+        rows = max(1, BLOCK_BYTES // (4 * max(1, self.parameters // self.shape[0]) * step)) * step
         for start in range(0, self.shape[0], rows):
             yield slice(start, min(start + rows, self.shape[0]))
+
+    @property
+    def stem(self) -> str:
+        """What the names of the tensors that store it begin with, where it is quantized."""
+        return self.name.removesuffix("weight")
+
+    @property
+    def is_packed(self) -> bool:
+        """int8 beside int8 activations is stored as it is multiplied; small integers are packed otherwise."""
+        return self.activation is None
 
     def layout(self) -> Layout:
         """Names, dtypes and shapes of the tensors that store it."""
         if not self.is_quantized:
             return {self.name: Part(PLAIN_DTYPES[self.format], self.shape)}
-        stem = self.name.removesuffix("weight")
-        return {stem + suffix: part for suffix, part in formats.get(self.format).layout(self.shape).items()}
+        parts = formats.get(self.format).layout(self.shape, packed=self.is_packed)
+        if self.activation and self.activation.is_static:
+            parts = {**parts, INPUT_SCALE: Part(torch.float32, (1,), None)}
+        return {self.stem + suffix: part for suffix, part in parts.items()}
+
+    def stored_parts(self, stored: Stored) -> Parts:
+        """The tensors to write for what `load` returned for a block of rows."""
+        if not isinstance(stored, Quantized):
+            return {self.name: stored}
+        parts = formats.get(stored.format).pack(stored, self.shape, packed=self.is_packed)
+        if self.activation and self.activation.is_static:
+            parts[INPUT_SCALE] = torch.tensor([self.activation.scale()], dtype=torch.float32)
+        return {self.stem + suffix: part for suffix, part in parts.items()}
 
     def stored_bytes(self) -> int:
         return sum(part.bytes for part in self.layout().values())
@@ -84,6 +113,13 @@ def to_dense(stored: Stored) -> torch.Tensor:
     if isinstance(stored, Quantized):
         return formats.get(stored.format).dequantize(stored)
     return stored.to(torch.float32)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """No NaN and no infinity. (fp8 has no kernel for the question; E4M3's only NaN has all bits but the sign set.)"""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 @dataclass(frozen=True)
@@ -96,8 +132,46 @@ class Unit:
     def map(self, function: Callable[[Weight], Weight]) -> "Unit":
         return Unit(self.name, {name: function(weight) for name, weight in self.weights.items()})
 
+    def replaced(self, weight: Weight) -> "Unit":
+        """The same unit with one weight in place of that of its name."""
+        return Unit(self.name, {**self.weights, weight.name: weight})
+
     def stored_bytes(self) -> int:
         return sum(weight.stored_bytes() for weight in self.weights.values())
+
+
+class Weights(Protocol):
+    """A layer's weights as its arithmetic sees them, by name within the layer."""
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """The tensor as float32."""
+
+    def linear(self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] times the transpose of the matrix [N, K]; the input is rounded first where it is stored so."""
+
+
+class InputGroup(NamedTuple):
+    """Matrices of a layer that multiply the same input; `expert` is the one they belong to."""
+
+    names: tuple[str, ...]
+    expert: int | None = None
+
+
+class LayerGroups(NamedTuple):
+    """The matrices of a layer's halves, level by level: a level's inputs depend on the matrices of earlier levels only."""
+
+    mixer: tuple[tuple[InputGroup, ...], ...]
+    feed_forward: tuple[tuple[InputGroup, ...], ...]
+
+
+class Fold(NamedTuple):
+    """`source` (a norm, or a matrix by its rows) produces, channel by channel, the input of the matrices `targets`.
+
+    `others` see the same input and are never quantized."""
+
+    source: str
+    targets: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """`apply`: recipe -> checkpoint -> exports -> check -> report, on one screen, in the order the data flows."""
 
-import resource
 import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 import compress
-from compress import exporting, model_card, plan, plugins, progress, workspace
+from compress import exporting, model_card, plan, plugins, progress, prompts, sweep, workspace
 from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
@@ -42,6 +42,7 @@ class Outcome:
 
     weights_sha256: str
     passes: list[dict] = field(default_factory=list)
+    calibration: list[dict] = field(default_factory=list)
     exported: list[Exported] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     prompts: list[dict] = field(default_factory=list)
@@ -68,7 +69,7 @@ def apply(job: Job) -> dict:
     }
     space = Workspace(job.out, key, resume=job.resume, overwrite=job.overwrite)
     try:
-        outcome.passes = _write_checkpoint(job, planned, space)
+        _write_checkpoint(job, planned, outcome, space)
     except InputError:
         space.discard()  # bad weights are not worth resuming: a corrected model is a different job
         raise
@@ -83,27 +84,25 @@ def _sha256(checkpoint: Checkpoint) -> str:
         return checkpoint.files.sha256(advance)
 
 
-def _write_checkpoint(job: Job, planned: Plan, space: Workspace) -> list[dict]:
-    """Runs the passes and writes shard after shard; those an earlier run finished are left as they are."""
-    folder, total, began, reused = space.folder / "checkpoint", len(planned.units), time.monotonic(), 0
-    folder.mkdir(exist_ok=True)
-    with progress.task("compressing", planned.model.parameters) as advance:
-        for number, unit in enumerate(planned.units):
-            shard = f"checkpoint/{writer.shard_name(number, total)}"
-            if space.is_done(shard):
-                reused += unit.name.startswith("layer.")
-                advance(sum(weight.parameters for weight in unit.weights.values()))
-                continue
-            writer.write_shard(unit, space.folder / shard, advance)
-            space.mark_done(shard)
+def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> None:
+    """Runs the passes and writes shard after shard, then what makes a checkpoint of them."""
+    windows = _calibration_windows(job, planned, outcome) if planned.needs_calibration else None
+    swept = sweep.run(planned, PassContext(job.device, job.seed), space, windows)
+    folder = space.folder / "checkpoint"
     writer.write_index(folder, planned.units)
     _write_companions(job, planned, folder)
-    seconds, peak = time.monotonic() - began, peak_rss_bytes()
-    return [
-        {"name": s.name, "seconds": seconds, "peak_rss_bytes": peak,
-         "details": {**plugins.load(plugins.PASSES, s.name).details(s.options, planned.units), "layers_reused": reused}}
-        for s in planned.recipe.passes
-    ]  # fmt: skip
+    outcome.passes = sweep.report(planned, swept)
+
+
+def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torch.Tensor]:
+    """Windows of equal length first, so that blocks of them run together."""
+    original = CheckpointArtifact(planned.checkpoint, job.device, outcome.weights_sha256)
+    sets = prompts.load_all(
+        original, original.sha256(), planned.calibration, purpose="calibration",
+        seed=job.seed, folder=job.recipe.folder,
+    )  # fmt: skip
+    outcome.calibration = prompts.used(sets)
+    return sorted((window for prompt_set in sets for window in prompt_set.windows), key=len, reverse=True)
 
 
 def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
@@ -155,8 +154,3 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dic
     writer.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))
     space.publish()
     return report
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process so far (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from compress import cache, plugins, prompts, sizes
+from compress import cache, passes, plugins, prompts, sizes
+from compress.calibration.settings import Calibration
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
 from compress.model import HybridModel, Unit
@@ -47,6 +48,22 @@ class Plan:
     def export_bytes(self) -> dict[str, int]:
         return {s.name: plugins.load(plugins.EXPORTERS, s.name).predict_bytes(self.units) for s in self.recipe.export}
 
+    @property
+    def needs_calibration(self) -> bool:
+        steps = self.recipe.passes
+        return any(passes.needs_calibration(plugins.load(plugins.PASSES, s.name), s.options) for s in steps)
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.recipe.calibration or Calibration()
+
+    def calibration_bytes(self) -> int:
+        """Hidden states on disk: before a layer, between its halves and after it."""
+        if not self.needs_calibration:
+            return 0
+        tokens = len(self.calibration.prompts) * self.calibration.samples * self.calibration.length
+        return 3 * 4 * tokens * self.model.config.hidden_size
+
     def check_bytes(self) -> int:
         """Log-probabilities and hidden states of the baseline on disk."""
         if self.recipe.check is None:
@@ -65,14 +82,16 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path, need
         module = plugins.load(plugins.PASSES, step.name)
         module.requires(step.options, model)
         units = tuple(module.apply(step.options, unit, context) for unit in units)
-    for name in recipe.check.prompts if recipe.check else ():
-        prompts.refuse_unusable(name, source.folder if checkpoint else None, recipe_folder, length=recipe.check.length)
-    return Plan(source, model, checkpoint, units, recipe)
+    plan = Plan(source, model, checkpoint, units, recipe)
+    for settings in (recipe.check, plan.calibration if plan.needs_calibration else None):
+        for name in settings.prompts if settings else ():
+            prompts.refuse_unusable(name, source.folder if checkpoint else None, recipe_folder, length=settings.length)
+    return plan
 
 
 def shortages(plan: Plan, out: Path) -> list[str]:
     """What will not fit: output and baseline on the disks they go to, and an export that is to be checked in memory."""
-    output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values())))
+    output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values()))) + plan.calibration_bytes()
     needs = [(_existing(out), output - max(0, tree_bytes(partial_of(out))), "the output")]
     if plan.recipe.check is not None:
         needs.append((_existing(cache.location("baseline")), plan.check_bytes(), "the baseline's log-probabilities"))
@@ -121,6 +140,11 @@ def describe(plan: Plan, out: Path) -> str:
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
     ]
+    if plan.needs_calibration:
+        asked = plan.calibration
+        lines.append(
+            f"calibrate {', '.join(asked.prompts)}: up to {asked.samples} windows of {asked.length} tokens from each"
+        )
     lines += [f"short     {shortage}" for shortage in shortages(plan, out)]
     if check is None:
         return "\n".join([*lines, "check     off"])

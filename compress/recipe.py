@@ -8,6 +8,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from compress import plugins, resources, strict_yaml
+from compress.calibration.settings import Calibration
 from compress.check import settings
 from compress.errors import InputError, nearest
 from compress.strict_model import Strict, key_path, no_truth_value, what_was_expected
@@ -49,6 +50,7 @@ def recipe_model() -> type[Strict]:
     class Recipe(Strict):
         version: Annotated[Literal[1], BeforeValidator(no_truth_value)]
         model: str | None = None
+        calibration: Calibration | None = None
         passes: tuple[_choice("Pass", plugins.PASSES), ...] = ()
         export: tuple[_choice("Export", plugins.EXPORTERS), ...] = ()
         check: settings.Check | None = Field(default=None)
@@ -58,6 +60,17 @@ def recipe_model() -> type[Strict]:
             kinds = [step.name for step in self.export]
             if len(set(kinds)) != len(kinds):
                 raise ValueError(f"an exporter is listed twice: {', '.join(kinds)}")
+            return self
+
+        @model_validator(mode="after")
+        def _no_shared_prompts(self):
+            generated = ("self", "recall")  # seeded apart
+            asked = self.calibration.prompts if self.calibration else ()
+            shared = [name for name in asked if self.check and name in self.check.prompts and name not in generated]
+            if shared:
+                raise ValueError(
+                    f"'{shared[0]}' is in calibration and in check: a model is not judged on what tuned it"
+                )
             return self
 
     return Recipe

@@ -275,10 +275,10 @@ def test_the_merged_copy_the_next_tests_damage_is_sound(awkward, damaged):
     {"config_groups": {"group_0": {"weights": None}}},
     {"config_groups": group() | {"group_1": {}}},
     {"config_groups": group(num_bits=3)},
-    {"config_groups": group(type="float")},
+    {"config_groups": group(type="float", num_bits=4)},
     {"config_groups": group(symmetric=False)},
-    {"config_groups": group(strategy="tensor")},
-    {"config_groups": group(strategy="group", group_size=32)},
+    {"config_groups": group(strategy="tensor_group")},
+    {"config_groups": group(strategy="group", group_size=24)},
 ])  # fmt: skip
 def test_a_section_that_describes_what_is_not_known_here_is_refused(damaged, changes):
     change_section(damaged, **changes)

@@ -5,7 +5,7 @@ checkpoints, where every expert has its own 2-D matrices.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress import layers
 from compress.errors import InputError
-from compress.model import Spec, UnitSpec
+from compress.model import Fold, InputGroup, LayerGroups, Spec, UnitSpec, Weights
 from compress.roles import Role
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.final_layernorm.weight", "lm_head.weight"
@@ -24,7 +24,6 @@ MAX_EXPERTS_IN_ALL = 50_000
 MAX_SIZE = 1 << 31
 
 State = dict[str, torch.Tensor]
-Weights = Callable[[str], torch.Tensor]  # name within the layer -> float32 tensor
 
 
 def _size(default: int, most: int = MAX_SIZE, least: int = 1):
@@ -220,30 +219,90 @@ def initial_state(config: JambaConfig, index: int, batch: int, device: str = "cp
     }
 
 
+def input_groups(config: JambaConfig, index: int) -> LayerGroups:
+    """The matrices of a layer by the input they share, in the order in which they are computed."""
+    if layer_kind(config, index) == "attention":
+        mixer = ((_group("self_attn.", "q", "k", "v"),), (_group("self_attn.", "o"),))
+    else:
+        mixer = tuple((_group("mamba.", name),) for name in ("in", "x", "dt", "out"))
+    prefixes = [(None, "feed_forward.")]
+    if num_experts(config, index) > 1:
+        prefixes = [(e, f"feed_forward.experts.{e}.") for e in range(num_experts(config, index))]
+    feed = tuple(
+        tuple(_group(prefix, *names, expert=e) for e, prefix in prefixes) for names in (("gate", "up"), ("down",))
+    )
+    return LayerGroups(mixer, feed)
+
+
+def _group(prefix: str, *names: str, expert: int | None = None) -> InputGroup:
+    return InputGroup(tuple(f"{prefix}{name}_proj.weight" for name in names), expert)
+
+
+def folds(config: JambaConfig, index: int) -> tuple[Fold, ...]:
+    """Where a factor per channel can move from the input of matrices into what produces it, without a change of output.
+
+    The norm before a MoE feeds the router too, which is divided along with the experts: routing stays as it was. The
+    input of x_proj is not listed: the convolution's SiLU stands before it. Nor is that of dt_proj: its norm is only of
+    use to one small matrix.
+    """
+    groups = input_groups(config, index)
+    first = Fold("input_layernorm.weight", groups.mixer[0][0].names)
+    gate_and_up = tuple(name for group in groups.feed_forward[0] for name in group.names)
+    router = ("feed_forward.router.weight",) if num_experts(config, index) > 1 else ()
+    inner = tuple(Fold(group.names[0].replace("down_proj", "up_proj"), group.names) for group in groups.feed_forward[1])
+    return (first, Fold("pre_ff_layernorm.weight", gate_and_up, router), *inner)
+
+
 def forward(config: JambaConfig, index: int, weights: Weights, hidden, state: State, mask=None):
     """One layer on hidden states [B, S, H], for prefill and decode alike.
 
     `mask` [B, past + S] is 1 for tokens and 0 for left padding, or None. Returns hidden states and the new state.
     """
+    hidden, state = mix(config, index, weights, hidden, state, mask)
+    return feed_forward(config, index, weights, hidden), state
+
+
+def mix(config: JambaConfig, index: int, weights: Weights, hidden, state: State, mask=None):
+    """The first half of a layer: h + mixer(rms_norm(h)), and the new state."""
     mixer = _attention if layer_kind(config, index) == "attention" else _mamba
     normed = layers.rms_norm(hidden, weights("input_layernorm.weight"), config.rms_norm_eps)
     mixed, state = mixer(config, weights, normed, state, mask)
-    hidden = hidden + mixed
-    normed = layers.rms_norm(hidden, weights("pre_ff_layernorm.weight"), config.rms_norm_eps)
-    return hidden + _feed_forward(config, index, weights, normed), state
+    return hidden + mixed, state
+
+
+def feed_forward(config: JambaConfig, index: int, weights: Weights, hidden, only: set[int] | None = None):
+    """The second half of a layer: h + feed_forward(rms_norm(h)). `only` limits it to some experts, to look at them."""
+    x = feed_forward_input(config, weights, hidden)
+    if num_experts(config, index) == 1:
+        return hidden + _mlp(weights, "feed_forward.", x)
+    router = weights("feed_forward.router.weight")
+    return hidden + layers.moe(x, router, config.num_experts_per_tok, lambda e, rows: expert(weights, e, rows), only)
+
+
+def feed_forward_input(config: JambaConfig, weights: Weights, hidden):
+    """What the router and every expert see."""
+    return layers.rms_norm(hidden, weights("pre_ff_layernorm.weight"), config.rms_norm_eps)
+
+
+def expert(weights: Weights, number: int, rows):
+    """One expert on rows [n, H]."""
+    return _mlp(weights, f"feed_forward.experts.{number}.", rows)
+
+
+def _mlp(weights: Weights, prefix: str, x):
+    return layers.swiglu(
+        x, *(lambda x, n=part: weights.linear(f"{prefix}{n}_proj.weight", x) for part in ("gate", "up", "down"))
+    )
 
 
 def _attention(config: JambaConfig, weights: Weights, x, state: State, mask):
     def heads(name):
-        return (
-            F.linear(x, weights(f"self_attn.{name}_proj.weight"))
-            .unflatten(2, (-1, config.attention_head_dim))
-            .transpose(1, 2)
-        )
+        projected = weights.linear(f"self_attn.{name}_proj.weight", x)
+        return projected.unflatten(2, (-1, config.attention_head_dim)).transpose(1, 2)
 
     key, value = torch.cat([state["key"], heads("k")], 2), torch.cat([state["value"], heads("v")], 2)
     mixed = layers.attention(heads("q"), key, value, mask)
-    output = F.linear(mixed.transpose(1, 2).flatten(2), weights("self_attn.o_proj.weight"))
+    output = weights.linear("self_attn.o_proj.weight", mixed.transpose(1, 2).flatten(2))
     return output, {"key": key, "value": value}
 
 
@@ -252,33 +311,23 @@ def _mamba(config: JambaConfig, weights: Weights, x, state: State, mask):
     conv_bias = weights("mamba.conv1d.bias") if config.mamba_conv_bias else None
     new = None if mask is None else mask[:, -x.shape[1] :].to(x.dtype)
     keep = 1.0 if new is None else new[:, :, None]
-    x, gate = F.linear(x, weights("mamba.in_proj.weight"), bias("in_proj")).chunk(2, dim=2)
+    x, gate = weights.linear("mamba.in_proj.weight", x, bias("in_proj")).chunk(2, dim=2)
     x, conv_state = layers.causal_conv(x * keep, state["conv_state"], weights("mamba.conv1d.weight"), conv_bias, new)
     x = F.silu(x)
     dt, b, c = _time_step_and_matrices(config, weights, x)
     a = -torch.exp(weights("mamba.A_log")).T
     y, recurrent_state = layers.selective_scan(x, dt * keep, a, b, c, weights("mamba.D"), state["recurrent_state"])
-    output = F.linear(y * F.silu(gate), weights("mamba.out_proj.weight"), bias("out_proj"))
+    output = weights.linear("mamba.out_proj.weight", y * F.silu(gate), bias("out_proj"))
     return output, {"conv_state": conv_state, "recurrent_state": recurrent_state}
 
 
 def _time_step_and_matrices(config: JambaConfig, weights: Weights, x):
     """dt [B, S, D], b and c [B, S, N] from the scan's input; Jamba normalises each, unlike Mamba."""
-    low_rank, b, c = F.linear(x, weights("mamba.x_proj.weight")).split(
+    low_rank, b, c = weights.linear("mamba.x_proj.weight", x).split(
         [config.dt_rank, config.mamba_d_state, config.mamba_d_state], dim=2
     )
     low_rank, b, c = (
         layers.rms_norm(t, weights(f"mamba.{name}_layernorm.weight"), config.rms_norm_eps)
         for name, t in (("dt", low_rank), ("b", b), ("c", c))
     )
-    return F.softplus(F.linear(low_rank, weights("mamba.dt_proj.weight"), weights("mamba.dt_proj.bias"))), b, c
-
-
-def _feed_forward(config: JambaConfig, index: int, weights: Weights, x):
-    def mlp(prefix, rows):
-        return layers.swiglu(rows, *(weights(f"{prefix}{part}_proj.weight") for part in ("gate", "up", "down")))
-
-    if num_experts(config, index) == 1:
-        return mlp("feed_forward.", x)
-    router = weights("feed_forward.router.weight")
-    return layers.moe(x, router, config.num_experts_per_tok, lambda e, rows: mlp(f"feed_forward.experts.{e}.", rows))
+    return F.softplus(weights.linear("mamba.dt_proj.weight", low_rank, weights("mamba.dt_proj.bias"))), b, c

@@ -1,65 +1,137 @@
 """`quantization_config` in the form of the compressed-tensors library, written and read back.
 
-A quantized matrix `X.weight` is stored as `X.weight_packed`, `X.weight_scale` and `X.weight_shape`. The section stays
-within what stock transformers loads: one group, `pack-quantized`. docs/checkpoints.md says what was run with what.
+A quantized matrix `X.weight` has its scales in `X.weight_scale`; its values are packed (`X.weight_packed` and
+`X.weight_shape`: `pack-quantized`) or stored as `X.weight` (`int-quantized` beside int8 activations, `float-quantized`
+for fp8); static activations add `X.input_scale`. A checkpoint with one scheme has one config group, which is what stock
+transformers loads; others list the modules of every group. docs/checkpoints.md says what was run with what.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from compress import formats
 from compress.errors import InputError
 from compress.model import Weight
+from compress.quantization import activations
+from compress.quantization.activations import Activation
 
-SCHEME_KEYS = ("num_bits", "type", "symmetric", "strategy", "group_size")
-PACKED = ".weight_packed"
+SCHEME_KEYS = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic")
+ACTIVATION_KEYS = ("num_bits", "type", "symmetric", "strategy", "dynamic")
+MARKS = (".weight_scale", ".weight_packed")  # either tells a quantized matrix: the one that is missing is then named
+CLASSES = ("Linear", "Embedding")
+MIXED = "mixed-precision"
+
+
+class Scheme(NamedTuple):
+    """How a matrix is quantized: the number format of its values, and that of its inputs."""
+
+    format: str
+    activation: str | None
 
 
 def quantization_config(weights: Iterable[Weight]) -> dict | None:
     """The section of config.json for these weights, or None where nothing is quantized."""
     weights = list(weights)
-    used = sorted({weight.format for weight in weights if weight.is_quantized})
-    if not used:
+    modules: dict[Scheme, list[str]] = {}
+    for weight in weights:
+        if weight.is_quantized:
+            scheme = Scheme(weight.format, weight.activation.format if weight.activation else None)
+            modules.setdefault(scheme, []).append(weight.name.removesuffix(".weight"))
+    if not modules:
         return None
+    used = sorted(modules, key=lambda scheme: (scheme.format, scheme.activation or ""))
+    groups = [_group(scheme, CLASSES if len(used) == 1 else sorted(modules[scheme])) for scheme in used]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": groups[0]["format"] if len({group["format"] for group in groups}) == 1 else MIXED,
         "quantization_status": "compressed",
         "dequantize": True,  # a plain from_pretrained then loads it, packed embedding included
-        "config_groups": {f"group_{i}": _group(name) for i, name in enumerate(used)},
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": sorted(w.name.removesuffix(".weight") for w in weights if not w.is_quantized and len(w.shape) == 2),
         "kv_cache_scheme": None,
     }
 
 
-def _group(format_name: str) -> dict:
+def _group(scheme: Scheme, targets: Iterable[str]) -> dict:
     return {
-        "targets": ["Linear", "Embedding"],
-        "format": "pack-quantized",
-        "weights": formats.get(format_name).scheme(),
-        "input_activations": None,
+        "targets": list(targets),
+        "format": _storage(scheme),
+        "weights": formats.get(scheme.format).scheme(),
+        "input_activations": Activation(scheme.activation).scheme() if scheme.activation else None,
         "output_activations": None,
     }
 
 
-def formats_of(config: dict, folder: Path, stored_names: set[str]) -> dict[str, str]:
-    """The number format of every quantized weight, by its logical name, from config.json and the stored names."""
+def _storage(scheme: Scheme) -> str:
+    described = formats.get(scheme.format).scheme()
+    if described["type"] == "float":
+        return "float-quantized"
+    return "int-quantized" if scheme.activation and described["num_bits"] == 8 else "pack-quantized"
+
+
+def schemes_of(config: dict, folder: Path, stored_names: set[str]) -> dict[str, Scheme]:
+    """The scheme of every quantized weight, by its logical name, from config.json and the stored names."""
     section, source = config["quantization_config"], folder / "config.json"
     if not isinstance(section, dict) or section.get("quant_method") != "compressed-tensors":
         raise InputError(f"{source}: quantization_config is not of compressed-tensors, the one form that is read here")
     groups = section.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        raise InputError(f"{source}: quantization_config must have exactly one config group")
-    format_name = _format_of(next(iter(groups.values())), source)
-    return {name.removesuffix(PACKED) + ".weight": format_name for name in stored_names if name.endswith(PACKED)}
+    if not isinstance(groups, dict) or not groups:
+        raise InputError(f"{source}: quantization_config must have config groups")
+    read = [(_targets(group, source), _scheme_of(group, source)) for group in groups.values()]
+    modules = sorted({name.removesuffix(mark) for name in stored_names for mark in MARKS if name.endswith(mark)})
+    return {f"{module}.weight": _scheme_for(module, read, source) for module in modules}
 
 
-def _format_of(group, source: Path) -> str:
-    scheme = group.get("weights") if isinstance(group, dict) else None
-    if scheme and group.get("input_activations"):
-        raise InputError(f"{source}: quantization_config quantizes activations, which is not read here")
+def _targets(group, source: Path) -> list[str]:
+    targets = group.get("targets") if isinstance(group, dict) else None
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise InputError(f"{source}: every config group of quantization_config must list its targets")
+    return targets
+
+
+def _scheme_for(module: str, groups: list[tuple[list[str], Scheme]], source: Path) -> Scheme:
+    """The group that names the module, else whose pattern matches it, else that is for all modules of its class."""
+    matches = (
+        lambda target: target == module,
+        lambda target: target.startswith("re:") and _matches(target.removeprefix("re:"), module, source),
+        lambda target: target in CLASSES,
+    )
+    for matching in matches:
+        found = [scheme for targets, scheme in groups if any(map(matching, targets))]
+        if found:
+            return found[0]
+    raise InputError(f"{source}: no config group of quantization_config is for '{module}', which is stored quantized")
+
+
+def _matches(pattern: str, module: str, source: Path) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise InputError(f"{source}: the target 're:{pattern}' is not a regular expression ({error})") from None
+
+
+def _scheme_of(group: dict, source: Path) -> Scheme:
+    return Scheme(_format_of(group.get("weights"), source), _activation_of(group.get("input_activations"), source))
+
+
+def _format_of(scheme, source: Path) -> str:
     for name in formats.FILES:
-        ours = formats.get(name).scheme()
-        if isinstance(scheme, dict) and all(scheme.get(key) == ours.get(key) for key in SCHEME_KEYS):
+        if isinstance(scheme, dict) and _agrees(scheme, formats.get(name).scheme(), SCHEME_KEYS):
             return name
     raise InputError(f"{source}: quantization_config describes a number format that is not known here: {scheme}")
+
+
+def _activation_of(scheme, source: Path) -> str | None:
+    if scheme is None:
+        return None
+    for name in activations.NAMES:
+        if isinstance(scheme, dict) and _agrees(scheme, Activation(name).scheme(), ACTIVATION_KEYS):
+            return name
+    raise InputError(f"{source}: quantization_config describes activations that are not known here: {scheme}")
+
+
+def _agrees(scheme: dict, ours: dict, keys: Iterable[str]) -> bool:
+    """Equal where ours says something; a key it leaves out must be absent or null."""
+    return all(scheme.get(key, False if key == "dynamic" else None) == ours.get(key) for key in keys)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from compress import formats, plugins
-from compress.checkpoint import compressed_tensors
+from compress import plugins
+from compress.checkpoint import compressed_tensors, stored
+from compress.checkpoint.compressed_tensors import Scheme
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
 from compress.errors import InputError
-from compress.model import PLAIN_FORMATS, HybridModel, Spec, Unit, UnitSpec, Weight
+from compress.model import PLAIN_FORMATS, HybridModel, Spec, Unit, UnitSpec, Weight, is_finite
 
 CONFIG_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -67,8 +68,8 @@ class Checkpoint:
                 f"{folder / 'config.json'}: the model is already quantized (quantization_config); start from the original"
             )
         self.files = WeightFolder(folder)
-        self._formats = (
-            compressed_tensors.formats_of(self.config, folder, self.files.names) if self.is_quantized else {}
+        self._schemes = (
+            compressed_tensors.schemes_of(self.config, folder, self.files.names) if self.is_quantized else {}
         )
         self._check_layer_count(parsed)
         units = tuple(self._unit(spec) for spec in architecture.layout(parsed))
@@ -91,31 +92,23 @@ class Checkpoint:
         return Unit(spec.name, {tensor.name: self._weight(tensor) for tensor in spec.specs})
 
     def _weight(self, spec: Spec) -> Weight:
-        if spec.name in self._formats:
+        if spec.name in self._schemes:
             if len(spec.shape) != 2:
                 raise InputError(f"{self.folder}: tensor '{spec.name}' is stored quantized, but is not a matrix")
-            return self._quantized_weight(spec, self._formats[spec.name])
+            return self._quantized_weight(spec, self._schemes[spec.name])
         self._expect(spec.name, spec.shape, None, spec)
         dtype = self.files.entry(spec.name).dtype
         if dtype not in PLAIN_FORMATS:
             raise InputError(
                 f"{self.files.path_of(spec.name)}: tensor '{spec.name}' is {DTYPE_NAMES[dtype]}; expected BF16, F16 or F32"
             )
-        return Weight(
-            spec.name, spec.role, spec.shape, PLAIN_FORMATS[dtype], lambda rows=None: self._finite(spec.name, rows)
-        )
+        return stored.plain_weight(spec, PLAIN_FORMATS[dtype], self._finite)
 
-    def _quantized_weight(self, spec: Spec, format_name: str) -> Weight:
-        number_format, stem = formats.get(format_name), spec.name.removesuffix("weight")
-        layout = number_format.layout(spec.shape)
-        for suffix, part in layout.items():
-            self._expect(stem + suffix, part.shape, part.dtype, spec)
-
-        def load(rows: slice | None = None):
-            parts = {suffix: self._finite(stem + suffix, part.rows(rows)) for suffix, part in layout.items()}
-            return number_format.unpack(parts, spec.shape)
-
-        return Weight(spec.name, spec.role, spec.shape, format_name, load)
+    def _quantized_weight(self, spec: Spec, scheme: Scheme) -> Weight:
+        weight = stored.quantized_weight(spec, scheme, self._finite)
+        for name, part in weight.layout().items():
+            self._expect(name, part.shape, part.dtype, spec)
+        return weight
 
     def _expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, spec: Spec) -> None:
         if name not in self.files.names:
@@ -134,7 +127,7 @@ class Checkpoint:
 
     def _finite(self, name: str, rows: slice | None) -> torch.Tensor:
         tensor = self.files.read(name, rows)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise InputError(f"{self.files.path_of(name)}: tensor '{name}' holds NaN or infinite values")
         return tensor
 

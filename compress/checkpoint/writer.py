@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from compress import formats
 from compress.checkpoint.folder import INDEX
-from compress.checkpoint.safetensors_file import DTYPE_NAMES
+from compress.checkpoint.safetensors_file import DTYPE_NAMES, SafetensorsFile
+from compress.checkpoint.stored import reread
 from compress.errors import WorkError
 from compress.formats.base import Layout, Quantized
-from compress.model import Unit, Weight
+from compress.model import Unit, Weight, is_finite
 
 # what travels along with the weights: tokenizer, generation defaults, licence; never code
 COPIED = (
@@ -32,19 +32,48 @@ def shard_name(number: int, total: int) -> str:
     return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
 
 
+class ShardWriter:
+    """One unit's file under construction, beside its final name. Weights may come in any order, and be read back."""
+
+    def __init__(self, unit: Unit, path: Path):
+        self._path, self._partial, self._reader = path, path.with_suffix(".tmp"), None
+        self._layout = {name: part for weight in unit.weights.values() for name, part in weight.layout().items()}
+        header, self._offsets = _header(self._layout)
+        self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by publish
+        self._file.write(header)
+        self._file.truncate(len(header) + sum(part.bytes for part in self._layout.values()))
+        self._file.flush()
+
+    def write(self, weight: Weight, advance: Callable[[int], None] = lambda parameters: None) -> None:
+        """Loads, checks and writes a weight in blocks of rows; `advance` hears of every block."""
+        for rows in weight.row_blocks():
+            stored = weight.load(rows)
+            check_stored(weight, stored)
+            for name, tensor in weight.stored_parts(stored).items():
+                first = self._layout[name].rows(rows) or slice(0, 0)
+                row_bytes = tensor.numel() * tensor.element_size() // max(1, tensor.shape[0])
+                _write_at(self._file.fileno(), tensor, self._offsets[name] + first.start * row_bytes)
+            advance(math.prod(weight.shape[1:]) * (rows.stop - rows.start))
+
+    def written(self, weight: Weight) -> Weight:
+        """The same weight, reading what was written of it."""
+        self._reader = self._reader or SafetensorsFile(self._partial)
+        return reread(weight, self._reader.read)
+
+    def publish(self) -> None:
+        """Flushes to disk and renames."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._partial, self._path)
+
+
 def write_shard(unit: Unit, path: Path, advance: Callable[[int], None] = lambda parameters: None) -> None:
-    """Writes one unit beside `path`, flushes it to disk and renames it. `advance` hears of every block written."""
-    layout = {name: part for weight in unit.weights.values() for name, part in weight.layout().items()}
-    header, offsets = _header(layout)
-    partial = path.with_suffix(".tmp")
-    with open(partial, "wb") as file:
-        file.write(header)
-        file.truncate(len(header) + sum(part.bytes for part in layout.values()))
-        for weight in unit.weights.values():
-            _write_weight(file.fileno(), weight, offsets, advance)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    """Writes one whole unit and publishes it."""
+    shard = ShardWriter(unit, path)
+    for weight in unit.weights.values():
+        shard.write(weight, advance)
+    shard.publish()
 
 
 def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
@@ -61,22 +90,6 @@ def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, offsets
 
 
-def _write_weight(descriptor: int, weight: Weight, offsets: dict[str, int], advance) -> None:
-    stem, layout = weight.name.removesuffix("weight"), weight.layout()
-    for rows in weight.row_blocks():
-        stored = weight.load(rows)
-        check_stored(weight, stored)
-        if isinstance(stored, Quantized):
-            parts = {stem + k: v for k, v in formats.get(stored.format).pack(stored, weight.shape).items()}
-        else:
-            parts = {weight.name: stored}
-        for name, tensor in parts.items():
-            first = layout[name].rows(rows) or slice(0, 0)
-            row_bytes = tensor.numel() * tensor.element_size() // max(1, tensor.shape[0])
-            _write_at(descriptor, tensor, offsets[name] + first.start * row_bytes)
-        advance(math.prod(weight.shape[1:]) * (rows.stop - rows.start))
-
-
 def _write_at(descriptor: int, tensor: torch.Tensor, offset: int) -> None:
     view = memoryview(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
     while view:
@@ -87,7 +100,7 @@ def _write_at(descriptor: int, tensor: torch.Tensor, offset: int) -> None:
 def check_stored(weight: Weight, stored) -> None:
     """What every pass guarantees: what is stored is finite, and no scale is zero or negative."""
     scales = stored.scales if isinstance(stored, Quantized) else stored
-    if not bool(torch.isfinite(scales).all()):
+    if not is_finite(scales):
         raise WorkError(f"tensor '{weight.name}': a pass produced values that are not finite")
     if isinstance(stored, Quantized) and not bool((scales > 0).all()):
         raise WorkError(f"tensor '{weight.name}': a pass produced a scale that is not positive")

@@ -1,5 +1,8 @@
-"""`quantize`: stores weights in the number format the recipe gives their role. Roles that must not lose precision
-(`roles.KEPT_BY_DEFAULT`; docs/roles.md says why) stay as they came."""
+"""`quantize`: stores weights, and where asked rounds activations, in the number format the recipe gives their role.
+
+Roles that must not lose precision (`roles.KEPT_BY_DEFAULT`; docs/roles.md says why) stay as they came.
+docs/quantization.md argues the defaults with figures.
+"""
 
 from typing import Literal
 
@@ -7,18 +10,46 @@ from pydantic import Field, field_validator
 
 from compress import formats
 from compress.errors import InputError
-from compress.roles import KEPT_BY_DEFAULT, QUANTIZABLE, Role
-from compress.strict_model import KeyedError, Strict
+from compress.roles import ACTIVATED_BY_DEFAULT, KEPT_BY_DEFAULT, QUANTIZABLE, Role
+from compress.strict_model import KeyedError, Number, Strict, WholeNumber
 
-WeightFormat = Literal[*formats.FILES, formats.AS_IT_CAME]
+WeightFormat = Literal[*formats.NAMES]
+ActivationFormat = Literal["none", "dynamic-int8", "static-int8", "dynamic-fp8", "static-fp8"]
+
+
+class Override(Strict):
+    """A format for some matrices of a role: those of the given layers (all, where none are named) and projections."""
+
+    role: Role
+    layers: tuple[WholeNumber, ...] = ()
+    projections: tuple[str, ...] = ()
+    weights: WeightFormat
+
+    def covers(self, weight) -> bool:
+        """`projections` are ends of the matrix's name, such as `down_proj`."""
+        return (
+            weight.role == self.role
+            and (not self.layers or layer_of(weight.name) in self.layers)
+            and (not self.projections or weight.name.removesuffix(".weight").endswith(self.projections))
+        )
 
 
 class Options(Strict):
-    method: Literal["rtn"] = "rtn"  # round to nearest
+    method: Literal["rtn", "gptq"] = "rtn"  # round to nearest, or with error compensation from calibration data
     weights: WeightFormat = "int8"
     roles: dict[Role, WeightFormat] = Field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()  # the first that covers a matrix wins over its role
+    clip: Literal["none", "mse"] | None = None  # None: mse for gptq, none for rtn
+    damping: Number = Field(default=0.01, gt=0, le=1)
+    act_order: bool = True
+    min_tokens: WholeNumber = Field(default=256, ge=1)
+    activations: ActivationFormat = "none"
+    activation_roles: dict[Role, ActivationFormat] = Field(default_factory=dict)
+    activation_range: Literal["minmax", "percentile", "mse"] = "minmax"
+    percentile: Number = Field(default=0.9999, gt=0.5, le=1)
+    equalize: Number | None = Field(default=None, ge=0, le=1)
 
-    @field_validator("roles")
+    @field_validator("roles", "activation_roles")
     @classmethod
     def _only_matrices(cls, roles: dict) -> dict:
         for role, format_name in roles.items():
@@ -27,43 +58,108 @@ class Options(Strict):
                 raise KeyedError(role, f"'{role}' always stays as it came; quantizable roles: {choices}")
         return roles
 
+    @field_validator("overrides")
+    @classmethod
+    def _only_matrices_in_overrides(cls, overrides: tuple[Override, ...]) -> tuple[Override, ...]:
+        cls._only_matrices({override.role: override.weights for override in overrides})
+        return overrides
+
     def format_of(self, role: Role) -> str:
         default = formats.AS_IT_CAME if role in KEPT_BY_DEFAULT else self.weights
         return self.roles.get(role, default)
 
+    def format_for(self, weight) -> str:
+        """The format the recipe asks for; `formats.fitting` may put another in its place."""
+        covering = (override.weights for override in self.overrides if override.covers(weight))
+        return next(covering, self.format_of(weight.role))
+
+    def activation_of(self, role: Role) -> str:
+        default = self.activations if role in ACTIVATED_BY_DEFAULT else formats.AS_IT_CAME
+        return self.activation_roles.get(role, default)
+
+    def clips(self) -> bool:
+        return self.clip == "mse" or (self.clip is None and self.method == "gptq")
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer a tensor belongs to, from its name; None for the embedding and the head."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
 
 def requires(options: Options, model) -> None:
-    """Refuses a recipe that names a role this model does not have."""
+    """Refuses a recipe that names a role this model does not have, or an override that covers nothing."""
     present = {weight.role for weight in model.weights}
-    absent = sorted(role for role in options.roles if role not in present)
-    if absent:
-        raise InputError(
-            f"quantize.roles names '{absent[0]}', but the model has no such tensors; it has: {', '.join(sorted(present))}"
-        )
+    for key in ("roles", "activation_roles"):
+        absent = sorted(role for role in getattr(options, key) if role not in present)
+        if absent:
+            raise InputError(
+                f"quantize.{key} names '{absent[0]}', but the model has no such tensors; it has: {', '.join(sorted(present))}"
+            )
+    for number, override in enumerate(options.overrides):
+        if not any(override.covers(weight) for weight in model.weights):
+            raise InputError(
+                f"quantize.overrides.{number} covers no matrix of this model: {override.model_dump_json()}"
+            )
+
+
+def needs_calibration(options: Options) -> bool:
+    asked = (options.activations, *options.activation_roles.values())
+    return options.method == "gptq" or options.equalize is not None or any(name.startswith("static") for name in asked)
 
 
 def apply(options: Options, unit, context):
-    """The unit with every weight its role's format applies to quantized on load."""
-    return unit.map(lambda weight: _quantized(weight, options.format_of(weight.role), context.device))
+    """The unit with every weight its role's format applies to quantized on load, by rounding to nearest."""
+    from compress.quantization import rounding
+
+    return unit.map(lambda weight: rounding.lazily(weight, options, context.device))
 
 
-def details(options: Options, units) -> dict:
-    """What the report says: how many tensors and parameters each format holds."""
-    by_format: dict[str, dict[str, int]] = {}
-    for unit in units:
-        for weight in unit.weights.values():
-            entry = by_format.setdefault(weight.format, {"tensors": 0, "parameters": 0})
-            entry["tensors"] += 1
-            entry["parameters"] += weight.parameters
-    return {"method": options.method, "formats": by_format}
+def calibrate(options: Options, unit, inputs, context):
+    """The unit quantized with regard to what reaches its matrices, and a note on what that was."""
+    from compress.quantization import calibrated
+
+    return calibrated.quantize(options, unit, inputs, context.device)
 
 
-def _quantized(weight, format_name: str, device: str):
-    if format_name == formats.AS_IT_CAME or len(weight.shape) != 2:  # biases of a projection stay as they came
-        return weight
-    number_format = formats.get(format_name)
+def details(options: Options, units, notes: list[dict]) -> dict:
+    """What the report says: what each format holds, what stands in for a format that does not fit, which experts
+    saw too few tokens."""
+    weights = [weight for unit in units for weight in unit.weights.values()]
+    found = {"method": options.method, "formats": _by(weights, lambda weight: weight.format)}
+    if activated := [weight for weight in weights if weight.activation]:
+        found["activations"] = _by(activated, lambda weight: weight.activation.format)
+    if replaced := _replaced(options, weights):
+        found["stored_otherwise"] = replaced
+    return found | _joined(notes)
 
-    def load(rows=None):
-        return number_format.quantize(weight.dense(rows).to(device))
 
-    return weight.with_load(format_name, load)
+def _by(weights, key) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for weight in weights:
+        entry = counts.setdefault(key(weight), {"tensors": 0, "parameters": 0})
+        entry["tensors"] += 1
+        entry["parameters"] += weight.parameters
+    return counts
+
+
+def _replaced(options: Options, weights) -> list[dict]:
+    """Formats whose groups do not divide K, by role: what was asked for, what is stored, in how many tensors."""
+    counts: dict[tuple, int] = {}
+    for weight in weights:
+        asked = options.format_for(weight)
+        if weight.is_quantized and weight.format != asked:
+            key = (str(weight.role), asked, weight.format, weight.shape[1])
+            counts[key] = counts.get(key, 0) + 1
+    return [
+        {"role": role, "asked": asked, "stored": stored, "inputs": inputs, "tensors": count}
+        for (role, asked, stored, inputs), count in counts.items()
+    ]
+
+
+def _joined(notes: list[dict]) -> dict:
+    """Lists of the layers' notes one after another."""
+    joined: dict[str, list] = {}
+    for note in notes:
+        for key, values in note.items():
+            joined.setdefault(key, []).extend(values)
+    return joined

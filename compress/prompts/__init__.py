@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from compress.errors import InputError, nearest
+from compress.progress import task as progress_task
 from compress.prompts import passages, recall, self_text
 from compress.prompts.seeds import derive_seed
-from compress.prompts.windows import join_and_cut
+from compress.prompts.windows import join_and_cut, refuse_foreign_tokens
 from compress.source import load_tokenizer
 
 SHIPPED = ("prose", "heldout")
@@ -59,6 +60,29 @@ def load(name: str, *, purpose: str, tokenizer, model, model_sha256: str, sample
     if not any(len(window) > 1 for window in windows):
         raise InputError(f"prompts '{name}': not enough text for a single window of 2 tokens")
     return PromptSet(name, windows)
+
+
+def load_all(
+    model, model_sha256: str, settings, *, purpose: str, seed: int, folder: Path | None = None
+) -> list[PromptSet]:
+    """The sets that `settings` (a check's or a calibration's: prompts, samples, length) names, for a model (an `Artifact`)."""
+    return [_load_for(model, model_sha256, name, settings, purpose, seed, folder) for name in settings.prompts]
+
+
+def _load_for(model, model_sha256: str, name: str, settings, purpose: str, seed: int, folder: Path | None) -> PromptSet:
+    tokenizer = None if name == "self" else load_tokenizer(model.folder)
+    with progress_task(f"prompts: {name}", settings.samples * settings.length) as advance:
+        prompt_set = load(
+            name, purpose=purpose, tokenizer=tokenizer, model=model, model_sha256=model_sha256,
+            samples=settings.samples, length=settings.length, seed=seed, folder=folder, progress=advance,
+        )  # fmt: skip
+    refuse_foreign_tokens(max(int(window.max()) for window in prompt_set.windows), model.config.vocab_size)
+    return prompt_set
+
+
+def used(sets: list[PromptSet]) -> list[dict]:
+    """What the report says of them."""
+    return [{"name": s.name, "windows": len(s.windows), "tokens": s.tokens} for s in sets]
 
 
 def _find_file(name: str, folder: Path | None) -> Path:

@@ -35,11 +35,28 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
             "bits_per_weight": smallest["bits_per_weight"],
         },
         "passes": outcome.passes,
+        **({"calibration": _calibration(outcome)} if outcome.calibration else {}),
         "artifacts": artifacts,
         "prompts": outcome.prompts,
         "checks": [row.to_json() for row in outcome.rows],
         "versions": versions(),
     }
+
+
+def _calibration(outcome) -> dict:
+    """What was used, and how many tokens reached each expert; experts that saw too few say so in the pass's details."""
+    coverage = [entry for step in outcome.passes for entry in step["details"].get("experts", [])]
+    below = [e for step in outcome.passes for e in step["details"].get("experts_from_every_token", [])]
+    names = sorted({f"layer {e['layer']} expert {e['expert']}" for e in below})
+    found = {
+        "tokens": sum(entry["tokens"] for entry in outcome.calibration),
+        "prompts": [entry["name"] for entry in outcome.calibration],
+        "windows": sum(entry["windows"] for entry in outcome.calibration),
+    }
+    if not coverage:
+        return found
+    fewest = min(entry["tokens"] for entry in coverage)
+    return found | {"expert_coverage": {"min_tokens": fewest, "experts_below_threshold": names}}
 
 
 def _checkpoint_artifact(planned, folder: Path) -> dict:

@@ -61,7 +61,19 @@ def _passes(report: dict) -> str:
         f"- {p['name']}: {p['seconds']:.1f} s, peak {p['peak_rss_bytes'] / 2**20:.0f} MiB. {_details(p['details'])}"
         for p in report["passes"]
     ]
-    return "\n".join(["## Passes\n", *lines, ""])
+    return "\n".join(["## Passes\n", *lines, *_calibration(report), ""])
+
+
+def _calibration(report: dict) -> list[str]:
+    if "calibration" not in report:
+        return []
+    used = report["calibration"]
+    line = f"- calibrated on {used['tokens']:,} tokens of {', '.join(used['prompts'])}"
+    if coverage := used.get("expert_coverage"):
+        cold = coverage["experts_below_threshold"]
+        line += f"; the least used expert saw {coverage['min_tokens']:,}, {len(cold)} too few and so every token"
+        line += f" ({', '.join(cold)})" if cold else ""
+    return [line]
 
 
 def _details(details: dict) -> str:
@@ -69,7 +81,13 @@ def _details(details: dict) -> str:
     stored = "; ".join(
         f"{name}: {f['tensors']} tensors, {f['parameters']:,} parameters" for name, f in sorted(formats.items())
     )
-    return f"Stored as {stored}." if stored else ""
+    text = f"Stored as {stored}." if stored else ""
+    for entry in details.get("stored_otherwise", []):
+        text += (
+            f" {entry['tensors']} tensors of {entry['role']} are {entry['stored']}, not {entry['asked']}, "
+            f"which does not divide their {entry['inputs']} inputs."
+        )
+    return text
 
 
 def _versions(report: dict) -> str:

@@ -1,0 +1,175 @@
+"""What reaches the matrices of a unit, pulled by replaying it over the calibration tokens.
+
+A layer is replayed in halves, and of the experts only those that are asked for: statistics are collected for as many
+groups of matrices at a time as fit into a budget, so that memory does not grow with the number of experts. Where
+matrices of the unit have been quantized already, what they give is what the later ones see.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compress.calibration.moments import Moments
+from compress.inference import HiddenStates, LayerWeights
+from compress.layers import rms_norm
+from compress.model import HybridModel, InputGroup, Unit, Weight
+
+Keep = Callable[[Weight], Weight]  # writes a weight; returns one that reads what was written
+MOMENT_BYTES = 1 << 30  # of second moments collected in one replay
+EVERY_TOKEN_ROWS = 1 << 16  # rows that are sent through an expert that routing left without enough of them
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a pass wants to know of inputs."""
+
+    hessian: bool = False
+    sample: bool = False
+
+
+class LayerInputs:
+    """The inputs of one layer. `entering` are the hidden states before it; `keep` writes a weight and gives it back as
+    it was written."""
+
+    def __init__(self, model: HybridModel, index: int, entering: HiddenStates, scratch: Path, keep: Keep, device: str):
+        self._architecture, self._config, self.index = model.architecture, model.config, index
+        self._entering, self._mixed, self._device = entering, entering.at(scratch), device
+        self.keep, self._mixer_used = keep, None
+        self.prefix = model.architecture.layer_prefix(index)
+        self._groups = model.architecture.input_groups(model.config, index)
+
+    @property
+    def levels(self) -> tuple[tuple[InputGroup, ...], ...]:
+        """Groups of matrices by depth: the inputs of a level depend on the matrices of earlier ones only."""
+        return (*self._groups.mixer, *self._groups.feed_forward)
+
+    def folds(self):
+        return self._architecture.folds(self._config, self.index)
+
+    def full_names(self, group: InputGroup) -> tuple[str, ...]:
+        return tuple(self.prefix + name for name in group.names)
+
+    def moments(
+        self, unit: Unit, groups: tuple[InputGroup, ...], wanted: Wanted
+    ) -> Iterator[tuple[InputGroup, Moments]]:
+        """Statistics of the inputs of groups of one level, as many at a time as the budget allows."""
+        for batch in _batches(unit, self.prefix, groups, wanted):
+            found = {group: self._empty(unit, group, wanted) for group in batch}
+            if groups[0] in {group for level in self._groups.mixer for group in level}:
+                self._replay_mixer(unit, found)
+            else:
+                self._replay_feed_forward(unit, found)
+            yield from found.items()
+
+    def moments_of_every_token(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
+        """The same for the matrices of one expert, were all tokens of the layer routed to it."""
+        moments, rows = self._empty(unit, group, wanted), 0
+        weights = self._weights(unit, {group: moments})
+        for number in range(len(self._mixed)):
+            if rows >= EVERY_TOKEN_ROWS:
+                break
+            x = self._architecture.feed_forward_input(self._config, weights, self._mixed.read(number).to(self._device))
+            self._architecture.expert(weights, group.expert, x.flatten(0, 1))
+            rows += x.shape[0] * x.shape[1]
+        return moments
+
+    @torch.inference_mode()
+    def leave(self, unit: Unit, following: HiddenStates) -> None:
+        """Runs the finished layer and writes the states that enter the next one."""
+        self._mix(unit)
+        weights = self._weights(unit)
+        for number in range(len(self._mixed)):
+            hidden = self._mixed.read(number).to(self._device)
+            following.write(number, self._architecture.feed_forward(self._config, self.index, weights, hidden))
+            self._mixed.remove(number)
+
+    def _empty(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
+        width = unit.weights[self.prefix + group.names[0]].shape[1]
+        return Moments(width, self._device, with_hessian=wanted.hessian, with_sample=wanted.sample)
+
+    def _weights(self, unit: Unit, found: dict[InputGroup, Moments] | None = None) -> LayerWeights:
+        by_name = {group.names[0]: moments for group, moments in (found or {}).items()}
+
+        def tap(name: str, x: torch.Tensor) -> None:
+            if name in by_name:
+                by_name[name].add(x, self.prefix + name)
+
+        return LayerWeights(unit, self.prefix, self._device, tap=tap if found else None)
+
+    def _replay_mixer(self, unit: Unit, found: dict[InputGroup, Moments]) -> None:
+        weights = self._weights(unit, found)
+        for number in range(len(self._entering)):
+            self._run_mixer(weights, self._entering.read(number))
+
+    def _replay_feed_forward(self, unit: Unit, found: dict[InputGroup, Moments]) -> None:
+        self._mix(unit)
+        weights, experts = self._weights(unit, found), {group.expert for group in found}
+        for number in range(len(self._mixed)):
+            hidden = self._mixed.read(number).to(self._device)
+            self._architecture.feed_forward(self._config, self.index, weights, hidden, only=experts - {None} or None)
+
+    def _mix(self, unit: Unit) -> None:
+        """Hidden states after the mixer, made again only where the mixer's weights are others than last time."""
+        names = {self.prefix + name for level in self._groups.mixer for group in level for name in group.names}
+        used = [id(weight) for name, weight in unit.weights.items() if name in names]
+        if used == self._mixer_used:
+            return
+        weights = self._weights(unit)
+        for number in range(len(self._entering)):
+            self._mixed.write(number, self._run_mixer(weights, self._entering.read(number)))
+        self._mixer_used, self._held = used, unit  # the unit is held so that ids stay its own
+
+    def _run_mixer(self, weights: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.to(self._device)
+        state = self._architecture.initial_state(self._config, self.index, hidden.shape[0], self._device)
+        return self._architecture.mix(self._config, self.index, weights, hidden, state)[0]
+
+
+class HeadInputs:
+    """The input of the output matrix: hidden states after the last layer, normalised."""
+
+    levels: tuple[tuple[InputGroup, ...], ...]
+    prefix = ""
+
+    def __init__(self, model: HybridModel, entering: HiddenStates, keep: Keep, device: str):
+        self._model, self._entering, self._device, self.keep = model, entering, device, keep
+        head = InputGroup((model.architecture.LM_HEAD,))
+        self.levels = ((head,),) if head.names[0] in model.unit("head").weights else ()
+
+    def folds(self):
+        return ()
+
+    def full_names(self, group: InputGroup) -> tuple[str, ...]:
+        return group.names
+
+    def moments(
+        self, unit: Unit, groups: tuple[InputGroup, ...], wanted: Wanted
+    ) -> Iterator[tuple[InputGroup, Moments]]:
+        norm = unit.weights[self._model.architecture.FINAL_NORM].dense().to(self._device)
+        for group in groups:
+            width = unit.weights[group.names[0]].shape[1]
+            moments = Moments(width, self._device, with_hessian=wanted.hessian, with_sample=wanted.sample)
+            for number in range(len(self._entering)):
+                hidden = self._entering.read(number).to(self._device)
+                moments.add(rms_norm(hidden, norm, self._model.config.rms_norm_eps), group.names[0])
+            yield group, moments
+
+
+UnitInputs = LayerInputs | HeadInputs
+
+
+def _batches(unit: Unit, prefix: str, groups, wanted: Wanted) -> Iterator[list[InputGroup]]:
+    """Groups whose second moments fit into the budget together; at least one."""
+    batch, taken = [], 0
+    for group in groups:
+        weight: Weight = unit.weights[prefix + group.names[0]]
+        need = 4 * weight.shape[1] ** (2 if wanted.hessian else 1)
+        if batch and taken + need > MOMENT_BYTES:
+            yield batch
+            batch, taken = [], 0
+        batch.append(group)
+        taken += need
+    if batch:
+        yield batch

@@ -1,0 +1,56 @@
+"""What is kept of the inputs of a matrix: second moments, largest magnitudes, a sample of magnitudes."""
+
+import torch
+
+from compress.errors import InputError
+
+SAMPLE_ROWS = 4096  # rows of the inputs whose magnitudes are kept for the choice of a static range
+
+
+class Moments:
+    """Statistics of the rows x [K] that reach a group of matrices, added up block by block on `device`.
+
+    hessian [K, K]: mean of x x';  square [K]: its diagonal;  absmax [K];  tokens: rows seen.
+    """
+
+    def __init__(self, width: int, device: str, *, with_hessian: bool, with_sample: bool):
+        self.tokens, self._with_sample = 0, with_sample
+        self._square, self.absmax = torch.zeros(width, device=device), torch.zeros(width, device=device)
+        self._hessian = torch.zeros(width, width, device=device) if with_hessian else None
+        self._rows: list[torch.Tensor] = []
+
+    def add(self, x: torch.Tensor, name: str) -> None:
+        """x [..., K]; `name` is the matrix, for the refusal of inputs that are not finite."""
+        rows = x.reshape(-1, x.shape[-1])
+        if not bool(torch.isfinite(rows).all()):
+            raise InputError(
+                f"tensor '{name}': its inputs on the calibration tokens hold NaN or infinity; the model overflows there"
+            )
+        self.tokens += len(rows)
+        self.absmax = torch.maximum(self.absmax, rows.abs().amax(0)) if len(rows) else self.absmax
+        if self._hessian is None:
+            self._square += rows.square().sum(0)
+        else:
+            self._hessian.addmm_(rows.T, rows)
+        if self._with_sample:
+            self._keep_sample(rows)
+
+    def _keep_sample(self, rows: torch.Tensor) -> None:
+        """Rows in even steps over what was seen: the store is thinned by half whenever it is twice too large."""
+        self._rows.append(rows.abs())
+        if sum(map(len, self._rows)) > 2 * SAMPLE_ROWS:
+            self._rows = [torch.cat(self._rows)[::2].clone()]
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        return self._hessian / max(1, self.tokens)
+
+    @property
+    def square(self) -> torch.Tensor:
+        total = self._square if self._hessian is None else self._hessian.diagonal()
+        return total / max(1, self.tokens)
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """Magnitudes of single inputs, [n]."""
+        return torch.cat(self._rows).flatten() if self._rows else torch.zeros(1)

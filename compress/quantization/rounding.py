@@ -1,0 +1,72 @@
+"""Round to nearest, lazily: a weight that quantizes itself when it is loaded, in blocks of rows."""
+
+from collections.abc import Callable
+
+import torch
+
+from compress import formats
+from compress.errors import InputError
+from compress.formats.base import NumberFormat, Quantized
+from compress.model import PLAIN_DTYPES, Weight, is_finite
+from compress.quantization import scales
+from compress.quantization.activations import Activation
+
+ScaleSearch = Callable[[torch.Tensor], torch.Tensor]
+
+
+def lazily(weight: Weight, options, device: str) -> Weight:
+    """The weight in the format the options of `quantize` give it; as it came where they leave it alone."""
+    asked = options.format_for(weight)
+    if asked == formats.AS_IT_CAME or len(weight.shape) != 2:  # biases of a projection stay as they came
+        return weight
+    if asked in PLAIN_DTYPES:
+        return weight.with_load(asked, lambda rows=None: cast(weight, rows, asked))
+    number_format = formats.get(formats.fitting(asked, weight.shape))
+    activation = options.activation_of(weight.role)
+    return _Rounded(weight, number_format, search_for(number_format, options.clips()), device).as_weight(
+        None if activation == formats.AS_IT_CAME else Activation(activation)
+    )
+
+
+def cast(weight: Weight, rows: slice | None, format_name: str) -> torch.Tensor:
+    """Rows of a weight in a plain format; a value beyond its range is an error, not an infinity."""
+    tensor = weight.dense(rows).to(PLAIN_DTYPES[format_name])
+    if not is_finite(tensor):
+        raise InputError(f"tensor '{weight.name}': holds values beyond the range of {format_name}; use bf16 or fp32")
+    return tensor
+
+
+def search_for(number_format: NumberFormat, clips: bool, moments: torch.Tensor | None = None) -> ScaleSearch:
+    """Scales of a block of rows: of least error (weighted by the inputs' second moments), or just reaching its largest."""
+    return (lambda block: scales.search(block, number_format, moments)) if clips else number_format.absmax_scales
+
+
+class _Rounded:
+    """Quantizes a weight on load. Where scales depend on the whole matrix they are found first, in a pass of their own."""
+
+    def __init__(self, weight: Weight, number_format: NumberFormat, search: ScaleSearch, device: str):
+        self._weight, self._format, self._search, self._device = weight, number_format, search, device
+        self._scales: torch.Tensor | None = None
+
+    def as_weight(self, activation: Activation | None) -> Weight:
+        return self._weight.with_load(self._format.name, self.load, activation)
+
+    def load(self, rows: slice | None = None) -> Quantized:
+        whole = rows is None or (rows.start == 0 and rows.stop == self._weight.shape[0])
+        if whole or self._format.rows_are_independent:
+            dense = self._dense(rows)
+            return self._format.quantize(dense, self._format.join_scales([self._search(dense)]))
+        if self._scales is None:
+            blocks = self.as_weight(None).row_blocks()
+            self._scales = self._format.join_scales([self._search(self._dense(block)) for block in blocks])
+        found = self._scales if self._format.rows is None else self._scales[_scale_rows(rows, self._format.rows)]
+        if rows.stop == self._weight.shape[0]:
+            self._scales = None  # the last block: a model's worth of scales must not stay in memory
+        return self._format.quantize(self._dense(rows), found)
+
+    def _dense(self, rows: slice | None) -> torch.Tensor:
+        return self._weight.dense(rows).to(self._device)
+
+
+def _scale_rows(rows: slice, step: int) -> slice:
+    return slice(rows.start // step, -(-rows.stop // step))

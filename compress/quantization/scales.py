@@ -1,0 +1,43 @@
+"""Scales that minimise the rounding error, rather than reach the largest magnitude.
+
+    scale = argmin_s  sum_k m_k (w_k - s q_k)^2,      q_k = round(w_k / s) on the format's grid
+
+per block that shares the scale, over a grid of shrunken absmax scales. m is 1 (plain MSE), or the mean square of the
+k-th input over calibration tokens: then the sum is, but for correlations between inputs, the error of the layer's
+output (the diagonal of GPTQ's Hessian, arXiv 2210.17323).
+"""
+
+import torch
+
+from compress.formats.base import NumberFormat
+
+SHRINK = torch.linspace(0.5, 1.1, 49)  # candidates, as factors of the absmax scale
+ROW_BLOCK_ELEMENTS = 1 << 22  # float32 elements worked on at a time
+
+
+def search(weight: torch.Tensor, number_format: NumberFormat, moments: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [n, K] (whole blocks), moments [K] or None -> scales, 0 for a block of zeros."""
+    step = number_format.rows or weight.shape[0]
+    rows = max(1, ROW_BLOCK_ELEMENTS // (step * weight.shape[1])) * step
+    return torch.cat([_search_rows(block, number_format, moments) for block in weight.split(rows)])
+
+
+def _search_rows(weight: torch.Tensor, number_format: NumberFormat, moments: torch.Tensor | None) -> torch.Tensor:
+    absmax = number_format.absmax_scales(weight)
+    best, least = absmax, torch.full_like(absmax, torch.inf)
+    for factor in SHRINK.tolist():
+        candidate = torch.where(absmax > 0, factor * absmax, 1.0)
+        expanded = number_format.expand(candidate, weight.shape)
+        error = (number_format.to_grid(weight / expanded).float() * expanded - weight).square()
+        loss = _block_sums(error if moments is None else error * moments, number_format)
+        better = (loss < least) & (absmax > 0)
+        best, least = torch.where(better, candidate, best), torch.where(better, loss, least)
+    return best
+
+
+def _block_sums(error: torch.Tensor, number_format: NumberFormat) -> torch.Tensor:
+    rows, columns = (
+        step or size for size, step in zip(error.shape, (number_format.rows, number_format.columns), strict=True)
+    )
+    padded = torch.nn.functional.pad(error, (0, -error.shape[1] % columns, 0, -error.shape[0] % rows))
+    return padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).sum(dim=(1, 3))

@@ -1,0 +1,161 @@
+"""One sweep over a model's units: passes, then the shard. The checkpoint is written layer by layer and nothing is whole in
+memory.
+
+Where a pass looks at calibration data, hidden states wait on disk between layers, and every layer is run, once it is
+written, from the bytes that were written, so that the next one sees the errors it will see when it ships.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from compress import passes, plugins, progress
+from compress.calibration.inputs import HeadInputs, LayerInputs, UnitInputs
+from compress.checkpoint import writer
+from compress.checkpoint.writer import ShardWriter
+from compress.inference import HiddenStates, embed_windows
+from compress.model import Unit
+from compress.plan import PassContext, Plan
+from compress.process import peak_rss_bytes
+from compress.workspace import Workspace
+
+CHECKPOINT, CALIBRATION = (
+    "checkpoint",
+    "calibration",
+)  # folders of the workspace; the second is gone when it is published
+
+
+@dataclass
+class Swept:
+    """What a sweep did: seconds per pass that looked at calibration data, notes per pass and unit, layers left as they were."""
+
+    seconds: float = 0.0
+    pass_seconds: dict[int, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    notes: dict[int, list[dict]] = field(default_factory=dict)
+    reused: int = 0
+
+
+def run(planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor] | None) -> Swept:
+    """Writes every shard that an earlier run did not finish. `windows` are the calibration tokens, where a pass asks."""
+    (space.folder / CHECKPOINT).mkdir(exist_ok=True)
+    swept, began = Swept(), time.monotonic()
+    with progress.task("compressing", planned.model.parameters) as advance:
+        write = _plainly(planned) if windows is None else _Calibrated(planned, context, space, windows, swept)
+        for number, unit in enumerate(planned.units):
+            shard = f"{CHECKPOINT}/{writer.shard_name(number, len(planned.units))}"
+            if space.is_done(shard):
+                swept.reused += unit.name.startswith("layer.")
+                advance(sum(weight.parameters for weight in unit.weights.values()))
+                continue
+            write(number, space.folder / shard, advance)
+            space.mark_done(shard)
+    swept.notes = _notes(space.folder / CALIBRATION, len(planned.recipe.passes))
+    swept.seconds, swept.peak_rss_bytes = time.monotonic() - began, peak_rss_bytes()
+    shutil.rmtree(space.folder / CALIBRATION, ignore_errors=True)
+    return swept
+
+
+def report(planned: Plan, swept: Swept) -> list[dict]:
+    """The report's `passes`. Passes that transform on load share the time of the sweep they run in."""
+    return [
+        {
+            "name": step.name,
+            "seconds": swept.pass_seconds.get(number, swept.seconds),
+            "peak_rss_bytes": swept.peak_rss_bytes,
+            "details": {
+                **plugins.load(plugins.PASSES, step.name).details(step.options, planned.units, swept.notes[number]),
+                "layers_reused": swept.reused,
+            },
+        }
+        for number, step in enumerate(planned.recipe.passes)
+    ]
+
+
+def _plainly(planned: Plan) -> Callable[[int, Path, Callable], None]:
+    return lambda number, path, advance: writer.write_shard(planned.units[number], path, advance)
+
+
+class _Calibrated:
+    """Writes one unit after another, each from what the units before it, as written, hand on.
+
+    The states that enter unit n are in `calibration/states.n`; they are complete, and noted, before the shard of unit
+    n - 1 is, and are removed when that of unit n is.
+    """
+
+    def __init__(
+        self, planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor], swept: Swept
+    ):
+        self._planned, self._context, self._space, self._swept = planned, context, space, swept
+        self._windows, self._folder = windows, space.folder / CALIBRATION
+        self._states = HiddenStates(self._folder, windows, planned.model.config.hidden_size)
+
+    @torch.inference_mode()
+    def __call__(self, number: int, path: Path, advance) -> None:
+        planned, last = self._planned.units[number], number == len(self._planned.units) - 1
+        shard = ShardWriter(planned, path)
+        kept: set[str] = set()
+
+        def keep(weight):
+            shard.write(weight, advance)
+            kept.add(weight.name)
+            return shard.written(weight)
+
+        inputs = self._inputs(number, last, keep)
+        unit = self._passes(number, inputs)
+        for name, weight in unit.weights.items():
+            if name not in kept:
+                reread = keep(weight)
+                unit = unit.replaced(reread) if weight.is_quantized else unit
+        if not last:
+            self._hand_on(number, unit, inputs)
+        shard.publish()
+        shutil.rmtree(self._states_folder(number), ignore_errors=True)
+
+    def _inputs(self, number: int, last: bool, keep) -> UnitInputs | None:
+        """Nothing reaches the embedding but tokens."""
+        model, device = self._planned.model, self._context.device
+        if number == 0:
+            return None
+        entering = self._states.at(self._states_folder(number))
+        if last:
+            return HeadInputs(model, entering, keep, device)
+        return LayerInputs(model, number - 1, entering, self._folder / "mixed", keep, device)
+
+    def _passes(self, number: int, inputs: UnitInputs | None) -> Unit:
+        unit = self._planned.model.units[number]
+        for place, step in enumerate(self._planned.recipe.passes):
+            module, began = plugins.load(plugins.PASSES, step.name), time.monotonic()
+            if inputs is None or not passes.needs_calibration(module, step.options):
+                unit = module.apply(step.options, unit, self._context)
+                continue
+            unit, note = module.calibrate(step.options, unit, inputs, self._context)
+            writer.write_json(self._folder / f"note-{place}-{number:05d}.json", note)
+            seconds = self._swept.pass_seconds
+            seconds[place] = seconds.get(place, 0.0) + time.monotonic() - began
+        return unit
+
+    def _hand_on(self, number: int, unit: Unit, inputs: UnitInputs | None) -> None:
+        folder = self._states_folder(number + 1)
+        following = self._states.at(folder)
+        if inputs is None:
+            embed_windows(replace(self._planned.model, units=(unit,)), self._windows, following)
+        else:
+            inputs.leave(unit, following)
+        self._space.mark_done(str(folder.relative_to(self._space.folder)))
+
+    def _states_folder(self, number: int) -> Path:
+        return self._folder / f"states.{number}"
+
+
+def _notes(folder: Path, passes: int) -> dict[int, list[dict]]:
+    """What passes noted of every unit, those of an interrupted run included, in order."""
+    return {
+        place: [json.loads(path.read_text()) for path in sorted(folder.glob(f"note-{place}-*.json"))]
+        for place in range(passes)
+    }
