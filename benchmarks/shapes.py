@@ -1,6 +1,7 @@
 """Random checkpoints of published shapes: `python benchmarks/shapes.py SHAPE FOLDER`. Written a block of rows at a time.
 
-The weights are noise of a trained model's scale, so sizes, times and memory are real and text is not.
+The weights are noise of a trained model's scale, so sizes, times and memory are real and text is not. The tokenizer is
+the reference model's, so that calibration prompts can be read.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from compress import resources
 from compress.architectures import jamba
 from compress.checkpoint import writer
 from compress.model import Spec, Unit, Weight
@@ -60,6 +62,7 @@ def make(shape: str, folder: Path) -> Path:
         for number, unit in enumerate(units):
             writer.write_shard(unit, folder / writer.shard_name(number, len(units)), advance)
     writer.write_index(folder, tuple(units))
+    writer.copy_companions(resources.folder("models") / "tiny-jamba", folder)
     writer.write_json(folder / "config.json", config)
     return folder
 

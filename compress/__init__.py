@@ -1,3 +1,18 @@
 """compress: make hybrid SSM-Transformer-MoE language models small, and check what ships."""
 
 __version__ = "0.1.0"
+
+
+def load(path, dtype=None):
+    """The transformers model of a checkpoint folder, or of an output folder of `apply`, with dequantized weights.
+
+    Every checkpoint this tool writes loads, whatever its number formats; so does an original one. Weights only: where
+    inputs of matrices are stored as quantized too, they stay in floating point here. `dtype` is that of the parameters,
+    float32 where none is given. Raises `compress.errors.InputError` for what is no such folder, or a damaged one.
+
+        model = compress.load("out/tiny-int8")
+        model.generate(input_ids, max_new_tokens=20)
+    """
+    from compress import loading  # brings torch and transformers, which take seconds to import
+
+    return loading.load(path, dtype)

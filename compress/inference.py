@@ -46,8 +46,7 @@ class LayerWeights:
     def linear(self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self._tap is not None:
             self._tap(name, x)
-        activation = self._unit.weights[self._prefix + name].activation
-        return F.linear(x if activation is None else activation.fake_quantize(x), self(name), bias)
+        return F.linear(self._unit.weights[self._prefix + name].rounded_input(x), self(name), bias)
 
 
 def layer_weights(model: HybridModel, index: int, device: str, budget: int = CACHE_BYTES) -> LayerWeights:
@@ -88,8 +87,7 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = rms_norm(hidden, self._norm, self._eps)
-        if self._weight.activation is not None:
-            hidden = self._weight.activation.fake_quantize(hidden)
+        hidden = self._weight.rounded_input(hidden)
         logits = torch.empty(*hidden.shape[:-1], self._weight.shape[0], device=self._device)
         for rows, matrix in self._kept or ((rows, self._rows(rows)) for rows in self._weight.row_blocks()):
             logits[..., rows] = hidden @ matrix.T

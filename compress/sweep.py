@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def run(planned: Plan, context: PassContext, space: Workspace, windows: list[tor
     """Writes every shard that an earlier run did not finish. `windows` are the calibration tokens, where a pass asks."""
     (space.folder / CHECKPOINT).mkdir(exist_ok=True)
     swept, began = Swept(), time.monotonic()
-    with progress.task("compressing", planned.model.parameters) as advance:
+    with progress.task("compressing", planned.model.parameters) as advance, _Publisher(space) as publisher:
         write = _plainly(planned) if windows is None else _Calibrated(planned, context, space, windows, swept)
         for number, unit in enumerate(planned.units):
             shard = f"{CHECKPOINT}/{writer.shard_name(number, len(planned.units))}"
@@ -53,8 +54,7 @@ def run(planned: Plan, context: PassContext, space: Workspace, windows: list[tor
                 swept.reused += unit.name.startswith("layer.")
                 advance(sum(weight.parameters for weight in unit.weights.values()))
                 continue
-            write(number, space.folder / shard, advance)
-            space.mark_done(shard)
+            publisher.publish(shard, *write(number, space.folder / shard, advance))
     swept.notes = _notes(space.folder / CALIBRATION, len(planned.recipe.passes))
     swept.seconds, swept.peak_rss_bytes = time.monotonic() - began, peak_rss_bytes()
     shutil.rmtree(space.folder / CALIBRATION, ignore_errors=True)
@@ -77,8 +77,43 @@ def report(planned: Plan, swept: Swept) -> list[dict]:
     ]
 
 
-def _plainly(planned: Plan) -> Callable[[int, Path, Callable], None]:
-    return lambda number, path, advance: writer.write_shard(planned.units[number], path, advance)
+class _Publisher:
+    """Publishes shards while the next unit is worked on: waiting for the disk takes as long as rounding. One at a time."""
+
+    def __init__(self, space: Workspace):
+        self._space, self._pool, self._pending = space, ThreadPoolExecutor(1), None
+
+    def publish(self, name: str, shard: ShardWriter, then: Callable[[], None]) -> None:
+        """Flushes and renames the shard, notes it as done, and does what may be done only then."""
+        self._wait()
+        self._pending = self._pool.submit(self._finish, name, shard, then)
+
+    def _finish(self, name: str, shard: ShardWriter, then: Callable[[], None]) -> None:
+        shard.publish()
+        self._space.mark_done(name)
+        then()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def __enter__(self) -> "_Publisher":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        with self._pool:
+            if kind is None:
+                self._wait()
+
+
+def _plainly(planned: Plan) -> Callable[[int, Path, Callable], tuple[ShardWriter, Callable[[], None]]]:
+    def write(number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
+        shard = ShardWriter(planned.units[number], path)
+        for weight in planned.units[number].weights.values():
+            shard.write(weight, advance)
+        return shard, lambda: None
+
+    return write
 
 
 class _Calibrated:
@@ -96,7 +131,7 @@ class _Calibrated:
         self._states = HiddenStates(self._folder, windows, planned.model.config.hidden_size)
 
     @torch.inference_mode()
-    def __call__(self, number: int, path: Path, advance) -> None:
+    def __call__(self, number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
         planned, last = self._planned.units[number], number == len(self._planned.units) - 1
         shard = ShardWriter(planned, path)
         kept: set[str] = set()
@@ -114,8 +149,7 @@ class _Calibrated:
                 unit = unit.replaced(reread) if weight.is_quantized else unit
         if not last:
             self._hand_on(number, unit, inputs)
-        shard.publish()
-        shutil.rmtree(self._states_folder(number), ignore_errors=True)
+        return shard, lambda: shutil.rmtree(self._states_folder(number), ignore_errors=True)
 
     def _inputs(self, number: int, last: bool, keep) -> UnitInputs | None:
         """Nothing reaches the embedding but tokens."""

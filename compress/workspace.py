@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from compress.checkpoint.writer import write_json
@@ -19,6 +20,7 @@ class Workspace:
         if overwrite and not resume and self.folder.exists():
             shutil.rmtree(self.folder)
         self._key, self._done = key, _journal(self.folder, key) if self.folder.exists() else {}
+        self._lock = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._save()
 
@@ -27,8 +29,10 @@ class Workspace:
         return piece in self._done and tree_bytes(self.folder / piece) == self._done[piece]
 
     def mark_done(self, piece: str) -> None:
-        self._done[piece] = tree_bytes(self.folder / piece)
-        self._save()
+        size = tree_bytes(self.folder / piece)
+        with self._lock:  # shards are published beside the work on the next one
+            self._done[piece] = size
+            self._save()
 
     def publish(self) -> None:
         """Renames the finished folder to its final name, replacing a previous one at the last moment."""

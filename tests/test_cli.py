@@ -16,8 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import cli
-from compress import resources
-from compress.checkpoint import writer
+from compress import resources, sweep
 from exporters import onnx as onnx_exporter
 
 DONE, MISSED, BAD_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 130  # the contract's exit codes
@@ -317,16 +316,16 @@ def test_an_exporter_that_fails_exits_3_and_publishes_nothing(quick, monkeypatch
 
 
 def test_ctrl_c_exits_130_and_resume_finishes(quick, monkeypatch, tmp_path):
-    real, written = writer.write_shard, []
+    real, written = sweep.ShardWriter, []
 
     def interrupted(unit, *arguments):
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(unit.name)
-        real(unit, *arguments)
+        return real(unit, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write_shard", interrupted)
+        patch.setattr(sweep, "ShardWriter", interrupted)
         assert "--resume" in expect_refusal(quick(), INTERRUPTED)
     assert not (tmp_path / "out").exists()
     assert quick("--resume").exit_code == DONE

@@ -12,8 +12,8 @@ import pytest
 from jamba_models import make_jamba
 
 import cli
+from compress import sweep
 from compress.check import run as check_run
-from compress.checkpoint import writer
 from exporters.graph.builder import WeightFile
 
 LAYERS, SHARDS = 6, 8  # of the small model: one shard for the embedding, one a layer, one for the head
@@ -79,7 +79,7 @@ def layers_reused(out: Path) -> int:
 @pytest.mark.parametrize("done", [1, 4, SHARDS - 1])
 def test_finished_shards_are_kept_and_the_rest_is_the_same(apply, out, monkeypatch, uninterrupted, done):
     with monkeypatch.context() as patch:
-        stop_after(patch, writer, "write_shard", done)
+        stop_after(patch, sweep, "ShardWriter", done)
         assert apply().exit_code == 130
     assert not out.exists()
     kept = finished_shards(out)
@@ -95,7 +95,7 @@ def test_finished_shards_are_kept_and_the_rest_is_the_same(apply, out, monkeypat
 def test_a_run_may_be_interrupted_again_and_again(apply, out, monkeypatch, uninterrupted):
     for _ in range(3):
         with monkeypatch.context() as patch:
-            stop_after(patch, writer, "write_shard", 2)
+            stop_after(patch, sweep, "ShardWriter", 2)
             assert apply("--resume").exit_code == 130
     assert apply("--resume").exit_code == 0
     assert layers_reused(out) == 5
@@ -148,7 +148,7 @@ def test_an_interruption_while_the_folder_gets_its_name_can_be_resumed(apply, ou
 def test_a_run_that_replaces_an_output_can_be_resumed_and_keeps_it_until_then(apply, out, monkeypatch):
     assert apply("--seed", 1).exit_code == 0
     with monkeypatch.context() as patch:
-        stop_after(patch, writer, "write_shard", 3)
+        stop_after(patch, sweep, "ShardWriter", 3)
         assert apply("--overwrite").exit_code == 130
     assert json.loads((out / "manifest.json").read_text())["seed"] == 1
     assert apply("--overwrite", "--resume").exit_code == 0
@@ -158,7 +158,7 @@ def test_a_run_that_replaces_an_output_can_be_resumed_and_keeps_it_until_then(ap
 
 def test_a_shard_that_lost_its_end_is_written_again(apply, out, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
-        stop_after(patch, writer, "write_shard", 4)
+        stop_after(patch, sweep, "ShardWriter", 4)
         assert apply().exit_code == 130
     shard = next(out.with_name("out.partial").glob("checkpoint/model-00002-*.safetensors"))
     os.truncate(shard, shard.stat().st_size // 2)
@@ -171,7 +171,7 @@ def test_a_shard_that_lost_its_end_is_written_again(apply, out, monkeypatch, uni
 def stopped(apply, out, monkeypatch) -> Path:
     """The folder of a run that was stopped after three shards."""
     with monkeypatch.context() as patch:
-        stop_after(patch, writer, "write_shard", 3)
+        stop_after(patch, sweep, "ShardWriter", 3)
         assert apply().exit_code == 130
     return out.with_name("out.partial")
 
@@ -217,7 +217,7 @@ def test_resume_starts_fresh_where_there_is_nothing(apply, out, uninterrupted):
 KILLED = """
 import os, signal, sys
 import cli
-from compress.checkpoint import writer
+from compress import sweep
 from exporters.graph.builder import WeightFile
 
 def kill_after(owner, name, calls):

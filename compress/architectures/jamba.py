@@ -5,6 +5,7 @@ checkpoints, where every expert has its own 2-D matrices.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -15,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress import layers
 from compress.errors import InputError
-from compress.model import Fold, InputGroup, LayerGroups, Spec, UnitSpec, Weights
+from compress.model import Fold, InputGroup, LayerGroups, Place, Spec, UnitSpec, Weights
 from compress.roles import Role
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.final_layernorm.weight", "lm_head.weight"
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 MAX_COUNT = 10_000  # of layers and of experts: far beyond any model, keeps a corrupt config from being enumerated
 MAX_EXPERTS_IN_ALL = 50_000
 MAX_SIZE = 1 << 31
@@ -217,6 +219,19 @@ def initial_state(config: JambaConfig, index: int, batch: int, device: str = "cp
         "conv_state": torch.zeros(batch, config.d_inner, config.mamba_d_conv - 1, device=device),
         "recurrent_state": torch.zeros(batch, config.mamba_d_state, config.d_inner, device=device),
     }
+
+
+def transformers_place(config: JambaConfig, name: str) -> Place:
+    """Where a tensor belongs in transformers' model, which fuses the experts of a layer: gate_up_proj [E, 2 F, H], gate
+    above up, and down_proj [E, H, F]."""
+    match = EXPERT.fullmatch(name)
+    if not match:
+        return Place(name)
+    experts, number, inner = match["experts"], int(match["number"]), config.intermediate_size
+    if match["part"] == "down":
+        return Place(f"{experts}.down_proj", (number,))
+    rows = slice(0, inner) if match["part"] == "gate" else slice(inner, 2 * inner)
+    return Place(f"{experts}.gate_up_proj", (number, rows))
 
 
 def input_groups(config: JambaConfig, index: int) -> LayerGroups:

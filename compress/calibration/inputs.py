@@ -6,7 +6,7 @@ matrices of the unit have been quantized already, what they give is what the lat
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,10 +23,17 @@ EVERY_TOKEN_ROWS = 1 << 16  # rows that are sent through an expert that routing 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a pass wants to know of inputs."""
+    """What a pass wants to know of inputs; those of matrices in `rotations` after a Hadamard rotation in blocks of so many."""
 
     hessian: bool = False
     sample: bool = False
+    rotations: dict[str, int] = field(default_factory=dict)
+
+    def moments(self, width: int, device: str, name: str) -> Moments:
+        """Empty statistics for the matrix of that full name."""
+        return Moments(
+            width, device, with_hessian=self.hessian, with_sample=self.sample, rotation=self.rotations.get(name)
+        )
 
 
 class LayerInputs:
@@ -86,8 +93,8 @@ class LayerInputs:
             self._mixed.remove(number)
 
     def _empty(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
-        width = unit.weights[self.prefix + group.names[0]].shape[1]
-        return Moments(width, self._device, with_hessian=wanted.hessian, with_sample=wanted.sample)
+        name = self.prefix + group.names[0]
+        return wanted.moments(unit.weights[name].shape[1], self._device, name)
 
     def _weights(self, unit: Unit, found: dict[InputGroup, Moments] | None = None) -> LayerWeights:
         by_name = {group.names[0]: moments for group, moments in (found or {}).items()}
@@ -150,7 +157,7 @@ class HeadInputs:
         norm = unit.weights[self._model.architecture.FINAL_NORM].dense().to(self._device)
         for group in groups:
             width = unit.weights[group.names[0]].shape[1]
-            moments = Moments(width, self._device, with_hessian=wanted.hessian, with_sample=wanted.sample)
+            moments = wanted.moments(width, self._device, group.names[0])
             for number in range(len(self._entering)):
                 hidden = self._entering.read(number).to(self._device)
                 moments.add(rms_norm(hidden, norm, self._model.config.rms_norm_eps), group.names[0])

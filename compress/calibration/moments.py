@@ -3,6 +3,7 @@
 import torch
 
 from compress.errors import InputError
+from compress.quantization import hadamard
 
 SAMPLE_ROWS = 4096  # rows of the inputs whose magnitudes are kept for the choice of a static range
 
@@ -13,8 +14,8 @@ class Moments:
     hessian [K, K]: mean of x x';  square [K]: its diagonal;  absmax [K];  tokens: rows seen.
     """
 
-    def __init__(self, width: int, device: str, *, with_hessian: bool, with_sample: bool):
-        self.tokens, self._with_sample = 0, with_sample
+    def __init__(self, width: int, device: str, *, with_hessian: bool, with_sample: bool, rotation: int | None = None):
+        self.tokens, self._with_sample, self._rotation = 0, with_sample, rotation
         self._square, self.absmax = torch.zeros(width, device=device), torch.zeros(width, device=device)
         self._hessian = torch.zeros(width, width, device=device) if with_hessian else None
         self._rows: list[torch.Tensor] = []
@@ -22,6 +23,7 @@ class Moments:
     def add(self, x: torch.Tensor, name: str) -> None:
         """x [..., K]; `name` is the matrix, for the refusal of inputs that are not finite."""
         rows = x.reshape(-1, x.shape[-1])
+        rows = hadamard.rotate(rows, self._rotation) if self._rotation else rows
         if not bool(torch.isfinite(rows).all()):
             raise InputError(
                 f"tensor '{name}': its inputs on the calibration tokens hold NaN or infinity; the model overflows there"

@@ -51,10 +51,10 @@ class CheckpointCandidate:
 
 
 class OnnxCandidate:
-    """An exported model.onnx under onnxruntime with the options a user gets by default."""
+    """An exported model.onnx under onnxruntime, with the session options a user gets by default unless others are given."""
 
-    def __init__(self, path: Path):
-        self._session = OnnxSession(path)
+    def __init__(self, path: Path, options: dict[str, str] | None = None):
+        self._session = OnnxSession(path, options)
         self.vocab_size = self._session.vocab_size
 
     def steps(self, tokens: int) -> int:

@@ -2,8 +2,8 @@
 
 A quantized matrix `X.weight` has its scales in `X.weight_scale`; its values are packed (`X.weight_packed` and
 `X.weight_shape`: `pack-quantized`) or stored as `X.weight` (`int-quantized` beside int8 activations, `float-quantized`
-for fp8); static activations add `X.input_scale`. A checkpoint with one scheme has one config group, which is what stock
-transformers loads; others list the modules of every group. docs/checkpoints.md says what was run with what.
+for fp8); static activations add `X.input_scale`. A checkpoint with one scheme has one config group; in others the groups
+single out the experts, which is what stock transformers tells apart. docs/checkpoints.md says what was run with what.
 """
 
 import re
@@ -16,33 +16,36 @@ from compress.errors import InputError
 from compress.model import Weight
 from compress.quantization import activations
 from compress.quantization.activations import Activation
+from compress.roles import Role
 
 SCHEME_KEYS = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic")
 ACTIVATION_KEYS = ("num_bits", "type", "symmetric", "strategy", "dynamic")
 MARKS = (".weight_scale", ".weight_packed")  # either tells a quantized matrix: the one that is missing is then named
 CLASSES = ("Linear", "Embedding")
+EXPERTS = r"re:.*\.experts\.\d+\..*"
 MIXED = "mixed-precision"
+ROTATED = "-rotated"
 
 
 class Scheme(NamedTuple):
-    """How a matrix is quantized: the number format of its values, and that of its inputs."""
+    """How a matrix is quantized: the number format of its values and of its inputs, the block of a rotation of both."""
 
     format: str
     activation: str | None
+    rotation: int | None = None
+
+    @staticmethod
+    def of(weight: Weight) -> "Scheme":
+        return Scheme(weight.format, weight.activation.format if weight.activation else None, weight.rotation)
 
 
 def quantization_config(weights: Iterable[Weight]) -> dict | None:
     """The section of config.json for these weights, or None where nothing is quantized."""
     weights = list(weights)
-    modules: dict[Scheme, list[str]] = {}
-    for weight in weights:
-        if weight.is_quantized:
-            scheme = Scheme(weight.format, weight.activation.format if weight.activation else None)
-            modules.setdefault(scheme, []).append(weight.name.removesuffix(".weight"))
-    if not modules:
+    quantized = [weight for weight in weights if weight.is_quantized]
+    if not quantized:
         return None
-    used = sorted(modules, key=lambda scheme: (scheme.format, scheme.activation or ""))
-    groups = [_group(scheme, CLASSES if len(used) == 1 else sorted(modules[scheme])) for scheme in used]
+    groups = [_group(scheme, targets) for scheme, targets in _grouped(quantized)]
     return {
         "quant_method": "compressed-tensors",
         "format": groups[0]["format"] if len({group["format"] for group in groups}) == 1 else MIXED,
@@ -51,13 +54,62 @@ def quantization_config(weights: Iterable[Weight]) -> dict | None:
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": sorted(w.name.removesuffix(".weight") for w in weights if not w.is_quantized and len(w.shape) == 2),
         "kv_cache_scheme": None,
+        **_transforms([weight for weight in quantized if weight.rotation]),
     }
+
+
+def _grouped(quantized: list[Weight]) -> list[tuple[Scheme, list[str]]]:
+    """Every scheme with its targets, as stock transformers reads them: all experts by the first group whose pattern
+    speaks of experts, all else by the first other group. With one scheme for each it loads.
+
+    With more it must stop, not misread: an int4 matrix taken for int8 has too few columns, an int8 one taken for int4
+    passes unnoticed. So the widest come first.
+    """
+    experts = _by_scheme(weight for weight in quantized if weight.role == Role.EXPERTS)
+    others = _by_scheme(weight for weight in quantized if weight.role != Role.EXPERTS)
+    if len(experts | others) == 1:
+        return _targeted(experts | others, list(CLASSES))
+    found = [*_targeted(others, list(CLASSES)), *_targeted(experts, [EXPERTS])]
+    return sorted(found, key=lambda item: -formats.get(item[0].format).scheme()["num_bits"])
+
+
+def _by_scheme(weights: Iterable[Weight]) -> dict[Scheme, list[str]]:
+    modules: dict[Scheme, list[str]] = {}
+    for weight in weights:
+        modules.setdefault(Scheme.of(weight), []).append(weight.name.removesuffix(".weight"))
+    return modules
+
+
+def _targeted(modules: dict[Scheme, list[str]], only: list[str]) -> list[tuple[Scheme, list[str]]]:
+    """Schemes by name with the modules they are for; `only` says it in short where there is one."""
+    ordered = sorted(modules, key=lambda scheme: (scheme.format, scheme.activation or "", scheme.rotation or 0))
+    return [(scheme, only if len(modules) == 1 else sorted(modules[scheme])) for scheme in ordered]
+
+
+def _transforms(weights: Iterable[Weight]) -> dict:
+    """compressed-tensors' `transform_config` for matrices that are stored rotated, by the rotation's block."""
+    rotated: dict[int, list[str]] = {}
+    for weight in weights:
+        rotated.setdefault(weight.rotation, []).append(weight.name.removesuffix(".weight"))
+    groups = {
+        f"rotation_{size}": {
+            "type": "hadamard",
+            "head_dim": size,
+            "apply": [
+                {"targets": sorted(names), "location": "input"},
+                {"targets": sorted(names), "location": "weight_input", "inverse": True},
+            ],
+        }
+        for size, names in sorted(rotated.items())
+    }
+    return {"transform_config": {"config_groups": groups}} if groups else {}
 
 
 def _group(scheme: Scheme, targets: Iterable[str]) -> dict:
     return {
         "targets": list(targets),
-        "format": _storage(scheme),
+        # transformers passes over `transform_config`: a name it does not know stops it, where it would load rotated weights
+        "format": _storage(scheme) + (ROTATED if scheme.rotation else ""),
         "weights": formats.get(scheme.format).scheme(),
         "input_activations": Activation(scheme.activation).scheme() if scheme.activation else None,
         "output_activations": None,
@@ -81,7 +133,23 @@ def schemes_of(config: dict, folder: Path, stored_names: set[str]) -> dict[str, 
         raise InputError(f"{source}: quantization_config must have config groups")
     read = [(_targets(group, source), _scheme_of(group, source)) for group in groups.values()]
     modules = sorted({name.removesuffix(mark) for name in stored_names for mark in MARKS if name.endswith(mark)})
-    return {f"{module}.weight": _scheme_for(module, read, source) for module in modules}
+    rotations = _rotations_of(section.get("transform_config"), source)
+    schemes = {module: _scheme_for(module, read, source) for module in modules}
+    return {f"{module}.weight": s._replace(rotation=rotations.get(module)) for module, s in schemes.items()}
+
+
+def _rotations_of(section, source: Path) -> dict[str, int]:
+    """Block of the rotation by module; refuses transforms of any other kind."""
+    rotations: dict[str, int] = {}
+    try:
+        for group in section["config_groups"].values() if section is not None else ():
+            size = group["head_dim"]
+            if group["type"] != "hadamard" or not isinstance(size, int) or size < 1 or size & (size - 1):
+                raise ValueError
+            rotations |= dict.fromkeys(group["apply"][0]["targets"], size)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        raise InputError(f"{source}: transform_config describes a transform that is not known here") from None
+    return rotations
 
 
 def _targets(group, source: Path) -> list[str]:

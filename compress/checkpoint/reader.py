@@ -105,6 +105,11 @@ class Checkpoint:
         return stored.plain_weight(spec, PLAIN_FORMATS[dtype], self._finite)
 
     def _quantized_weight(self, spec: Spec, scheme: Scheme) -> Weight:
+        if scheme.rotation and spec.shape[1] % scheme.rotation:
+            raise InputError(
+                f"{self.folder / 'config.json'}: transform_config rotates '{spec.name}' in blocks of {scheme.rotation}, "
+                f"which do not divide its {spec.shape[1]} inputs"
+            )
         weight = stored.quantized_weight(spec, scheme, self._finite)
         for name, part in weight.layout().items():
             self._expect(name, part.shape, part.dtype, spec)

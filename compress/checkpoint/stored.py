@@ -18,7 +18,7 @@ def reread(weight: Weight, read: Read) -> Weight:
     spec = Spec(weight.name, weight.shape, weight.role)
     if not weight.is_quantized:
         return plain_weight(spec, weight.format, read)
-    return quantized_weight(spec, Scheme(weight.format, weight.activation.format if weight.activation else None), read)
+    return quantized_weight(spec, Scheme.of(weight), read)
 
 
 def plain_weight(spec: Spec, format_name: str, read: Read) -> Weight:
@@ -34,7 +34,7 @@ def quantized_weight(spec: Spec, scheme: Scheme, read: Read) -> Weight:
         parts = {suffix: read(stem + suffix, part.rows(rows)) for suffix, part in layout.items()}
         return number_format.unpack(parts, spec.shape)
 
-    return Weight(spec.name, spec.role, spec.shape, scheme.format, load, activation)
+    return Weight(spec.name, spec.role, spec.shape, scheme.format, load, activation, scheme.rotation)
 
 
 def _activation(name: str, stem: str, read: Read) -> Activation:

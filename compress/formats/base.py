@@ -69,7 +69,8 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def to_grid(self, scaled: torch.Tensor) -> torch.Tensor:
-        """float32 w / scale -> the nearest values of the grid (ties to even), saturating, in the stored type."""
+        """float32 w / scale -> the nearest values of the grid (ties to even), saturating, in the stored type. The argument
+        may be overwritten."""
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...], *, packed: bool = True) -> Layout:
@@ -107,9 +108,9 @@ class NumberFormat(ABC):
 
     def block_absmax(self, weight: torch.Tensor) -> torch.Tensor:
         """Largest magnitude of each block of [n, K]."""
-        rows, columns = (step or size for size, step in zip(weight.shape, (self.rows, self.columns), strict=True))
-        padded = F.pad(weight.abs(), (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
-        return padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax(dim=(1, 3))
+        rows, columns = self.rows or weight.shape[0], self.columns or weight.shape[1]
+        blocks = blocked(weight, rows, columns)
+        return torch.maximum(blocks.amax(dim=(1, 3)), -blocks.amin(dim=(1, 3)))
 
     def absmax_scales(self, weight: torch.Tensor) -> torch.Tensor:
         """Scales that just reach the largest magnitudes; 0 for a block of zeros (or one so small that it underflows)."""
@@ -143,6 +144,14 @@ class NumberFormat(ABC):
         """-> float32 [n, K]."""
         values = quantized.values
         return values.to(torch.float32) * self.expand(quantized.scales, values.shape)
+
+
+def blocked(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """[n, K] -> [n / rows, rows, K / columns, columns], partial blocks filled up with zeros."""
+    missing = (-tensor.shape[0] % rows, -tensor.shape[1] % columns)
+    if any(missing):
+        tensor = F.pad(tensor, (0, missing[1], 0, missing[0]))
+    return tensor.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
 
 
 def narrow(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

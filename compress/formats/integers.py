@@ -6,6 +6,7 @@ Values are packed into int32 words, lowest bits first, each offset by half the r
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from compress.formats.base import Layout, NumberFormat, Part, Parts, Quantized
 
@@ -29,7 +30,7 @@ class IntegerFormat(NumberFormat):
         return (self.most - self.least) / 2
 
     def to_grid(self, scaled: torch.Tensor) -> torch.Tensor:
-        return torch.round(scaled).clamp_(self.least, self.most).to(torch.int8)
+        return scaled.round_().clamp_(self.least, self.most).to(torch.int8)
 
     def layout(self, shape: tuple[int, ...], *, packed: bool = True) -> Layout:
         rows, columns = shape
@@ -78,9 +79,12 @@ class IntegerFormat(NumberFormat):
 
 def pack_words(values: torch.Tensor, bits: int, words: int) -> torch.Tensor:
     """int8 [n, K] -> int32 [n, words]."""
-    per_word = WORD_BITS // bits
-    unsigned = torch.zeros(values.shape[0], words * per_word, dtype=torch.uint8)
-    unsigned[:, : values.shape[1]] = (values.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+    offset = 1 << bits - 1
+    # adding half the range to a two's complement number flips its highest bit
+    unsigned = values.view(torch.uint8) ^ offset if bits == 8 else (values + offset).view(torch.uint8)
+    missing = words * (WORD_BITS // bits) - values.shape[1]
+    if missing:
+        unsigned = F.pad(unsigned, (0, missing))
     if bits == 4:
         unsigned = pair_nibbles(unsigned)
     return unsigned.view(torch.int32)

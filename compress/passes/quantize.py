@@ -26,11 +26,12 @@ class Override(Strict):
     weights: WeightFormat
 
     def covers(self, weight) -> bool:
-        """`projections` are ends of the matrix's name, such as `down_proj`."""
+        """`projections` are the matrix's own name, such as `down_proj`: all experts of a layer are stored alike."""
+        projection = weight.name.removesuffix(".weight").rpartition(".")[2]
         return (
             weight.role == self.role
             and (not self.layers or layer_of(weight.name) in self.layers)
-            and (not self.projections or weight.name.removesuffix(".weight").endswith(self.projections))
+            and (not self.projections or projection in self.projections)
         )
 
 
@@ -47,6 +48,7 @@ class Options(Strict):
     activation_roles: dict[Role, ActivationFormat] = Field(default_factory=dict)
     activation_range: Literal["minmax", "percentile", "mse"] = "minmax"
     percentile: Number = Field(default=0.9999, gt=0.5, le=1)
+    rotate: tuple[Role, ...] = ()  # roles whose input is rotated (Hadamard) before it is rounded
     equalize: Number | None = Field(default=None, ge=0, le=1)
 
     @field_validator("roles", "activation_roles")
@@ -94,6 +96,11 @@ def requires(options: Options, model) -> None:
         if absent:
             raise InputError(
                 f"quantize.{key} names '{absent[0]}', but the model has no such tensors; it has: {', '.join(sorted(present))}"
+            )
+    for role in options.rotate:
+        if options.activation_of(role) == formats.AS_IT_CAME:
+            raise InputError(
+                f"quantize.rotate names '{role}', whose inputs are not rounded; add activation_roles: {{{role}: static-int8}}"
             )
     for number, override in enumerate(options.overrides):
         if not any(override.covers(weight) for weight in model.weights):

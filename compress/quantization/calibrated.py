@@ -4,6 +4,8 @@ Level by level: the matrices of a level are quantized from the inputs that the e
 written, and read back before anything runs through them.
 """
 
+from dataclasses import replace
+
 from compress import formats
 from compress.calibration.inputs import UnitInputs, Wanted
 from compress.calibration.moments import Moments
@@ -18,7 +20,8 @@ def quantize(options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit
     if options.equalize is not None:
         unit = equalization.equalize(unit, inputs, options.equalize)
     planned = unit.map(lambda weight: rounding.lazily(weight, options, device))
-    wanted = Wanted(hessian=options.method == "gptq", sample=options.activation_range != "minmax")
+    rotations = {name: weight.rotation for name, weight in planned.weights.items() if weight.rotation}
+    wanted = Wanted(options.method == "gptq", options.activation_range != "minmax", rotations)
     note: dict[str, list] = {"experts": [], "experts_from_every_token": []}
     for level in inputs.levels:
         groups = tuple(group for group in level if _needs_inputs(planned, inputs.full_names(group), options))
@@ -61,14 +64,14 @@ def _quantized(options, weight: Weight, planned: Weight, moments: Moments, devic
         scale = static_scale(moments.sample, float(moments.absmax.max()), activation.is_fp8, method, percentile)
         activation = Activation(activation.format, lambda: scale)
     if options.method != "gptq":
-        return planned.with_load(planned.format, planned.load, activation)
-    number_format, dense = formats.get(planned.format), weight.dense().to(device)
+        return replace(planned, activation=activation)
+    number_format, dense = formats.get(planned.format), rounding.stored_basis(weight, planned.rotation, device)
     search = rounding.search_for(number_format, options.clips(), moments.square)
     scales = number_format.join_scales([search(dense)])
     found = gptq.quantize(
         dense, moments.hessian, number_format, scales, damping=options.damping, act_order=options.act_order
     )
-    return planned.with_load(planned.format, _rows_of(found, number_format.rows), activation)
+    return replace(planned, load=_rows_of(found, number_format.rows), activation=activation)
 
 
 def _rows_of(quantized: Quantized, step: int | None):

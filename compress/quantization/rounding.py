@@ -1,6 +1,7 @@
 """Round to nearest, lazily: a weight that quantizes itself when it is loaded, in blocks of rows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -8,7 +9,7 @@ from compress import formats
 from compress.errors import InputError
 from compress.formats.base import NumberFormat, Quantized
 from compress.model import PLAIN_DTYPES, Weight, is_finite
-from compress.quantization import scales
+from compress.quantization import hadamard, scales
 from compress.quantization.activations import Activation
 
 ScaleSearch = Callable[[torch.Tensor], torch.Tensor]
@@ -23,8 +24,12 @@ def lazily(weight: Weight, options, device: str) -> Weight:
         return weight.with_load(asked, lambda rows=None: cast(weight, rows, asked))
     number_format = formats.get(formats.fitting(asked, weight.shape))
     activation = options.activation_of(weight.role)
-    return _Rounded(weight, number_format, search_for(number_format, options.clips()), device).as_weight(
-        None if activation == formats.AS_IT_CAME else Activation(activation)
+    rotation = hadamard.block_size(weight.shape[1]) if weight.role in options.rotate else None
+    rounded = _Rounded(weight, number_format, search_for(number_format, options.clips()), device, rotation)
+    return replace(
+        weight.with_load(number_format.name, rounded.load),
+        activation=None if activation == formats.AS_IT_CAME else Activation(activation),
+        rotation=rotation,
     )
 
 
@@ -41,15 +46,20 @@ def search_for(number_format: NumberFormat, clips: bool, moments: torch.Tensor |
     return (lambda block: scales.search(block, number_format, moments)) if clips else number_format.absmax_scales
 
 
+def stored_basis(weight: Weight, rotation: int | None, device: str, rows: slice | None = None) -> torch.Tensor:
+    """The float32 matrix that is to be rounded: rotated where it is stored rotated."""
+    dense = weight.dense(rows).to(device)
+    return hadamard.rotate(dense, rotation) if rotation else dense
+
+
 class _Rounded:
     """Quantizes a weight on load. Where scales depend on the whole matrix they are found first, in a pass of their own."""
 
-    def __init__(self, weight: Weight, number_format: NumberFormat, search: ScaleSearch, device: str):
+    def __init__(self, weight: Weight, number_format: NumberFormat, search: ScaleSearch, device: str,
+                 rotation: int | None):  # fmt: skip
         self._weight, self._format, self._search, self._device = weight, number_format, search, device
+        self._rotation = rotation
         self._scales: torch.Tensor | None = None
-
-    def as_weight(self, activation: Activation | None) -> Weight:
-        return self._weight.with_load(self._format.name, self.load, activation)
 
     def load(self, rows: slice | None = None) -> Quantized:
         whole = rows is None or (rows.start == 0 and rows.stop == self._weight.shape[0])
@@ -57,7 +67,7 @@ class _Rounded:
             dense = self._dense(rows)
             return self._format.quantize(dense, self._format.join_scales([self._search(dense)]))
         if self._scales is None:
-            blocks = self.as_weight(None).row_blocks()
+            blocks = self._weight.with_load(self._format.name, self.load).row_blocks()
             self._scales = self._format.join_scales([self._search(self._dense(block)) for block in blocks])
         found = self._scales if self._format.rows is None else self._scales[_scale_rows(rows, self._format.rows)]
         if rows.stop == self._weight.shape[0]:
@@ -65,7 +75,7 @@ class _Rounded:
         return self._format.quantize(self._dense(rows), found)
 
     def _dense(self, rows: slice | None) -> torch.Tensor:
-        return self._weight.dense(rows).to(self._device)
+        return stored_basis(self._weight, self._rotation, self._device, rows)
 
 
 def _scale_rows(rows: slice, step: int) -> slice:

@@ -9,7 +9,7 @@ output (the diagonal of GPTQ's Hessian, arXiv 2210.17323).
 
 import torch
 
-from compress.formats.base import NumberFormat
+from compress.formats.base import NumberFormat, blocked
 
 SHRINK = torch.linspace(0.5, 1.1, 49)  # candidates, as factors of the absmax scale
 ROW_BLOCK_ELEMENTS = 1 << 22  # float32 elements worked on at a time
@@ -36,8 +36,5 @@ def _search_rows(weight: torch.Tensor, number_format: NumberFormat, moments: tor
 
 
 def _block_sums(error: torch.Tensor, number_format: NumberFormat) -> torch.Tensor:
-    rows, columns = (
-        step or size for size, step in zip(error.shape, (number_format.rows, number_format.columns), strict=True)
-    )
-    padded = torch.nn.functional.pad(error, (0, -error.shape[1] % columns, 0, -error.shape[0] % rows))
-    return padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).sum(dim=(1, 3))
+    rows, columns = number_format.rows or error.shape[0], number_format.columns or error.shape[1]
+    return blocked(error, rows, columns).sum(dim=(1, 3))
