@@ -97,9 +97,7 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
     from compress.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    name = loaded.recipe.model if model is None else model
-    if name is None:
-        raise InputError(f"{loaded.path}: names no model; add 'model:' or pass -m")
+    name = _model_name(loaded, model)
     _refuse_missing_device(device)
     from compress import pipeline, plan
     from compress.report import terminal
@@ -113,6 +111,14 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
     report = pipeline.apply(job)
     terminal.show(report, job.out)
     sys.exit(0 if report["verdict"] in ("pass", "not_checked") else 1)
+
+
+def _model_name(loaded, model: str | None) -> str:
+    """What -m gives, else what the recipe names."""
+    name = loaded.recipe.model if model is None else model
+    if name is None:
+        raise InputError(f"{loaded.path}: names no model; add 'model:' or pass -m")
+    return name
 
 
 def _refuse_missing_device(device: str) -> None:
@@ -176,6 +182,37 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
     result = command.check(baseline, candidate, settings, seed=seed, device=device)
     command.write(result, json_file)
     sys.exit(1 if result["verdict"] == "fail" else 0)
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("-m", "--model", help="Local folder or hub id (id@revision pins one); overrides the recipe's.")
+@click.option(
+    "--format", "formats", multiple=True, metavar="FORMAT", help="May be repeated. Default: those the recipe names."
+)
+@click.option(
+    "--samples", type=click.IntRange(1, 1_000_000), help="Windows from each prompt set; default the recipe's."
+)
+@click.option("--length", type=click.IntRange(2, 1_048_576), help="Tokens in a window; default the recipe's.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the figures as JSON; - for stdout.")
+@click.option("--html", "html_file", metavar="FILE", help="Write a heat map as one HTML file.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+def sensitivity(recipe, model, formats, samples, length, json_file, html_file, device, seed):
+    """Measure what quantizing each layer's roles costs, alone and in every format that RECIPE names."""
+    from compress.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    name = _model_name(loaded, model)
+    _refuse_missing_device(device)
+    from compress.sensitivity import cells, command, run
+    from compress.source import resolve
+
+    command.refuse_unwritable(json_file, html_file)
+    tried = cells.candidates(run.quantize_options(loaded), formats)
+    source = resolve(name, loaded.folder if model is None else None)
+    result = run.run(run.Job(loaded, source, tried, samples, length, device, seed))
+    command.write(result, loaded.name, json_file, html_file)
 
 
 @main.command()

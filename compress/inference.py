@@ -12,8 +12,9 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from compress.errors import InputError
 from compress.layers import rms_norm
-from compress.model import HybridModel, Unit, Weight
+from compress.model import HybridModel, Unit, Weight, is_finite
 
 CACHE_BYTES = 512 << 20  # of float32 weights of a layer kept between blocks; beyond that they are read again
 BLOCK_TOKENS = 4096  # tokens whose hidden states are in memory together, in prefill
@@ -207,5 +208,7 @@ def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator)
     """Next tokens [B] from logits [B, V]: the most likely at temperature 0, else drawn from softmax(logits / T)."""
     if temperature == 0:
         return logits.argmax(-1)
+    if not is_finite(logits):
+        raise InputError("the model gives logits that are NaN or infinite: no text can be sampled from it")
     probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

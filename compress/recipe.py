@@ -11,7 +11,7 @@ from compress import plugins, resources, strict_yaml
 from compress.calibration.settings import Calibration
 from compress.check import settings
 from compress.errors import InputError, nearest
-from compress.strict_model import Strict, key_path, no_truth_value, what_was_expected
+from compress.strict_model import KeyedError, Strict, key_path, no_truth_value, what_was_expected
 from compress.strict_yaml import Document, KeyPath
 
 
@@ -68,9 +68,8 @@ def recipe_model() -> type[Strict]:
             asked = self.calibration.prompts if self.calibration else ()
             shared = [name for name in asked if self.check and name in self.check.prompts and name not in generated]
             if shared:
-                raise ValueError(
-                    f"'{shared[0]}' is in calibration and in check: a model is not judged on what tuned it"
-                )
+                message = f"'{shared[0]}' is in calibration and in check: a model is not judged on what tuned it"
+                raise KeyedError("calibration", message)
             return self
 
     return Recipe

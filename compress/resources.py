@@ -17,7 +17,7 @@ def folder(name: str) -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder("recipes").glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder("recipes").glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def shipped_recipe(name: str) -> Path:

@@ -48,9 +48,10 @@ def run(planned: Plan, context: PassContext, space: Workspace, windows: list[tor
     swept, began = Swept(), time.monotonic()
     with progress.task("compressing", planned.model.parameters) as advance, _Publisher(space) as publisher:
         write = _plainly(planned) if windows is None else _Calibrated(planned, context, space, windows, swept)
+        finished = _finished(planned, space, calibrated=windows is not None)
         for number, unit in enumerate(planned.units):
-            shard = f"{CHECKPOINT}/{writer.shard_name(number, len(planned.units))}"
-            if space.is_done(shard):
+            shard = _shard(planned, number)
+            if number in finished:
                 swept.reused += unit.name.startswith("layer.")
                 advance(sum(weight.parameters for weight in unit.weights.values()))
                 continue
@@ -75,6 +76,24 @@ def report(planned: Plan, swept: Swept) -> list[dict]:
         }
         for number, step in enumerate(planned.recipe.passes)
     ]
+
+
+def _shard(planned: Plan, number: int) -> str:
+    return f"{CHECKPOINT}/{writer.shard_name(number, len(planned.units))}"
+
+
+def _finished(planned: Plan, space: Workspace, *, calibrated: bool) -> set[int]:
+    """Units whose shards an earlier run finished. Calibration goes on where the states that enter the next unit are
+    still there, and begins anew where they are not (a shard was damaged since)."""
+    done = [space.is_done(_shard(planned, number)) for number in range(len(planned.units))]
+    if not calibrated or all(done):
+        return {number for number, is_done in enumerate(done) if is_done}
+    first = done.index(False)
+    return set(range(first)) if first and space.is_done(_states(first)) else set()
+
+
+def _states(number: int) -> str:
+    return f"{CALIBRATION}/states.{number}"
 
 
 class _Publisher:
@@ -175,16 +194,15 @@ class _Calibrated:
         return unit
 
     def _hand_on(self, number: int, unit: Unit, inputs: UnitInputs | None) -> None:
-        folder = self._states_folder(number + 1)
-        following = self._states.at(folder)
+        following = self._states.at(self._states_folder(number + 1))
         if inputs is None:
             embed_windows(replace(self._planned.model, units=(unit,)), self._windows, following)
         else:
             inputs.leave(unit, following)
-        self._space.mark_done(str(folder.relative_to(self._space.folder)))
+        self._space.mark_done(_states(number + 1))
 
     def _states_folder(self, number: int) -> Path:
-        return self._folder / f"states.{number}"
+        return self._space.folder / _states(number)
 
 
 def _notes(folder: Path, passes: int) -> dict[int, list[dict]]:

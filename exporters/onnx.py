@@ -4,10 +4,11 @@ Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
-from compress import plugins
+from compress import formats, plugins
 from compress.strict_model import Strict
 from exporters import Exported
 
@@ -20,9 +21,19 @@ class Options(Strict):
 
 
 def predict_bytes(units) -> int:
-    """Bytes of weights, before any is read: quantized ones about as in the checkpoint, all others as float32."""
-    weights = [weight for unit in units for weight in unit.weights.values()]
-    return sum(weight.stored_bytes() if weight.is_quantized else 4 * weight.parameters for weight in weights)
+    """Bytes of weights, before any is read."""
+    return sum(_predict_bytes(weight) for unit in units for weight in unit.weights.values())
+
+
+def _predict_bytes(weight) -> int:
+    """A weight in its own format; a narrow scale in a byte (it takes two in the few matrices where a byte is too few)."""
+    if not weight.is_quantized:
+        return weight.stored_bytes()
+    number_format = formats.get(weight.format)
+    parts = number_format.layout(weight.shape, packed=False)
+    values = sum(part.bytes for suffix, part in parts.items() if suffix in ("weight", "weight_packed"))
+    scale_bytes = 1 if number_format.is_narrow else number_format.scale_dtype.itemsize
+    return values + scale_bytes * math.prod(number_format.scales_shape(weight.shape))
 
 
 def export(checkpoint, folder: Path, options: Options, advance) -> None:

@@ -19,7 +19,7 @@ from compress.recipe import load_recipe
 
 QUICK = ("--set", "check=null")
 PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-ONNX_FORMATS = {TensorProto.INT8: "int8", TensorProto.FLOAT: "fp32"}
+ONNX_FORMATS = {TensorProto.INT8: "int8", TensorProto.FLOAT: "fp32", TensorProto.BFLOAT16: "bf16"}
 INT8_MOST, INT8_LEAST = 127, -127
 
 
@@ -350,7 +350,7 @@ def test_a_recipe_without_passes_writes_the_weights_as_they_came(quick, small):
 def test_roles_take_the_format_that_the_recipe_gives_them(quick):
     out = quick("--set", "passes.0.quantize.roles={lm_head: none, experts: none}")
     formats = read_json(out / "manifest.json")["tensors"]
-    for artifact, plain in (("checkpoint", "bf16"), ("onnx", "fp32")):
+    for artifact, plain in (("checkpoint", "bf16"), ("onnx", "bf16")):
         kept = {n: f for n, f in formats[artifact].items() if "lm_head" in n or ".experts." in n}
         assert kept
         assert set(kept.values()) == {plain}

@@ -220,7 +220,7 @@ def test_an_onnx_artifact_counts_the_types_it_declares(applied, name):
     assert facts["ssm_state_bytes"] == 122_880
     assert facts["conv_state_bytes"] == 2 * 11_520
     kept = 2972 + 9600 + 1920 + 30720 + 1920 + 5120
-    assert facts["formats"] == {"int8": 7_381_532 - kept, "fp32": kept}
+    assert facts["formats"] == {"int8": 7_381_532 - kept, "bf16": kept}
 
 
 def test_an_onnx_artifact_counts_the_bytes_of_its_weights(applied):
@@ -238,7 +238,7 @@ def test_a_tied_onnx_artifact_has_the_parameters_of_its_model(tmp_path):
     exported, original = inspect(str(out)), inspect(str(source))
     for name in ("parameters", "active_parameters", "roles", "layers", "experts"):
         assert exported[name] == original[name]
-    assert exported["formats"] == {"fp32": original["parameters"]}
+    assert exported["formats"] == {"bf16": original["parameters"]}
 
 
 # text and command line

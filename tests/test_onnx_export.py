@@ -220,8 +220,8 @@ def place(tensor: onnx.TensorProto) -> SimpleNamespace:
 
 
 def stored(path: Path, tensor: onnx.TensorProto) -> np.ndarray:
-    where, dtype = place(tensor), {onnx.TensorProto.INT8: np.int8, onnx.TensorProto.FLOAT: np.float32}[tensor.data_type]
-    count = where.length // np.dtype(dtype).itemsize
+    where, dtype = place(tensor), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    count = where.length // dtype.itemsize
     return np.fromfile(path.parent / where.file, dtype, count, offset=where.offset).reshape(tensor.dims)
 
 
@@ -275,25 +275,24 @@ def test_a_tied_embedding_is_stored_once(tied):
     assert [t.name for t in external(tied.path).values() if np.prod(t.dims) == size] == [EMBEDDING]
 
 
-def expected_float(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
-    """Under which name and in which form a tensor that is not quantized belongs in the graph."""
-    if name.endswith("A_log"):  # a = -exp(A_log) [N, D], as the scan uses it
-        return name.removesuffix("_log"), -np.exp(tensor).T
+def expected_plain(name: str, tensor: np.ndarray) -> np.ndarray:
+    """In which form a tensor that is not quantized belongs in the graph."""
     if name.endswith("conv1d.weight"):
-        return name, tensor[:, 0].T
-    return name, tensor.T if tensor.ndim == 2 and name != EMBEDDING else tensor
+        return tensor[:, 0].T
+    return tensor.T if tensor.ndim == 2 and name != EMBEDDING else tensor
 
 
 @pytest.mark.parametrize("changes", [{}, {"mamba_proj_bias": True}, {"tie_word_embeddings": True}])
-def test_weights_that_are_not_quantized_are_stored_as_float32(tmp_path, changes):
-    source = make_jamba(tmp_path / "source", **changes)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_that_are_not_quantized_are_stored_as_they_are(tmp_path, dtype, changes):
+    source = make_jamba(tmp_path / "source", getattr(torch, dtype), **changes)
     path = exporting.export_checkpoint(source, "onnx", tmp_path / "onnx") / "model.onnx"
-    expected = dict(expected_float(*item) for item in checkpoint_tensors(source).items())
-    tensors = external(path)
+    expected, tensors = checkpoint_tensors(source), external(path)
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
-        # exact copies but for A, where numpy's and torch's exp may differ in the last of 24 bits
-        np.testing.assert_allclose(stored(path, tensor), expected[name], rtol=2e-7 if name.endswith(".A") else 0)
+        actual = stored(path, tensor)
+        assert actual.dtype.name == dtype
+        assert np.array_equal(actual.astype(np.float32), expected_plain(name, expected[name])), name
 
 
 def test_every_weight_is_external_and_what_the_graph_itself_holds_does_not_grow_with_the_model(artifact):
@@ -319,8 +318,8 @@ def test_the_data_file_holds_the_weights_and_their_alignment_only(artifact):
 
 
 def test_weights_of_a_mebibyte_begin_on_a_page(tmp_path):
-    """An embedding of 8192 x 40 float32 is 1.25 MiB."""
-    source = make_jamba(tmp_path / "source", vocab_size=8192, num_hidden_layers=1)
+    """An embedding of 16384 x 40 bfloat16 is 1.25 MiB."""
+    source = make_jamba(tmp_path / "source", vocab_size=16384, num_hidden_layers=1)
     path = exporting.export_checkpoint(source, "onnx", tmp_path / "onnx") / "model.onnx"
     assert_data_file_is_packed(path)
     assert place(external(path)["lm_head.weight"]).offset % 4096 == 0
@@ -328,9 +327,8 @@ def test_weights_of_a_mebibyte_begin_on_a_page(tmp_path):
 
 def test_the_predicted_size_is_the_size_of_the_data(artifact):
     predicted = exporter.predict_bytes(artifact.model.units)
-    # what it leaves out: alignment (under 64 bytes a tensor) and the second copy of the scales of a tied embedding
-    allowed = 64 * len(external(artifact.path)) + 4 * artifact.config["vocab_size"]
-    assert abs((artifact.folder / "model.onnx.data").stat().st_size - predicted) <= allowed
+    alignment = (artifact.folder / "model.onnx.data").stat().st_size - predicted
+    assert 0 <= alignment < 64 * len(external(artifact.path))
 
 
 def test_the_description_of_an_artifact_is_read_from_it(reference):
@@ -341,7 +339,7 @@ def test_the_description_of_an_artifact_is_read_from_it(reference):
     assert described.weight_bytes == sum(place(t).length for t in external(reference.path).values())
     int8 = {name.removesuffix("_packed") for name in source if name.endswith("_packed")}
     assert {name for name, number_format in described.formats.items() if number_format == "int8"} == int8
-    assert {described.formats[name] for name in described.formats.keys() - int8} == {"fp32"}
+    assert {described.formats[name] for name in described.formats.keys() - int8} == {"bf16"}
 
 
 def test_exporting_twice_gives_the_same_bytes(awkward, tmp_path):
@@ -394,10 +392,7 @@ def assert_every_matrix_is_fused(artifact: Artifact, folder: Path):
         matrices.remove(EMBEDDING)
     assert len(matrices) > 20
     assert sum(node.op_type == "MatMulNBits" for node in nodes) == len(matrices)
-    users = {name: node.op_type for node in nodes for name in node.input}
-    dequantized = [users.get(node.output[0]) for node in nodes if node.op_type == "DequantizeLinear"]
-    assert len(dequantized) == 1  # the rows of the embedding
-    assert "MatMul" not in dequantized
+    assert not [node.name for node in nodes if node.op_type == "DequantizeLinear"]
 
 
 def test_onnxruntime_fuses_every_int8_matrix(artifact, tmp_path):

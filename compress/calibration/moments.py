@@ -28,6 +28,7 @@ class Moments:
             raise InputError(
                 f"tensor '{name}': its inputs on the calibration tokens hold NaN or infinity; the model overflows there"
             )
+        self._name = name
         self.tokens += len(rows)
         self.absmax = torch.maximum(self.absmax, rows.abs().amax(0)) if len(rows) else self.absmax
         if self._hessian is None:
@@ -45,11 +46,17 @@ class Moments:
 
     @property
     def hessian(self) -> torch.Tensor:
-        return self._hessian / max(1, self.tokens)
+        return self._mean(self._hessian)
 
     @property
     def square(self) -> torch.Tensor:
-        total = self._square if self._hessian is None else self._hessian.diagonal()
+        return self._mean(self._square if self._hessian is None else self._hessian.diagonal())
+
+    def _mean(self, total: torch.Tensor) -> torch.Tensor:
+        if not bool(torch.isfinite(total).all()):
+            raise InputError(
+                f"tensor '{self._name}': its inputs on the calibration tokens are so large that their squares overflow"
+            )
         return total / max(1, self.tokens)
 
     @property

@@ -94,6 +94,12 @@ class NumberFormat(ABC):
         return self.scale_dtype != torch.float32
 
     @property
+    def rounds_scales_up(self) -> bool:
+        """Whether a narrow scale may not be less than what reaches the largest magnitude: a fine grid would saturate by
+        more than it rounds."""
+        return False
+
+    @property
     def rows_are_independent(self) -> bool:
         return self.rows == 1 and not self.is_narrow
 
@@ -125,7 +131,7 @@ class NumberFormat(ABC):
         least = joined[positive].min() if bool(positive.any()) else joined.new_tensor(1.0)
         # a block of zeros takes a scale that others have: it must not widen the range that narrow scales span
         filled = torch.where(positive, joined, least if self.is_narrow else joined.new_tensor(1.0))
-        return narrow(filled, self.scale_dtype) if self.is_narrow else filled
+        return narrow(filled, self.scale_dtype, up=self.rounds_scales_up) if self.is_narrow else filled
 
     def expand(self, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Scales as a tensor that broadcasts over [n, K]."""
@@ -154,17 +160,21 @@ def blocked(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return tensor.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
 
 
-def narrow(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Positive scales rounded so that they can be stored in a byte: whole steps of a power of two, 1 .. 255.
+def narrow(scales: torch.Tensor, dtype: torch.dtype, *, up: bool) -> torch.Tensor:
+    """Positive scales rounded (`up`, or to nearest) so that they can be stored in a byte: 1 .. 255 steps of a power of two.
 
     Eight significant bits are exact in bfloat16 too, so a checkpoint holds the identical values. Where the scales of a
     tensor span so wide a range that the smallest would be few steps, all are rounded to `dtype` instead.
     """
     step = byte_step(scales)
-    steps = torch.round(scales / step)
-    if bool((steps < LEAST_STEPS).any()):
-        return scales.to(dtype).to(torch.float32)
-    return steps.clamp(max=STEPS) * step
+    steps = torch.ceil(scales / step) if up else torch.round(scales / step)
+    if bool((steps >= LEAST_STEPS).all()):
+        return steps * step
+    rounded = scales.to(dtype)
+    if up:
+        next_up = torch.nextafter(rounded, torch.tensor(torch.inf, dtype=dtype, device=rounded.device))
+        rounded = torch.where(rounded.to(torch.float32) < scales, next_up, rounded)
+    return rounded.to(torch.float32)
 
 
 def byte_step(scales: torch.Tensor) -> float:

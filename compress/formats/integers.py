@@ -29,6 +29,10 @@ class IntegerFormat(NumberFormat):
         """Half the range: 127 for -127 .. 127, 7.5 for -8 .. 7, as compressed-tensors has it."""
         return (self.most - self.least) / 2
 
+    @property
+    def rounds_scales_up(self) -> bool:
+        return self.bits == 8
+
     def to_grid(self, scaled: torch.Tensor) -> torch.Tensor:
         return scaled.round_().clamp_(self.least, self.most).to(torch.int8)
 

@@ -60,6 +60,16 @@ class Options(Strict):
                 raise KeyedError(role, f"'{role}' always stays as it came; quantizable roles: {choices}")
         return roles
 
+    @field_validator("activation_roles")
+    @classmethod
+    def _only_products(cls, roles: dict) -> dict:
+        if roles.get(Role.EMBEDDING, "none").startswith("static"):
+            raise KeyedError(
+                Role.EMBEDDING,
+                "'embedding' is looked up by token: only a tied output matrix has an input, to round with dynamic scales",
+            )
+        return roles
+
     @field_validator("overrides")
     @classmethod
     def _only_matrices_in_overrides(cls, overrides: tuple[Override, ...]) -> tuple[Override, ...]:
@@ -97,6 +107,10 @@ def requires(options: Options, model) -> None:
             raise InputError(
                 f"quantize.{key} names '{absent[0]}', but the model has no such tensors; it has: {', '.join(sorted(present))}"
             )
+    if options.activation_roles.get(Role.EMBEDDING, "none") != "none" and Role.LM_HEAD in present:
+        raise InputError(
+            "quantize.activation_roles names 'embedding', which has no input: the output matrix is not tied to it"
+        )
     for role in options.rotate:
         if options.activation_of(role) == formats.AS_IT_CAME:
             raise InputError(

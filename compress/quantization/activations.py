@@ -10,6 +10,7 @@ compressed-tensors do it.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 NAMES = ("dynamic-int8", "static-int8", "dynamic-fp8", "static-fp8")
@@ -67,7 +68,7 @@ def static_scale(sample: torch.Tensor, absmax: float, is_fp8: bool, method: str,
     if absmax <= 0:
         return 1.0
     if method == "percentile":
-        reach = float(torch.quantile(sample, percentile)) or absmax
+        reach = float(np.quantile(sample.cpu().numpy(), percentile)) or absmax
     elif method == "mse":
         reach = _least_error(sample, absmax, is_fp8)
     else:

@@ -25,6 +25,9 @@ def quantize(options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit
     note: dict[str, list] = {"experts": [], "experts_from_every_token": []}
     for level in inputs.levels:
         groups = tuple(group for group in level if _needs_inputs(planned, inputs.full_names(group), options))
+        for name in (name for group in level if group not in groups for name in inputs.full_names(group)):
+            if planned.weights[name].is_quantized:  # rounded without regard to its inputs, but later levels see it
+                unit = unit.replaced(inputs.keep(planned.weights[name]))
         for group, moments in inputs.moments(unit, groups, wanted) if groups else ():
             moments = _enough(options, unit, inputs, group, moments, wanted, note)
             for name in inputs.full_names(group):

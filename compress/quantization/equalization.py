@@ -3,8 +3,8 @@
     x_j -> x_j / s_j      W_nj -> W_nj s_j      s_j = max|x_j|^a / max_n|W_nj|^(1 - a)
 
 (SmoothQuant, Xiao et al., arXiv 2211.10438.) The factors are rounded to powers of two, so that folding 1 / s_j into the
-norm, or into the rows of the matrix that produces x, is exact in any floating-point format: the unquantized model stays
-bit for bit the same function.
+norm, or into the rows of the matrix that produces x, is exact in bfloat16 and float32 (in float16 but for subnormals): the
+unquantized model stays bit for bit the same function.
 """
 
 import torch

@@ -2,9 +2,9 @@
 
     scale = argmin_s  sum_k m_k (w_k - s q_k)^2,      q_k = round(w_k / s) on the format's grid
 
-per block that shares the scale, over a grid of shrunken absmax scales. m is 1 (plain MSE), or the mean square of the
-k-th input over calibration tokens: then the sum is, but for correlations between inputs, the error of the layer's
-output (the diagonal of GPTQ's Hessian, arXiv 2210.17323).
+per block that shares the scale, over a grid of shrunken absmax scales; where none is better, the absmax scale itself.
+m is 1 (plain MSE), or the mean square of the k-th input over calibration tokens: then the sum is, but for correlations
+between inputs, the error of the layer's output (the diagonal of GPTQ's Hessian, arXiv 2210.17323).
 """
 
 import torch
@@ -24,15 +24,24 @@ def search(weight: torch.Tensor, number_format: NumberFormat, moments: torch.Ten
 
 def _search_rows(weight: torch.Tensor, number_format: NumberFormat, moments: torch.Tensor | None) -> torch.Tensor:
     absmax = number_format.absmax_scales(weight)
-    best, least = absmax, torch.full_like(absmax, torch.inf)
+    unit = torch.where(absmax > 0, absmax, 1.0)
+    # in units of the absmax scale: squares of small weights would underflow, and every candidate look as good
+    scaled = weight / number_format.expand(unit, weight.shape)
+    best = torch.ones_like(absmax)
+    least = _loss(scaled, best, number_format, moments)
     for factor in SHRINK.tolist():
-        candidate = torch.where(absmax > 0, factor * absmax, 1.0)
-        expanded = number_format.expand(candidate, weight.shape)
-        error = (number_format.to_grid(weight / expanded).float() * expanded - weight).square()
-        loss = _block_sums(error if moments is None else error * moments, number_format)
-        better = (loss < least) & (absmax > 0)
+        candidate = torch.full_like(absmax, factor)
+        loss = _loss(scaled, candidate, number_format, moments)
+        better = loss < least
         best, least = torch.where(better, candidate, best), torch.where(better, loss, least)
-    return best
+    return best * absmax
+
+
+def _loss(weight: torch.Tensor, scales: torch.Tensor, number_format: NumberFormat, moments: torch.Tensor | None):
+    """Summed (weighted) squared rounding error of every block."""
+    expanded = number_format.expand(scales, weight.shape)
+    error = (number_format.to_grid(weight / expanded).float() * expanded - weight).square()
+    return _block_sums(error if moments is None else error * moments, number_format)
 
 
 def _block_sums(error: torch.Tensor, number_format: NumberFormat) -> torch.Tensor:

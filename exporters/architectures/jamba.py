@@ -1,6 +1,7 @@
 """Jamba as an ONNX graph: the same wiring as `compress/architectures/jamba.py`, block by block."""
 
 import onnx_ir as ir
+import torch
 
 from compress.architectures import jamba
 from compress.architectures.jamba import JambaConfig
@@ -10,6 +11,8 @@ from exporters.graph.attention import attention, causal_bias
 from exporters.graph.builder import Graph, declare, rename
 from exporters.graph.mamba import causal_conv, selective_scan, token_mask
 from exporters.graph.moe import moe
+from exporters.graph.stored import matrix, plain
+from exporters.graph.table import Table
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
@@ -39,9 +42,9 @@ class JambaGraph:
     def build(self) -> ir.Graph:
         ids, mask = self.inputs
         graph, embedding = self._graph, self._model.unit("embedding").weights[jamba.EMBEDDING]
-        table = blocks.Table(graph, embedding)
+        table = Table(graph, embedding)
         self._advance(embedding.parameters)
-        hidden = table.lookup(graph, ids)
+        hidden = table.lookup(ids)
         self._bias = causal_bias(graph, ids, mask) if self._has_attention() else None
         self._keep, self._real = token_mask(graph, ids, mask)
         for index in range(self._config.num_hidden_layers):
@@ -91,15 +94,14 @@ class JambaGraph:
             num_outputs=2,
         )
         x = graph.op("Mul", x, self._keep)
-        kernel = blocks.plain(graph, weights("mamba.conv1d.weight"), lambda w: w[:, 0].T)
-        conv_bias = blocks.plain(graph, weights("mamba.conv1d.bias")) if config.mamba_conv_bias else None
+        kernel = plain(graph, weights("mamba.conv1d.weight"), lambda w: w[:, 0].T)
+        conv_bias = plain(graph, weights("mamba.conv1d.bias")) if config.mamba_conv_bias else None
         x, conv_state = causal_conv(graph, x, past[0], self._real, kernel, conv_bias, config.mamba_d_conv)
         x = blocks.silu(graph, x)
         dt, b, c = self._time_step_and_matrices(weights, x)
-        a_log = weights("mamba.A_log")
-        a = blocks.plain(graph, a_log, lambda tensor: -tensor.exp().T, name=a_log.name.removesuffix("_log"))
+        a = graph.op("Neg", graph.op("Exp", plain(graph, weights("mamba.A_log"), torch.t)))  # [N, D]
         y, state = selective_scan(graph, x, dt, a, b, c, past[1], config.mamba_d_state, config.d_inner)
-        y = graph.op("Add", y, graph.op("Mul", x, blocks.plain(graph, weights("mamba.D"))))
+        y = graph.op("Add", y, graph.op("Mul", x, plain(graph, weights("mamba.D"))))
         y = graph.op("Mul", y, blocks.silu(graph, gate))
         return blocks.linear(graph, y, weights("mamba.out_proj.weight"), bias("out_proj")), (conv_state, state)
 
@@ -124,16 +126,16 @@ class JambaGraph:
         count = jamba.num_experts(self._config, index)
         if count == 1:
             return blocks.swiglu(self._graph, x, *mlp("feed_forward."))
-        router = blocks.matrix(self._graph, weights("feed_forward.router.weight"))
+        router = matrix(self._graph, weights("feed_forward.router.weight"))
         experts = [mlp(f"feed_forward.experts.{e}.") for e in range(count)]
         return moe(self._graph, x, router, experts, self._config.num_experts_per_tok, self._config.hidden_size)
 
-    def _head(self, hidden: ir.Value, table: blocks.Table) -> ir.Value:
+    def _head(self, hidden: ir.Value, table: Table) -> ir.Value:
         graph, weights = self._graph, self._model.unit("head").weights
         self._advance(sum(weight.parameters for weight in weights.values()))
         hidden = blocks.rms_norm(graph, hidden, weights[jamba.FINAL_NORM], self._config.rms_norm_eps)
         if jamba.LM_HEAD not in weights:
-            return table.project(graph, hidden)
+            return table.project(hidden)
         return blocks.linear(graph, hidden, weights[jamba.LM_HEAD])
 
 

@@ -1,19 +1,25 @@
 """A thin builder over onnx-ir: operators as method calls, weights streamed to the data file as they are added."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 DATA = "model.onnx.data"
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 20  # large weights begin on a page so that a runtime can map them
+FLOAT, FP8 = np.float32, ir.DataType.FLOAT8E4M3FN.numpy()  # of constants
+FORMAT_KEY = "format"  # metadata of a stored weight: its number format, which its type alone does not tell
 
 DTYPES = {
-    np.dtype(np.float32): ir.DataType.FLOAT,
-    np.dtype(np.int8): ir.DataType.INT8,
-    np.dtype(np.int64): ir.DataType.INT64,
+    torch.float32: ir.DataType.FLOAT,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
 }
 
 
@@ -23,20 +29,16 @@ class WeightFile:
     def __init__(self, folder: Path):
         self._folder, self._file = folder, open(folder / DATA, "wb")  # noqa: SIM115 - closed by the exporter
 
-    def add(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
+    def add(self, name: str, tensor: torch.Tensor, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
+        """Appends the tensor's bytes; `dtype` and `shape` say what they are (which packed INT4 values do not show)."""
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         offset = self._file.tell()
-        step = ALIGN_LARGE if array.nbytes >= LARGE else ALIGN
+        step = ALIGN_LARGE if data.nbytes >= LARGE else ALIGN
         self._file.write(b"\0" * (-offset % step))
         offset += -offset % step
-        array.tofile(self._file)
+        data.tofile(self._file)
         return ir.ExternalTensor(
-            DATA,
-            offset,
-            array.nbytes,
-            DTYPES[array.dtype],
-            shape=ir.Shape(array.shape),
-            name=name,
-            base_dir=self._folder,
+            DATA, offset, data.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._folder
         )
 
     def close(self) -> None:
@@ -55,6 +57,7 @@ class Graph:
         self._nodes: list[ir.Node] = []
         self._initializers: list[ir.Value] = []
         self._constants: dict[tuple, ir.Value] = {}
+        self._made: dict[Hashable, ir.Value] = {}
 
     def body(self) -> "Graph":
         return Graph(self._weights, self._opset, self._names)
@@ -78,9 +81,22 @@ class Graph:
             self._constants[key] = self._initializer(ir.Tensor(array, name=self.unique_name("c")))
         return self._constants[key]
 
-    def weight(self, name: str, array: np.ndarray) -> ir.Value:
-        """A weight, stored in the data file."""
-        return self._initializer(self._weights.add(name, np.ascontiguousarray(array)))
+    def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make` adds to the graph, added once for all that ask with an equal key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def stored(self, name: str, tensor: torch.Tensor, dtype: ir.DataType | None = None, shape=None) -> ir.Value:
+        """A tensor in the data file; `dtype` and `shape` where they are not those of the torch tensor."""
+        shape = tensor.shape if shape is None else shape
+        return self._initializer(self._weights.add(name, tensor, dtype or DTYPES[tensor.dtype], shape))
+
+    def weight(self, name: str, number_format: str, tensor: torch.Tensor, dtype=None, shape=None) -> ir.Value:
+        """A weight in the data file, with its number format; what belongs to one, such as scales, is only `stored`."""
+        value = self.stored(name, tensor, dtype, shape)
+        value.const_value.metadata_props[FORMAT_KEY] = number_format
+        return value
 
     def _initializer(self, tensor) -> ir.Value:
         value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)

@@ -7,10 +7,9 @@ import onnx_ir as ir
 
 from compress import plugins
 from compress.errors import InputError, first_line
-from exporters.graph.blocks import SCALE
+from exporters.graph.builder import FORMAT_KEY
 
 CONFIG_KEY = "compress.config"  # metadata that carries config.json
-FORMATS = {ir.DataType.INT8: "int8", ir.DataType.FLOAT: "fp32"}
 
 
 def load(path: Path) -> ir.Model:
@@ -37,14 +36,21 @@ def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
 
 
 def stored_formats(tensors: list[ir.ExternalTensor]) -> dict[str, str]:
-    """The number format of every weight by name; scales belong to their weight."""
-    return {t.name: FORMATS[t.dtype] for t in sorted(tensors, key=lambda t: t.name) if not t.name.endswith(SCALE)}
+    """The number format of every weight by name; scales carry none, they belong to their weight."""
+    weights = (tensor for tensor in tensors if FORMAT_KEY in tensor.metadata_props)
+    return {tensor.name: tensor.metadata_props[FORMAT_KEY] for tensor in sorted(weights, key=lambda t: t.name)}
 
 
 def stored_parameters(tensors: list[ir.ExternalTensor]) -> dict[str, int]:
     """Parameters by number format."""
     counts: dict[str, int] = {}
+    names = stored_formats(tensors)
     for tensor in tensors:
-        if not tensor.name.endswith(SCALE):
-            counts[FORMATS[tensor.dtype]] = counts.get(FORMATS[tensor.dtype], 0) + tensor.size
+        if name := names.get(tensor.name):
+            counts[name] = counts.get(name, 0) + tensor.size * _per_element(tensor, name)
     return counts
+
+
+def _per_element(tensor: ir.ExternalTensor, number_format: str) -> int:
+    """int4 values that are looked up lie two to a byte (table.py)."""
+    return 2 if number_format.startswith("int4") and tensor.dtype == ir.DataType.UINT8 else 1

@@ -1,0 +1,1 @@
+"""`compress sensitivity`: what each part of a model costs when it alone is quantized."""

@@ -1,0 +1,129 @@
+"""One measurement from start to end: what the recipe asks, the original, every cell, the worst tensors."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from compress import cache, progress, prompts
+from compress.artifacts import CheckpointArtifact
+from compress.check.settings import Check
+from compress.checkpoint.reader import Checkpoint
+from compress.errors import InputError
+from compress.model import HybridModel
+from compress.passes import quantize
+from compress.prompts import PromptSet
+from compress.recipe import LoadedRecipe
+from compress.sensitivity import cells, original, worst
+from compress.sensitivity.cells import Cell
+from compress.sensitivity.measure import Measure
+from compress.source import Source
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure, on what."""
+
+    recipe: LoadedRecipe
+    source: Source
+    formats: tuple[str, ...]
+    samples: int | None = None  # None: the recipe's
+    length: int | None = None
+    device: str = "cpu"
+    seed: int = 0
+
+
+def run(job: Job) -> dict:
+    """Refuses what can be refused, measures, and returns what `--json` writes."""
+    options = quantize_options(job.recipe)
+    checkpoint = Checkpoint(job.source.folder)
+    quantize.requires(options, checkpoint.model)
+    check = check_settings(job)
+    for name in check.prompts:
+        prompts.refuse_unusable(name, job.source.folder, job.recipe.folder, length=check.length)
+    weights_sha256 = _sha256(checkpoint)
+    artifact = CheckpointArtifact(checkpoint, job.device, weights_sha256)
+    sets = prompts.load_all(
+        artifact, artifact.sha256(), check, purpose="check", seed=job.seed, folder=job.recipe.folder
+    )
+    tried = cells.of_formats(checkpoint.model, options, job.formats, job.device)
+    stored = cells.of_recipe(checkpoint.model, options, job.device)
+    return {
+        "schema": 1,
+        "model": _describe(job.source, checkpoint.model, weights_sha256),
+        "prompts": prompts.used(sets),
+        **_measured(checkpoint.model, artifact.sha256(), sets, tried, stored, job.device),
+    }
+
+
+def quantize_options(recipe: LoadedRecipe) -> quantize.Options:
+    """The options of the recipe's one quantize pass."""
+    found = [step.options for step in recipe.recipe.passes if step.name == "quantize"]
+    if not found:
+        raise InputError(f"{recipe.path}: has no quantize pass, whose cost could be measured")
+    if len(found) > 1:
+        raise InputError(f"{recipe.path}: has {len(found)} quantize passes; sensitivity measures those of one")
+    return found[0]
+
+
+def check_settings(job: Job) -> Check:
+    """The recipe's check, or the default one, with the options' samples and length."""
+    given = {"samples": job.samples, "length": job.length}
+    return (job.recipe.recipe.check or Check()).model_copy(
+        update={name: value for name, value in given.items() if value is not None}
+    )
+
+
+def _sha256(checkpoint: Checkpoint) -> str:
+    with progress.task("hashing the weights", checkpoint.files.bytes) as advance:
+        return checkpoint.files.sha256(advance)
+
+
+def _measured(model: HybridModel, model_sha256: str, sets: list[PromptSet], tried: list[Cell], stored: list[Cell],
+              device: str) -> dict:  # fmt: skip
+    """The figures of all tried cells, and the worst tensors of those that the recipe stores."""
+    _refuse_full_disk(cache.folder("scratch"), original.bytes_needed(model, sets))
+    with cache.scratch("sensitivity") as scratch:
+        originals = [
+            original.Original(model, prompt_set, model_sha256, scratch / str(number), device)
+            for number, prompt_set in enumerate(sets)
+        ]
+        measure = Measure(model, originals, device)
+        divergences = measure.all(tried, "sensitivity")
+        return {
+            "cells": [_row(model, cell, value) for cell, value in zip(tried, divergences, strict=True)],
+            "worst_tensors": [asdict(tensor) for tensor in worst.find(stored, measure)],
+        }
+
+
+def _refuse_full_disk(folder: Path, need: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise InputError(
+            f"{folder}: {need / 2**20:,.0f} MiB are needed for hidden states and the baseline's log-probabilities, "
+            f"{free / 2**20:,.0f} MiB are free; use fewer --samples"
+        )
+
+
+def _describe(source: Source, model: HybridModel, weights_sha256: str) -> dict:
+    return {
+        "name": source.name,
+        "revision": source.revision,
+        "weights_sha256": weights_sha256,
+        "model_type": model.model_type,
+        "parameters": model.parameters,
+    }
+
+
+def _row(model: HybridModel, cell: Cell, divergence: float) -> dict:
+    layer = cell.layer
+    return {
+        "layer": layer,
+        "unit": cell.unit.name,
+        "kind": cell.unit.name if layer is None else model.architecture.layer_kind(model.config, layer),
+        "role": str(cell.role),
+        "format": cell.format,
+        "stored": cell.stored,
+        "parameters": cell.parameters,
+        "bytes": cell.bytes,
+        "kl_divergence_mean": divergence,
+    }

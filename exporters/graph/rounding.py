@@ -1,0 +1,105 @@
+"""Activations in eight bits, as `compress/quantization/activations.py` defines them, and products of whole numbers.
+
+QuantizeLinear rounds to nearest with ties to even and saturates, to int8 and to fp8 alike.
+
+Static int8 is QuantizeLinear and DequantizeLinear around inputs and weights alike, which onnxruntime makes one integer
+product of. Both are stored as uint8 with zero point 128: as int8, onnxruntime 1.32 multiplies uint8 by int8, whose sums
+saturate at 16 bits on processors without VNNI (a third of the value was lost in a test); uint8 by uint8 is exact on every
+processor. (int8 by int8 through MatMulInteger is exact too, but on AVX2 forty times as slow: 1024 x 1024 by one token took
+1.60 ms, uint8 x uint8 0.039, a float32 product 0.086.) Dynamic int8 has one scale per token, for which MatMulInteger is the
+standard operator. Where the weights are fused into MatMulNBits, a DequantizeLinear before it would stop the fusion: there
+the rounded inputs are widened by Cast and Mul.
+"""
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from compress.model import Weight
+from compress.quantization.activations import Activation, largest
+from exporters.graph.builder import FLOAT, FP8, Graph
+from exporters.graph.rotation import rotated
+from exporters.graph.stored import load, store_scales
+
+OFFSET = 128  # of whole numbers stored as uint8
+WHOLE = ("int8", "int8-tensor")  # weights whose products with int8 inputs are sums of whole numbers
+TINY = float(np.finfo(FLOAT).tiny)
+
+
+def multiplies_whole_numbers(weight: Weight) -> bool:
+    return weight.activation is not None and not weight.activation.is_fp8 and weight.format in WHOLE
+
+
+def input_of(graph: Graph, x: ir.Value, weight: Weight) -> ir.Value:
+    """x [..., K] as the product with the stored matrix sees it: rotated where that is, and rounded."""
+    x = rotated(graph, x, weight.shape[1], weight.rotation)
+    if weight.activation is None:
+        return x
+    return _rounded(graph, x, weight.activation, is_qdq=weight.activation.is_static and weight.format.startswith("fp8"))
+
+
+def _rounded(graph: Graph, x: ir.Value, activation: Activation, *, is_qdq: bool) -> ir.Value:
+    """float32 again, by DequantizeLinear or by Cast and Mul."""
+
+    def widen() -> ir.Value:
+        zero = graph.constant(0, FP8 if activation.is_fp8 else np.int8)
+        values = _on_grid(graph, x, activation, zero)
+        if is_qdq:
+            return graph.op("DequantizeLinear", values, _scale(graph, x, activation), zero)
+        return graph.op("Mul", graph.op("Cast", values, to=ir.DataType.FLOAT), _scale(graph, x, activation))
+
+    return graph.once(("rounded", x, is_qdq, *_key(activation)), widen)
+
+
+def whole_number_product(graph: Graph, x: ir.Value, weight: Weight) -> ir.Value:
+    """x [..., K], rounded to int8, times the transpose of an int8 weight [N, K], both as whole numbers."""
+    x = rotated(graph, x, weight.shape[1], weight.rotation)
+    zero, quantized = graph.constant(OFFSET, np.uint8), load(weight)
+    shifted = (quantized.values.T.to(torch.int16) + OFFSET).to(torch.uint8)
+    values = graph.weight(weight.name, weight.format, shifted)
+    scales = store_scales(graph, weight, quantized.scales).stored
+    rounded = _on_grid(graph, x, weight.activation, zero)
+    if weight.activation.is_static:
+        return _dequantized_product(graph, rounded, _scale(graph, x, weight.activation), values, scales, zero)
+    sums = graph.op("Cast", graph.op("MatMulInteger", rounded, values, zero, zero), to=ir.DataType.FLOAT)
+    return graph.op("Mul", graph.op("Mul", sums, _scale(graph, x, weight.activation)), scales)
+
+
+def _dequantized_product(graph: Graph, rounded: ir.Value, scale: ir.Value, values: ir.Value, scales: ir.Value, zero):
+    """QDQ: uint8 inputs with one scale, uint8 weights [K, N] with one scale, or one per column."""
+    x = graph.once(("dequantized", rounded, scale), lambda: graph.op("DequantizeLinear", rounded, scale, zero))
+    outputs = graph.op("Shape", values, start=1)
+    scales, zeros = (graph.op("Expand", value, outputs) for value in (scales, zero))
+    return graph.op("MatMul", x, graph.op("DequantizeLinear", values, scales, zeros, axis=1))
+
+
+def _on_grid(graph: Graph, x: ir.Value, activation: Activation, zero: ir.Value) -> ir.Value:
+    """round(x / scale) + zero, in the type of `zero`; made once for all matrices that share input and scale."""
+
+    def quantize() -> ir.Value:
+        scale = _scale(graph, x, activation)
+        if activation.is_static:
+            return graph.op("QuantizeLinear", x, scale, zero)
+        return graph.op("QuantizeLinear", graph.op("Div", x, scale), graph.constant(1.0, FLOAT), zero)
+
+    return graph.once(("grid", x, zero, *_key(activation)), quantize)
+
+
+def _key(activation: Activation) -> tuple:
+    return activation.format, activation.scale() if activation.is_static else None
+
+
+def _scale(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
+    """One number, or [..., 1]."""
+    if activation.is_static:
+        return graph.constant(activation.scale(), FLOAT)
+    return graph.once(("token scale", x, activation.is_fp8), lambda: _token_scales(graph, x, activation.is_fp8))
+
+
+def _token_scales(graph: Graph, x: ir.Value, is_fp8: bool) -> ir.Value:
+    """max |x| / largest for every token, 1 for a token of zeros."""
+    absmax = graph.op("ReduceMax", graph.op("Abs", x), graph.constant([-1]), keepdims=1)
+    scales = graph.op("Div", absmax, graph.constant(largest(is_fp8), FLOAT))
+    return graph.op(
+        "Where", graph.op("Greater", scales, graph.constant(TINY, FLOAT)), scales, graph.constant(1.0, FLOAT)
+    )
