@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import refusals
 
-from compress import resources
+from compress import pipeline, resources
 from compress.errors import InputError
 from compress.recipe import load_recipe
+from compress.source import resolve
 
 RECIPE = """\
 version: 1
@@ -378,3 +380,35 @@ def test_the_resolved_recipe_spells_out_defaults_and_overrides(write):
 def test_the_text_of_a_recipe_is_kept_with_its_comments(write):
     text = "# why this recipe is here\n" + RECIPE
     assert load_recipe(str(write(text)), ("check=null",)).text == text
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("activation_roles: {lm_head: static-int8}, roles: {lm_head: none}", "lm_head"),
+        ("activation_roles: {ssm_out: dynamic-fp8}, weights: bf16", "ssm_out"),
+        ("activations: static-int8, rotate: [mlp], roles: {mlp: fp16}", "mlp"),
+        ("activation_roles: {embedding: dynamic-int8}", "embedding"),
+        ("overrides: [{role: mlp, layers: [99], weights: int8}]", "overrides.0"),
+        ("overrides: [{role: experts, projections: [down], weights: int8}]", "overrides.0"),
+    ],
+)
+def test_what_is_named_but_would_do_nothing_is_refused(tmp_path, tiny, options, named):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"version: 1\npasses:\n  - quantize: {{{options}}}\n")
+    job = pipeline.Job(load_recipe(str(recipe)), resolve(str(tiny)), tmp_path / "out")
+    message = refusals.refusal(lambda: pipeline.prepare(job))
+    assert f"'{named}'" in message or named in message
+
+
+def test_an_override_wins_over_its_role_for_the_matrices_it_covers(tmp_path, tiny):
+    recipe = tmp_path / "recipe.yaml"
+    override = "{role: experts, layers: [3], projections: [down_proj], weights: int8-g32}"
+    recipe.write_text(
+        f"version: 1\npasses:\n  - quantize: {{weights: none, roles: {{experts: int4-g32}}, overrides: [{override}]}}\n"
+    )
+    planned = pipeline.prepare(pipeline.Job(load_recipe(str(recipe)), resolve(str(tiny)), tmp_path / "out"))
+    formats = {w.name: w.format for unit in planned.units for w in unit.weights.values() if w.is_quantized}
+    covered = {f"model.layers.3.feed_forward.experts.{e}.down_proj.weight" for e in range(8)}
+    assert {name for name, used in formats.items() if used == "int8-g32"} == covered
+    assert {used for name, used in formats.items() if name not in covered} == {"int4-g32"}

@@ -99,27 +99,40 @@ def layer_of(name: str) -> int | None:
 
 
 def requires(options: Options, model) -> None:
-    """Refuses a recipe that names a role this model does not have, or an override that covers nothing."""
-    present = {weight.role for weight in model.weights}
+    """Refuses what a recipe names and this model does not have, or would do nothing to."""
+    weights = list(model.weights)
+    present = {weight.role for weight in weights}
     for key in ("roles", "activation_roles"):
         absent = sorted(role for role in getattr(options, key) if role not in present)
         if absent:
             raise InputError(
                 f"quantize.{key} names '{absent[0]}', but the model has no such tensors; it has: {', '.join(sorted(present))}"
             )
-    if options.activation_roles.get(Role.EMBEDDING, "none") != "none" and Role.LM_HEAD in present:
+    _refuse_idle_activations(options, weights, present)
+    for number, override in enumerate(options.overrides):
+        if not any(override.covers(weight) for weight in weights):
+            raise InputError(
+                f"quantize.overrides.{number} covers no matrix of this model: {override.model_dump_json()}"
+            )
+
+
+def _refuse_idle_activations(options: Options, weights, present: set[Role]) -> None:
+    """Inputs that are named but would not be rounded, or rotated for nothing."""
+    asked = [role for role, name in options.activation_roles.items() if name != formats.AS_IT_CAME]
+    if Role.EMBEDDING in asked and Role.LM_HEAD in present:
         raise InputError(
             "quantize.activation_roles names 'embedding', which has no input: the output matrix is not tied to it"
         )
+    quantized = {weight.role for weight in weights if options.format_for(weight) in formats.FILES}
+    for role in asked:
+        if role not in quantized:
+            raise InputError(
+                f"quantize.activation_roles names '{role}', but its weights are not quantized: inputs are rounded with them only"
+            )
     for role in options.rotate:
-        if options.activation_of(role) == formats.AS_IT_CAME:
+        if role not in quantized or options.activation_of(role) == formats.AS_IT_CAME:
             raise InputError(
                 f"quantize.rotate names '{role}', whose inputs are not rounded; add activation_roles: {{{role}: static-int8}}"
-            )
-    for number, override in enumerate(options.overrides):
-        if not any(override.covers(weight) for weight in model.weights):
-            raise InputError(
-                f"quantize.overrides.{number} covers no matrix of this model: {override.model_dump_json()}"
             )
 
 
@@ -149,6 +162,8 @@ def details(options: Options, units, notes: list[dict]) -> dict:
     found = {"method": options.method, "formats": _by(weights, lambda weight: weight.format)}
     if activated := [weight for weight in weights if weight.activation]:
         found["activations"] = _by(activated, lambda weight: weight.activation.format)
+    if options.method == "gptq":  # an embedding is looked up: it has no inputs to compensate for
+        found["rounded_to_nearest"] = [w.name for w in weights if w.is_quantized and w.role == Role.EMBEDDING]
     if replaced := _replaced(options, weights):
         found["stored_otherwise"] = replaced
     return found | _joined(notes)
