@@ -91,10 +91,10 @@ def up_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def narrowed(scales: np.ndarray, up: bool) -> np.ndarray:
-    """Whole steps, at most 255, of a power of two; bfloat16 where the smallest would be fewer than 16."""
+    """Whole steps, at most 255, of a power of two; bfloat16 where the smallest would be fewer than 4."""
     step = min(2.0**k for k in range(-160, 130) if 255 * 2.0**k >= float(scales.max()))
     steps = (np.ceil if up else np.rint)(scales.astype(np.float64) / step)
-    if steps.min() < 16:
+    if steps.min() < 4:
         return up_to_bfloat16(scales) if up else to_bfloat16(scales)
     return (steps * step).astype(np.float32)
 
@@ -279,8 +279,8 @@ def test_a_block_of_zeros_or_of_what_underflows_has_a_positive_scale_and_costs_t
     assert np.array_equal(quantized.scales.numpy(), scales)  # a block of zeros does not widen the range of a byte
     change = quantized.scales / absmax - 1
     change[zero_place] = change[tiny_place] = 0
-    # what keeping scales in a byte costs: half a step, or one where they are rounded up
-    assert change.abs().max() <= (1 / 15 if name in GROUPED and name.startswith("int8") else 0.5 / 15.5 if name in GROUPED else 0)
+    # what keeping scales in a byte costs: at most a step of the four that the smallest has
+    assert change.abs().max() <= (1 / 3 if name in GROUPED else 0)
 
 
 # ---- scales in a byte
@@ -324,23 +324,24 @@ def test_narrow_scales_fit_into_a_byte_or_are_bfloat16_and_are_close_to_what_was
     assert is_bfloat16(found)  # what a checkpoint stores is what was computed with
     error = ((found.double() - scales.double()).abs() / scales.double()).max().item()
     if is_whole_steps(found):
-        assert error <= (1 / 15 if up else 0.5 / 15.5)  # a step, or half of one, of those that make 16
+        assert error <= (1 / 3 if up else 0.5 / 3.5)  # a step, or half of one, of those that make 4
     else:
         assert error <= (2.0**-7 if up else 2.0**-8)  # a unit, or half of one, in the last of 8 significant bits
-        assert scales.max() / scales.min() > 7  # only where a byte would not do
+        assert scales.max() / scales.min() > 31  # only where a byte would not do: 128 steps against 4
 
 
 def test_scales_of_a_moderate_range_are_kept_in_a_byte_and_those_of_a_wide_one_are_not():
     by_name = {name: is_whole_steps(narrow(scales, torch.bfloat16, up=False)) for name, scales in RANGES.items()}
     assert {name for name, fits in by_name.items() if not fits} == {
-        "a range of 15", "a range of 100", "one outlier, ten thousand times"
+        "a range of 100", "one outlier, ten thousand times"
     }  # fmt: skip
 
 
-def test_the_smallest_of_scales_kept_in_a_byte_is_sixteen_steps():
-    assert is_whole_steps(narrow(torch.tensor([[255.0, 15.5]]), torch.bfloat16, up=False))  # rounds to 16
-    few = narrow(torch.tensor([[255.0, 15.4375]]), torch.bfloat16, up=False)
-    assert few.tolist() == [[255.0, 15.4375]]  # bfloat16 holds both
+def test_the_smallest_of_scales_kept_in_a_byte_is_four_steps():
+    assert narrow(torch.tensor([[255.0, 3.5]]), torch.bfloat16, up=False).tolist() == [[255.0, 4.0]]
+    few = narrow(torch.tensor([[255.0, 3.484375]]), torch.bfloat16, up=False)
+    assert few.tolist() == [[255.0, 3.484375]]  # bfloat16 holds both
+    assert narrow(torch.tensor([[255.0, 3.125]]), torch.bfloat16, up=True).tolist() == [[255.0, 4.0]]
 
 
 @pytest.mark.parametrize("name", GROUPED)

@@ -91,12 +91,12 @@ def test_a_search_finds_what_trying_all_candidates_in_numpy_finds(name, weighted
     number_format, weight = formats.get(name), normal(13, inputs_of(name), seed=2)
     moments = uneven_moments(weight.shape[1]) if weighted else None
     absmax = number_format.absmax_scales(weight)
-    candidates = [absmax * factor for factor in np.linspace(0.5, 1.1, 49).astype(np.float32).tolist()]
+    candidates = [absmax * factor for factor in (np.arange(16, 36) / 32).tolist()]
     tried = np.stack([losses(weight, scale, number_format, moments) for scale in candidates])
     found = losses(weight, scales.search(weight, number_format, moments), number_format, moments)
     np.testing.assert_allclose(found, tried.min(0), rtol=1e-4)  # sums of float32 squares
     if name.startswith("int4"):
-        assert (tried.argmin(0) != 40).any()  # 40 is absmax itself: the search has something to find
+        assert (tried.argmin(0) != 16).any()  # 16 is absmax itself: the search has something to find
 
 
 @pytest.mark.parametrize("name", ["int4-g16", "int8-g16", "int8", "fp8-e4m3"])
@@ -108,7 +108,7 @@ def test_weights_that_lie_on_the_grid_are_found_to(name):
     # int8 and fp8 put the largest magnitude at the end of the grid: -8 .. 7 are then steps of 15.875 and of 56
     bound = {"int4-g16": 0, "int8-g16": 0.25 * 8 / 254, "int8": 0.25 * 8 / 254, "fp8-e4m3": 0.25 * 8 / 16}[name]
     back = number_format.dequantize(number_format.quantize(drawn * 0.25, found))
-    assert (back - drawn * 0.25).abs().max() <= 1.1 * bound  # candidates reach 1.1 of absmax
+    assert (back - drawn * 0.25).abs().max() <= 35 / 32 * bound  # as far as candidates reach beyond absmax
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-g16", "fp8-e4m3-b128"])

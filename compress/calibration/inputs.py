@@ -5,6 +5,7 @@ groups of matrices at a time as fit into a budget, so that memory does not grow 
 matrices of the unit have been quantized already, what they give is what the later ones see.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,10 @@ from compress.model import HybridModel, InputGroup, Unit, Weight
 Keep = Callable[[Weight], Weight]  # writes a weight; returns one that reads what was written
 MOMENT_BYTES = 1 << 30  # of second moments collected in one replay
 EVERY_TOKEN_ROWS = 1 << 16  # rows that are sent through an expert that routing left without enough of them
+
+
+class _Seen(Exception):  # noqa: N818 - nothing went wrong
+    """All that a replay was for has been seen."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +107,24 @@ class LayerInputs:
         def tap(name: str, x: torch.Tensor) -> None:
             if name in by_name:
                 by_name[name].add(x, self.prefix + name)
+                if len(by_name) == 1 and next(iter(found)).expert is None:
+                    raise _Seen  # the rest of this block's replay, such as the scan, would be for nothing
 
         return LayerWeights(unit, self.prefix, self._device, tap=tap if found else None)
 
     def _replay_mixer(self, unit: Unit, found: dict[InputGroup, Moments]) -> None:
         weights = self._weights(unit, found)
         for number in range(len(self._entering)):
-            self._run_mixer(weights, self._entering.read(number))
+            with contextlib.suppress(_Seen):
+                self._run_mixer(weights, self._entering.read(number))
 
     def _replay_feed_forward(self, unit: Unit, found: dict[InputGroup, Moments]) -> None:
         self._mix(unit)
         weights, experts = self._weights(unit, found), {group.expert for group in found}
         for number in range(len(self._mixed)):
             hidden = self._mixed.read(number).to(self._device)
-            self._architecture.feed_forward(self._config, self.index, weights, hidden, only=experts - {None} or None)
+            with contextlib.suppress(_Seen):
+                self._architecture.feed_forward(self._config, self.index, weights, hidden, only=experts - {None} or None)
 
     def _mix(self, unit: Unit) -> None:
         """Hidden states after the mixer, made again only where the mixer's weights are others than last time."""
