@@ -74,7 +74,8 @@ class Weight:
         return hadamard.rotate(dense, self.rotation) if self.rotation else dense
 
     def with_load(self, format: str, load: Callable[[slice | None], Stored]) -> "Weight":
-        return replace(self, format=format, load=load)
+        """Another content in the model's own basis: neither rotated, nor with an input that is rounded."""
+        return replace(self, format=format, load=load, activation=None, rotation=None)
 
     def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input x [..., K] as a kernel that rounds it sees it, in the model's own basis."""

@@ -83,9 +83,10 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path, need
         module.requires(step.options, model)
         units = tuple(module.apply(step.options, unit, context) for unit in units)
     plan = Plan(source, model, checkpoint, units, recipe)
-    for settings in (recipe.check, plan.calibration if plan.needs_calibration else None):
+    folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_calibration else None
+    for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
         for name in settings.prompts if settings else ():
-            prompts.refuse_unusable(name, source.folder if checkpoint else None, recipe_folder, length=settings.length)
+            prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
     return plan
 
 

@@ -389,6 +389,8 @@ def test_the_text_of_a_recipe_is_kept_with_its_comments(write):
         ("activation_roles: {ssm_out: dynamic-fp8}, weights: bf16", "ssm_out"),
         ("activations: static-int8, rotate: [mlp], roles: {mlp: fp16}", "mlp"),
         ("activation_roles: {embedding: dynamic-int8}", "embedding"),
+        ("method: gptq, weights: none", "nothing"),
+        ("activations: dynamic-int8, weights: bf16", "nothing"),
         ("overrides: [{role: mlp, layers: [99], weights: int8}]", "overrides.0"),
         ("overrides: [{role: experts, projections: [down], weights: int8}]", "overrides.0"),
     ],
@@ -412,3 +414,29 @@ def test_an_override_wins_over_its_role_for_the_matrices_it_covers(tmp_path, tin
     covered = {f"model.layers.3.feed_forward.experts.{e}.down_proj.weight" for e in range(8)}
     assert {name for name, used in formats.items() if used == "int8-g32"} == covered
     assert {used for name, used in formats.items() if name not in covered} == {"int4-g32"}
+
+
+def test_a_matrix_is_quantized_once(tmp_path, tiny):
+    recipe = tmp_path / "recipe.yaml"
+    first = "quantize: {method: gptq, weights: none, roles: {experts: int4-g32}}"
+    recipe.write_text(f"version: 1\npasses:\n  - {first}\n  - quantize: {{weights: int8}}\n")
+    job = pipeline.Job(load_recipe(str(recipe)), resolve(str(tiny)), tmp_path / "out")
+    message = refusals.refusal(lambda: pipeline.prepare(job))
+    assert "experts" in message and "earlier pass" in message
+    recipe.write_text(recipe.read_text().replace("{weights: int8}", "{weights: int8, roles: {experts: none}}"))
+    assert pipeline.prepare(pipeline.Job(load_recipe(str(recipe)), resolve(str(tiny)), tmp_path / "out")).units
+
+
+def test_an_override_of_a_role_that_stays_names_its_place(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\npasses:\n  - quantize:\n      overrides:\n        - {role: norm, weights: int8}\n")
+    message = refusals.refusal(lambda: load_recipe(str(recipe)))
+    assert "recipe.yaml:5" in message and "overrides.0.role" in message
+
+
+def test_a_misspelt_calibration_prompt_is_answered_with_what_calibration_takes(tmp_path, tiny):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\ncalibration: {prompts: [prosa]}\npasses:\n  - quantize: {method: gptq}\n")
+    job = pipeline.Job(load_recipe(str(recipe)), resolve(str(tiny)), tmp_path / "out")
+    message = refusals.refusal(lambda: pipeline.prepare(job))
+    assert "prose" in message and "heldout" not in message

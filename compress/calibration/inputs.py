@@ -124,7 +124,9 @@ class LayerInputs:
         for number in range(len(self._mixed)):
             hidden = self._mixed.read(number).to(self._device)
             with contextlib.suppress(_Seen):
-                self._architecture.feed_forward(self._config, self.index, weights, hidden, only=experts - {None} or None)
+                self._architecture.feed_forward(
+                    self._config, self.index, weights, hidden, only=experts - {None} or None
+                )
 
     def _mix(self, unit: Unit) -> None:
         """Hidden states after the mixer, made again only where the mixer's weights are others than last time."""

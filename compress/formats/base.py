@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 
 STEPS = 255  # of a byte: a narrow scale is 1 .. 255 times a power of two
-LEAST_STEPS = 4  # the smallest scale must be so many steps: rounding it moves it by an eighth at most, or a quarter upwards
+LEAST_STEPS = (
+    4  # the smallest scale must be so many steps: rounding it moves it by an eighth at most, or a quarter upwards
+)
 
 
 class Part(NamedTuple):

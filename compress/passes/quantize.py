@@ -17,6 +17,10 @@ WeightFormat = Literal[*formats.NAMES]
 ActivationFormat = Literal["none", "dynamic-int8", "static-int8", "dynamic-fp8", "static-fp8"]
 
 
+def _always_kept(role: Role) -> str:
+    return f"'{role}' always stays as it came; quantizable roles: {', '.join(sorted(QUANTIZABLE))}"
+
+
 class Override(Strict):
     """A format for some matrices of a role: those of the given layers (all, where none are named) and projections."""
 
@@ -24,6 +28,13 @@ class Override(Strict):
     layers: tuple[WholeNumber, ...] = ()
     projections: tuple[str, ...] = ()
     weights: WeightFormat
+
+    @field_validator("role")
+    @classmethod
+    def _only_matrices(cls, role: Role) -> Role:
+        if role in KEPT_BY_DEFAULT:
+            raise ValueError(_always_kept(role))
+        return role
 
     def covers(self, weight) -> bool:
         """`projections` are the matrix's own name, such as `down_proj`: all experts of a layer are stored alike."""
@@ -56,8 +67,7 @@ class Options(Strict):
     def _only_matrices(cls, roles: dict) -> dict:
         for role, format_name in roles.items():
             if role in KEPT_BY_DEFAULT and format_name != formats.AS_IT_CAME:
-                choices = ", ".join(sorted(QUANTIZABLE))
-                raise KeyedError(role, f"'{role}' always stays as it came; quantizable roles: {choices}")
+                raise KeyedError(role, _always_kept(role))
         return roles
 
     @field_validator("activation_roles")
@@ -69,12 +79,6 @@ class Options(Strict):
                 "'embedding' is looked up by token: only a tied output matrix has an input, to round with dynamic scales",
             )
         return roles
-
-    @field_validator("overrides")
-    @classmethod
-    def _only_matrices_in_overrides(cls, overrides: tuple[Override, ...]) -> tuple[Override, ...]:
-        cls._only_matrices({override.role: override.weights for override in overrides})
-        return overrides
 
     def format_of(self, role: Role) -> str:
         default = formats.AS_IT_CAME if role in KEPT_BY_DEFAULT else self.weights
@@ -124,6 +128,10 @@ def _refuse_idle_activations(options: Options, weights, present: set[Role]) -> N
             "quantize.activation_roles names 'embedding', which has no input: the output matrix is not tied to it"
         )
     quantized = {weight.role for weight in weights if options.format_for(weight) in formats.FILES}
+    if not quantized and (options.method == "gptq" or options.activations != formats.AS_IT_CAME):
+        raise InputError(
+            "quantize would do nothing: it leaves all weights unquantized, and inputs are rounded with them only"
+        )
     for role in asked:
         if role not in quantized:
             raise InputError(

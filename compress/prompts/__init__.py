@@ -30,12 +30,13 @@ class PromptSet:
         return sum(len(window) for window in self.windows)
 
 
-def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = None, *, length: int) -> None:
+def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = None, *, length: int,
+                    purpose: str = "check") -> None:  # fmt: skip
     """Refuses, before any work, a set that is not known, a file that cannot be read as one, or text without a tokenizer.
 
     Without `model_folder` only the name is looked at.
     """
-    path = None if name in NAMES else _find_file(name, folder)
+    path = None if name in NAMES else _find_file(name, folder, purpose)
     if model_folder is None or name == "self":
         return
     tokenizer = load_tokenizer(model_folder)
@@ -55,7 +56,11 @@ def load(name: str, *, purpose: str, tokenizer, model, model_sha256: str, sample
         filler = passages.shipped("heldout" if purpose == "check" else "prose")
         windows = recall.windows(tokenizer, filler, samples, length, seed)
     else:
-        texts = passages.shipped(name) if name in SHIPPED else passages.from_file(_find_file(name, folder), tokenizer)
+        texts = (
+            passages.shipped(name)
+            if name in SHIPPED
+            else passages.from_file(_find_file(name, folder, purpose), tokenizer)
+        )
         windows = join_and_cut(tokenizer, texts, samples, length, seed)
     if not any(len(window) > 1 for window in windows):
         raise InputError(f"prompts '{name}': not enough text for a single window of 2 tokens")
@@ -85,8 +90,8 @@ def used(sets: list[PromptSet]) -> list[dict]:
     return [{"name": s.name, "windows": len(s.windows), "tokens": s.tokens} for s in sets]
 
 
-def _find_file(name: str, folder: Path | None) -> Path:
-    usable = set(NAMES) - {"prose"}  # which a check may not use
+def _find_file(name: str, folder: Path | None, purpose: str) -> Path:
+    usable = set(NAMES) - {"heldout" if purpose == "calibration" else "prose"}
     for candidate in ([folder / name] if folder else []) + [Path(name)]:
         if candidate.is_file():
             if candidate.suffix not in (".txt", ".jsonl"):

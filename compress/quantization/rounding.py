@@ -20,6 +20,10 @@ def lazily(weight: Weight, options, device: str) -> Weight:
     asked = options.format_for(weight)
     if asked == formats.AS_IT_CAME or len(weight.shape) != 2:  # biases of a projection stay as they came
         return weight
+    if weight.is_quantized:
+        raise InputError(
+            f"tensor '{weight.name}' is quantized by an earlier pass already; leave its role out here: roles: {{{weight.role}: none}}"
+        )
     if asked in PLAIN_DTYPES:
         return weight.with_load(asked, lambda rows=None: cast(weight, rows, asked))
     number_format = formats.get(formats.fitting(asked, weight.shape))
