@@ -23,6 +23,8 @@ from compress.source import resolve
 CALIBRATION = {"prompts": ["prose", "self"], "samples": 24, "length": 512}
 INT4 = {"weights": "int4-g32", "roles": {"lm_head": "int8-g32", "embedding": "int8-g32"}}
 W8A8 = {"weights": "int8", "activations": "static-int8"}
+SSM_OUT = W8A8 | {"activation_roles": {"ssm_out": "static-int8"}}
+ROTATED = {"rotate": ["ssm_out", "mlp", "experts"]}
 MATRICES = sorted(QUANTIZABLE)
 FORMATS = ("int8", "fp8-e4m3", "int4-g32", "int4-g64")
 
@@ -70,14 +72,17 @@ SECTIONS = {
     "activations: int8 weights": {
         "weights only": {"weights": "int8"},
         "dynamic-int8": {"weights": "int8", "activations": "dynamic-int8"},
+        "dynamic-int8, and ssm_out": SSM_OUT | {"activations": "dynamic-int8", "activation_roles": {"ssm_out": "dynamic-int8"}},
         "static-int8 minmax": W8A8,
         "static-int8 percentile 0.9999": W8A8 | {"activation_range": "percentile"},
-        "static-int8 percentile 0.999": W8A8 | {"activation_range": "percentile", "percentile": 0.999},
         "static-int8 mse": W8A8 | {"activation_range": "mse"},
-        "static-int8 mse, equalize 0.5": W8A8 | {"activation_range": "mse", "equalize": 0.5},
-        "static-int8 mse, equalize 0.75": W8A8 | {"activation_range": "mse", "equalize": 0.75},
-        "static-int8 mse, gptq": W8A8 | {"activation_range": "mse", "method": "gptq"},
-        "dynamic-int8, equalize 0.5": {"weights": "int8", "activations": "dynamic-int8", "equalize": 0.5},
+        "static-int8 minmax, equalize 0.5": W8A8 | {"equalize": 0.5},
+        "static-int8 minmax, equalize 0.75": W8A8 | {"equalize": 0.75},
+        "static-int8 minmax, and ssm_out": SSM_OUT,
+        "the same, rotated": SSM_OUT | ROTATED,
+        "the same, rotated, mse": SSM_OUT | ROTATED | {"activation_range": "mse"},
+        "the same, rotated, mse, equalize 0.5": SSM_OUT | ROTATED | {"activation_range": "mse", "equalize": 0.5},
+        "the same, rotated, mse, gptq": SSM_OUT | ROTATED | {"activation_range": "mse", "method": "gptq"},
     },
     "ssm activations: int8 weights, static-int8 for one role more": {
         f"{role} {how}": {"weights": "int8", "activation_roles": {role: "static-int8"}, "activation_range": how}
