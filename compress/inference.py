@@ -4,6 +4,7 @@ Both ways touch one layer at a time, and inside it one expert, unless what was r
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -130,6 +131,12 @@ class HiddenStates:
 
     def write(self, number: int, hidden: torch.Tensor) -> None:
         hidden.cpu().numpy().tofile(self._file(number))
+
+    def flush(self) -> None:
+        """Makes sure that what was written survives a loss of power: a journal will say that it is there."""
+        for number in range(len(self)):
+            with open(self._file(number), "rb") as file:
+                os.fsync(file.fileno())
 
     def remove(self, number: int) -> None:
         self._file(number).unlink()

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError, WorkError, first_line
-from compress.model import HybridModel, Place, Weight
+from compress.model import HybridModel, Place, Weight, is_finite
 from compress.workspace import MANIFEST
 
 CHECKPOINT, GENERATION = "checkpoint", "generation_config.json"
@@ -103,3 +103,7 @@ def _copy(weight: Weight, target: torch.Tensor, parameter: str) -> None:
         )
     for rows in weight.row_blocks():
         target[rows].copy_(weight.dense(rows))
+        if not is_finite(target[rows]):
+            raise InputError(
+                f"tensor '{weight.name}': holds values beyond the range of {target.dtype}; use another dtype"
+            )

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import compress
-from compress import exporting, model_card, plan, plugins, progress, prompts, sweep, workspace
+from compress import exporting, model_card, plan, plugins, prompts, sweep, workspace
 from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
@@ -60,16 +60,11 @@ def apply(job: Job) -> dict:
     planned = prepare(job)
     if found := plan.shortages(planned, job.out):
         raise InputError(found[0])
-    outcome = Outcome(_sha256(planned.checkpoint))
-    key = {
-        "recipe": job.recipe.resolved_yaml(),
-        "model": planned.checkpoint.sha256(outcome.weights_sha256),
-        "seed": job.seed,
-        "version": compress.__version__,
-    }
-    space = Workspace(job.out, key, resume=job.resume, overwrite=job.overwrite)
+    outcome = Outcome(planned.checkpoint.weights_sha256())
+    windows = _calibration_windows(job, planned, outcome) if planned.needs_calibration else None
+    space = Workspace(job.out, _key(job, planned, outcome, windows), resume=job.resume, overwrite=job.overwrite)
     try:
-        _write_checkpoint(job, planned, outcome, space)
+        _write_checkpoint(job, planned, outcome, space, windows)
     except InputError:
         space.discard()  # bad weights are not worth resuming: a corrected model is a different job
         raise
@@ -79,14 +74,19 @@ def apply(job: Job) -> dict:
     return _publish(job, planned, outcome, space)
 
 
-def _sha256(checkpoint: Checkpoint) -> str:
-    with progress.task("hashing the weights", checkpoint.files.bytes) as advance:
-        return checkpoint.files.sha256(advance)
+def _key(job: Job, planned: Plan, outcome: Outcome, windows: list[torch.Tensor] | None) -> dict:
+    """What must not change between an interruption and `--resume`."""
+    key = {
+        "recipe": job.recipe.resolved_yaml(),
+        "model": planned.checkpoint.sha256(outcome.weights_sha256),
+        "seed": job.seed,
+        "version": compress.__version__,
+    }
+    return key if windows is None else key | {"calibration": prompts.digest(windows)}
 
 
-def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> None:
+def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspace, windows) -> None:
     """Runs the passes and writes shard after shard, then what makes a checkpoint of them."""
-    windows = _calibration_windows(job, planned, outcome) if planned.needs_calibration else None
     swept = sweep.run(planned, PassContext(job.device, job.seed), space, windows)
     folder = space.folder / "checkpoint"
     writer.write_index(folder, planned.units)
@@ -149,6 +149,7 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dic
     writer.write_text(space.folder / "report.md", markdown.render(report))
     writer.write_text(space.folder / "recipe.yaml", job.recipe.text)
     writer.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
+    shutil.rmtree(space.folder / sweep.CALIBRATION, ignore_errors=True)
     formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}
     formats |= {exported.kind: exported.formats for exported in outcome.exported}
     writer.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))

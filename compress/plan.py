@@ -11,6 +11,7 @@ from compress import cache, passes, plugins, prompts, sizes
 from compress.calibration.settings import Calibration
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
+from compress.errors import InputError
 from compress.model import HybridModel, Unit
 from compress.onnx_session import LOAD_FACTOR
 from compress.source import Source
@@ -87,7 +88,18 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path, need
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
         for name in settings.prompts if settings else ():
             prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
+    _refuse_shared_prompts(recipe, calibration, recipe_folder)
     return plan
+
+
+def _refuse_shared_prompts(recipe, calibration, recipe_folder: Path) -> None:
+    """A model is not judged on what tuned it, under whatever name; generated sets are seeded apart."""
+    if recipe.check is None or calibration is None:
+        return
+    judged = {prompts.file_of(name, recipe_folder) for name in recipe.check.prompts} - {None}
+    for name in calibration.prompts:
+        if prompts.file_of(name, recipe_folder) in judged:
+            raise InputError(f"prompts '{name}': calibration and check would read the same text")
 
 
 def shortages(plan: Plan, out: Path) -> list[str]:

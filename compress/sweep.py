@@ -20,15 +20,13 @@ from compress.calibration.inputs import HeadInputs, LayerInputs, UnitInputs
 from compress.checkpoint import writer
 from compress.checkpoint.writer import ShardWriter
 from compress.inference import HiddenStates, embed_windows
-from compress.model import Unit
+from compress.model import Unit, Weight
 from compress.plan import PassContext, Plan
 from compress.process import peak_rss_bytes
 from compress.workspace import Workspace
 
-CHECKPOINT, CALIBRATION = (
-    "checkpoint",
-    "calibration",
-)  # folders of the workspace; the second is gone when it is published
+CHECKPOINT = "checkpoint"
+CALIBRATION = "calibration"  # hidden states, and notes for the report; gone when the output is published
 
 
 @dataclass
@@ -58,7 +56,8 @@ def run(planned: Plan, context: PassContext, space: Workspace, windows: list[tor
             publisher.publish(shard, *write(number, space.folder / shard, advance))
     swept.notes = _notes(space.folder / CALIBRATION, len(planned.recipe.passes))
     swept.seconds, swept.peak_rss_bytes = time.monotonic() - began, peak_rss_bytes()
-    shutil.rmtree(space.folder / CALIBRATION, ignore_errors=True)
+    for states in (space.folder / CALIBRATION).glob("states.*"):
+        shutil.rmtree(states)
     return swept
 
 
@@ -153,17 +152,17 @@ class _Calibrated:
     def __call__(self, number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
         planned, last = self._planned.units[number], number == len(self._planned.units) - 1
         shard = ShardWriter(planned, path)
-        kept: set[str] = set()
+        kept: dict[str, Weight] = {}
 
-        def keep(weight):
+        def keep(weight: Weight) -> Weight:
             shard.write(weight, advance)
-            kept.add(weight.name)
-            return shard.written(weight)
+            kept[weight.name] = shard.written(weight)
+            return kept[weight.name]
 
         inputs = self._inputs(number, last, keep)
         unit = self._passes(number, inputs)
         for name, weight in unit.weights.items():
-            if name not in kept:
+            if kept.get(name) is not weight:
                 reread = keep(weight)
                 unit = unit.replaced(reread) if weight.is_quantized else unit
         if not last:
@@ -199,6 +198,7 @@ class _Calibrated:
             embed_windows(replace(self._planned.model, units=(unit,)), self._windows, following)
         else:
             inputs.leave(unit, following)
+        following.flush()
         self._space.mark_done(_states(number + 1))
 
     def _states_folder(self, number: int) -> Path:

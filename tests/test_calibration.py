@@ -466,14 +466,12 @@ def test_nothing_added_is_zero_everywhere():
 def test_a_sample_holds_all_rows_while_they_are_few_and_later_rows_in_even_steps(monkeypatch):
     monkeypatch.setattr(calibration_moments, "SAMPLE_ROWS", 8)
     moments = Moments(1, "cpu", with_hessian=False, with_sample=True)
-    moments.add(-torch.arange(10.0)[:, None], "m")
-    assert moments.sample.tolist() == list(range(10))
-    moments.add(torch.arange(10.0, 20)[:, None], "m")
-    assert moments.sample.tolist() == list(range(0, 20, 2))
-    for start in range(20, 1000, 10):
-        moments.add(torch.arange(start, start + 10.0)[:, None], "m")
-        assert 8 <= len(moments.sample) <= 16
-    assert moments.sample.min() < 200 and moments.sample.max() > 900  # of the whole stream
+    moments.add(-torch.arange(5.0)[:, None], "m")
+    assert moments.sample.tolist() == [0, 1, 2, 3, 4]
+    for start in range(5, 100, 5):
+        moments.add(-torch.arange(start, start + 5.0)[:, None], "m")
+    assert moments.sample.tolist() == list(range(0, 100, 16))  # early rows count as much as late ones
+    assert moments.tokens == 100
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -844,3 +842,99 @@ def test_a_missing_calibration_file_is_refused_before_any_work(roundable, tmp_pa
     message = refusal(lambda: apply(roundable, tmp_path, GPTQ, calibration={"prompts": ["absent.txt"]}))
     assert "absent.txt" in message
     assert not list(tmp_path.glob("out*"))
+
+
+def written_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+
+
+@pytest.fixture
+def applied_with(tmp_path, small):
+    """Applies passes (YAML) to the small random model, calibrated on little; returns the checkpoint folder."""
+
+    def apply(passes: str, name: str = "out", model: Path = small, **job) -> Path:
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(f"version: 1\ncalibration: {{prompts: [self], samples: 4, length: 32}}\npasses: {passes}\n")
+        pipeline.apply(pipeline.Job(load_recipe(str(recipe)), resolve(str(model)), tmp_path / name, **job))
+        return tmp_path / name / "checkpoint"
+
+    return apply
+
+
+def test_a_later_pass_leaves_what_an_earlier_one_quantized_as_it_was(applied_with):
+    first = "{quantize: {method: rtn, weights: none, roles: {experts: int4-g16}}}"
+    alone = written_tensors(applied_with(f"[{first}]", "alone"))
+    both = written_tensors(
+        applied_with(f"[{first}, {{quantize: {{method: gptq, weights: int8, roles: {{experts: none}}}}}}]")
+    )
+    experts = [name for name in alone if ".experts." in name]
+    assert experts and all(torch.equal(alone[name], both[name]) for name in experts)
+    assert any(name.endswith("in_proj.weight_packed") for name in both)
+
+
+def test_a_plain_format_of_a_later_pass_is_what_is_written(applied_with, tmp_path):
+    source = make_jamba(tmp_path / "source", dtype=torch.float16, spread=0.7)
+    override = "overrides: [{role: attention_qkv, projections: [q_proj], weights: int8}]"
+    later = "overrides: [{role: attention_qkv, projections: [k_proj, v_proj], weights: bf16}]"
+    passes = f"[{{quantize: {{method: gptq, weights: none, {override}}}}}, {{quantize: {{weights: none, {later}}}}}]"
+    written = {w.name: w for w in Checkpoint(applied_with(passes, model=source), allow_quantized=True).model.weights}
+    for weight in Checkpoint(source).model.weights:
+        if weight.name.endswith(("k_proj.weight", "v_proj.weight")):
+            assert written[weight.name].format == "bf16"
+            assert torch.equal(written[weight.name].dense(), weight.dense().to(torch.bfloat16).float())
+
+
+def test_equalizing_what_is_quantized_already_is_refused(applied_with):
+    passes = (
+        "[{quantize: {weights: none, roles: {experts: int8}}}, {quantize: {roles: {experts: none}, equalize: 0.5}}]"
+    )
+    message = refusal(lambda: applied_with(passes))
+    assert "earlier pass" in message and "equalize" in message
+
+
+def test_matrices_that_share_a_rotated_input_take_its_range_whichever_is_left_plain(applied_with):
+    def scales(override: str, name: str) -> dict[str, float]:
+        options = f"activations: static-int8, rotate: [attention_qkv], overrides: [{override}]"
+        found = written_tensors(applied_with(f"[{{quantize: {{{options}}}}}]", name))
+        return {
+            key: tensor.item()
+            for key, tensor in found.items()
+            if key.endswith(("k_proj.input_scale", "v_proj.input_scale"))
+        }
+
+    kept = scales("{role: attention_qkv, projections: [q_proj], weights: none}", "kept")
+    same = scales("{role: attention_qkv, projections: [q_proj], weights: int8}", "same")
+    assert kept and kept == same
+
+
+def test_a_calibration_text_that_changed_is_not_resumed_with(tmp_path, tiny, monkeypatch):
+    text, recipe = tmp_path / "mine.txt", tmp_path / "recipe.yaml"
+    text.write_text("A river ran past the mill. " * 40)
+    options = "{method: gptq, weights: none, roles: {experts: int8}}"
+    recipe.write_text(
+        f"version: 1\ncalibration: {{prompts: [{text}], samples: 2, length: 32}}\npasses: [{{quantize: {options}}}]\n"
+    )
+
+    def job(**how):
+        return pipeline.Job(load_recipe(str(recipe)), resolve(str(tiny)), tmp_path / "out", **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.writer, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.apply(job())
+    text.write_text("The snow lay on the roofs of the town. " * 40)
+    assert "calibration changed" in refusal(lambda: pipeline.apply(job(resume=True)))
+    text.write_text("A river ran past the mill. " * 40)
+    report = pipeline.apply(job(resume=True))
+    assert report["passes"][0]["details"]["layers_reused"] == 8
+    assert report["calibration"]["expert_coverage"]["experts_below_threshold"]  # noted before the interruption
+
+
+def test_calibration_and_check_do_not_read_the_same_file_under_two_names(tmp_path, tiny):
+    text, recipe = tmp_path / "mine.txt", tmp_path / "recipe.yaml"
+    text.write_text("Once upon a time there was a mill. " * 20)
+    recipe.write_text(
+        "version: 1\ncalibration: {prompts: [./mine.txt]}\npasses: [{quantize: {method: gptq}}]\ncheck: {prompts: [mine.txt]}\n"
+    )
+    job = pipeline.Job(load_recipe(str(recipe)), resolve(str(tiny)), tmp_path / "out")
+    assert "same text" in refusal(lambda: pipeline.prepare(job))

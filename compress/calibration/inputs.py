@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from compress.calibration.moments import Moments
+from compress.calibration.moments import SAMPLE_ROWS, Moments
 from compress.inference import HiddenStates, LayerWeights
 from compress.layers import rms_norm
 from compress.model import HybridModel, InputGroup, Unit, Weight
@@ -34,11 +34,14 @@ class Wanted:
     sample: bool = False
     rotations: dict[str, int] = field(default_factory=dict)
 
-    def moments(self, width: int, device: str, name: str) -> Moments:
-        """Empty statistics for the matrix of that full name."""
-        return Moments(
-            width, device, with_hessian=self.hessian, with_sample=self.sample, rotation=self.rotations.get(name)
-        )
+    def moments(self, width: int, device: str, names: tuple[str, ...]) -> Moments:
+        """Empty statistics for the matrices of those full names, which share an input."""
+        rotation = next((self.rotations[name] for name in names if name in self.rotations), None)
+        return Moments(width, device, with_hessian=self.hessian, with_sample=self.sample, rotation=rotation)
+
+    def bytes(self, width: int) -> int:
+        """What the statistics of one input hold at most."""
+        return 4 * width * ((width if self.hessian else 1) + (SAMPLE_ROWS if self.sample else 0))
 
 
 class LayerInputs:
@@ -98,8 +101,8 @@ class LayerInputs:
             self._mixed.remove(number)
 
     def _empty(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
-        name = self.prefix + group.names[0]
-        return wanted.moments(unit.weights[name].shape[1], self._device, name)
+        names = self.full_names(group)
+        return wanted.moments(unit.weights[names[0]].shape[1], self._device, names)
 
     def _weights(self, unit: Unit, found: dict[InputGroup, Moments] | None = None) -> LayerWeights:
         by_name = {group.names[0]: moments for group, moments in (found or {}).items()}
@@ -168,7 +171,7 @@ class HeadInputs:
         norm = unit.weights[self._model.architecture.FINAL_NORM].dense().to(self._device)
         for group in groups:
             width = unit.weights[group.names[0]].shape[1]
-            moments = wanted.moments(width, self._device, group.names[0])
+            moments = wanted.moments(width, self._device, group.names)
             for number in range(len(self._entering)):
                 hidden = self._entering.read(number).to(self._device)
                 moments.add(rms_norm(hidden, norm, self._model.config.rms_norm_eps), group.names[0])
@@ -183,7 +186,7 @@ def _batches(unit: Unit, prefix: str, groups, wanted: Wanted) -> Iterator[list[I
     batch, taken = [], 0
     for group in groups:
         weight: Weight = unit.weights[prefix + group.names[0]]
-        need = 4 * weight.shape[1] ** (2 if wanted.hessian else 1)
+        need = wanted.bytes(weight.shape[1])
         if batch and taken + need > MOMENT_BYTES:
             yield batch
             batch, taken = [], 0

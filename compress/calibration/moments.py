@@ -19,6 +19,7 @@ class Moments:
         self._square, self.absmax = torch.zeros(width, device=device), torch.zeros(width, device=device)
         self._hessian = torch.zeros(width, width, device=device) if with_hessian else None
         self._rows: list[torch.Tensor] = []
+        self._step = 1
 
     def add(self, x: torch.Tensor, name: str) -> None:
         """x [..., K]; `name` is the matrix, for the refusal of inputs that are not finite."""
@@ -39,10 +40,11 @@ class Moments:
             self._keep_sample(rows)
 
     def _keep_sample(self, rows: torch.Tensor) -> None:
-        """Rows in even steps over what was seen: the store is thinned by half whenever it is twice too large."""
-        self._rows.append(rows.abs())
-        if sum(map(len, self._rows)) > 2 * SAMPLE_ROWS:
-            self._rows = [torch.cat(self._rows)[::2].clone()]
+        """Every n-th row of all that were seen; when the store is full, every second one goes, and n doubles."""
+        first = -(self.tokens - len(rows)) % self._step  # the first of these rows whose running number n divides
+        self._rows.append(rows[first :: self._step].abs())
+        while sum(map(len, self._rows)) > SAMPLE_ROWS:
+            self._rows, self._step = [torch.cat(self._rows)[::2].clone()], 2 * self._step
 
     @property
     def hessian(self) -> torch.Tensor:

@@ -135,7 +135,18 @@ def schemes_of(config: dict, folder: Path, stored_names: set[str]) -> dict[str, 
     modules = sorted({name.removesuffix(mark) for name in stored_names for mark in MARKS if name.endswith(mark)})
     rotations = _rotations_of(section.get("transform_config"), source)
     schemes = {module: _scheme_for(module, read, source) for module in modules}
-    return {f"{module}.weight": s._replace(rotation=rotations.get(module)) for module, s in schemes.items()}
+    schemes = {module: s._replace(rotation=rotations.get(module)) for module, s in schemes.items()}
+    _refuse_half_described_rotations(groups, schemes, source)
+    return {f"{module}.weight": scheme for module, scheme in schemes.items()}
+
+
+def _refuse_half_described_rotations(groups: dict, schemes: dict[str, Scheme], source: Path) -> None:
+    """The format of a group and `transform_config` must agree on whether there are rotated matrices."""
+    marked = any(isinstance(g, dict) and str(g.get("format", "")).endswith(ROTATED) for g in groups.values())
+    if marked != any(scheme.rotation for scheme in schemes.values()):
+        raise InputError(
+            f"{source}: quantization_config has matrices stored rotated, or a transform_config, but not both"
+        )
 
 
 def _rotations_of(section, source: Path) -> dict[str, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from compress import plugins
+from compress import plugins, progress
 from compress.checkpoint import compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
@@ -75,6 +75,11 @@ class Checkpoint:
         units = tuple(self._unit(spec) for spec in architecture.layout(parsed))
         self._refuse_extra(units, architecture, tied=parsed.tie_word_embeddings)
         self.model = HybridModel(architecture, parsed, units)
+
+    def weights_sha256(self) -> str:
+        """Digest of the weight files, with a bar: it reads them all."""
+        with progress.task("hashing the weights", self.files.bytes) as advance:
+            return self.files.sha256(advance)
 
     def sha256(self, weights_sha256: str) -> str:
         """Digest of everything that decides the logits: the weights (their digest is given) and config.json."""

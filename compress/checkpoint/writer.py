@@ -50,10 +50,17 @@ class ShardWriter:
             stored = weight.load(rows)
             check_stored(weight, stored)
             for name, tensor in weight.stored_parts(stored).items():
+                self._refuse_other_form(name, tensor)
                 first = self._layout[name].rows(rows) or slice(0, 0)
                 row_bytes = tensor.numel() * tensor.element_size() // max(1, tensor.shape[0])
                 _write_at(self._file.fileno(), tensor, self._offsets[name] + first.start * row_bytes)
             advance(math.prod(weight.shape[1:]) * (rows.stop - rows.start))
+
+    def _refuse_other_form(self, name: str, tensor: torch.Tensor) -> None:
+        """What does not have the planned type and width would be written over its neighbours."""
+        part = self._layout.get(name)
+        if part is None or tensor.dtype != part.dtype or tensor.shape[1:] != part.shape[1:]:
+            raise WorkError(f"tensor '{name}': a pass gives {tensor.dtype} {list(tensor.shape)}, which was not planned")
 
     def written(self, weight: Weight) -> Weight:
         """The same weight, reading what was written of it."""

@@ -4,6 +4,7 @@ Roles that must not lose precision (`roles.KEPT_BY_DEFAULT`; docs/roles.md says 
 docs/quantization.md argues the defaults with figures.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -35,6 +36,12 @@ class Override(Strict):
         if role in KEPT_BY_DEFAULT:
             raise ValueError(_always_kept(role))
         return role
+
+    def parts(self) -> Iterator["Override"]:
+        """One for every layer and projection that is named."""
+        for layers in [(layer,) for layer in self.layers] or [()]:
+            for projections in [(projection,) for projection in self.projections] or [()]:
+                yield self.model_copy(update={"layers": layers, "projections": projections})
 
     def covers(self, weight) -> bool:
         """`projections` are the matrix's own name, such as `down_proj`: all experts of a layer are stored alike."""
@@ -114,10 +121,11 @@ def requires(options: Options, model) -> None:
             )
     _refuse_idle_activations(options, weights, present)
     for number, override in enumerate(options.overrides):
-        if not any(override.covers(weight) for weight in weights):
-            raise InputError(
-                f"quantize.overrides.{number} covers no matrix of this model: {override.model_dump_json()}"
-            )
+        for part in override.parts():
+            if not any(part.covers(weight) for weight in weights):
+                raise InputError(
+                    f"quantize.overrides.{number} covers no matrix of this model: {part.model_dump_json()}"
+                )
 
 
 def _refuse_idle_activations(options: Options, weights, present: set[Role]) -> None:
@@ -128,9 +136,11 @@ def _refuse_idle_activations(options: Options, weights, present: set[Role]) -> N
             "quantize.activation_roles names 'embedding', which has no input: the output matrix is not tied to it"
         )
     quantized = {weight.role for weight in weights if options.format_for(weight) in formats.FILES}
-    if not quantized and (options.method == "gptq" or options.activations != formats.AS_IT_CAME):
+    rounded = [role for role in quantized if options.activation_of(role) != formats.AS_IT_CAME]
+    idle = options.activations != formats.AS_IT_CAME and not rounded
+    if idle or (options.method == "gptq" and not quantized):
         raise InputError(
-            "quantize would do nothing: it leaves all weights unquantized, and inputs are rounded with them only"
+            "quantize would do nothing: no weights are quantized, or none of those whose inputs are to be rounded"
         )
     for role in asked:
         if role not in quantized:
@@ -191,7 +201,7 @@ def _replaced(options: Options, weights) -> list[dict]:
     counts: dict[tuple, int] = {}
     for weight in weights:
         asked = options.format_for(weight)
-        if weight.is_quantized and weight.format != asked:
+        if weight.is_quantized and asked not in (weight.format, formats.AS_IT_CAME):
             key = (str(weight.role), asked, weight.format, weight.shape[1])
             counts[key] = counts.get(key, 0) + 1
     return [

@@ -4,6 +4,7 @@ A prompt set is `heldout` or `prose` (shipped passages), `recall` (seeded tasks)
 itself), or the path of a .txt or .jsonl file. Calibration and check never share a passage or a seed.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,15 +86,37 @@ def _load_for(model, model_sha256: str, name: str, settings, purpose: str, seed:
     return prompt_set
 
 
+def digest(windows: list[torch.Tensor]) -> str:
+    """Of the tokens, in order."""
+    found = hashlib.sha256()
+    for window in windows:
+        found.update(f"/{len(window)}/".encode() + window.numpy().tobytes())
+    return found.hexdigest()
+
+
 def used(sets: list[PromptSet]) -> list[dict]:
     """What the report says of them."""
     return [{"name": s.name, "windows": len(s.windows), "tokens": s.tokens} for s in sets]
 
 
+def file_of(name: str, folder: Path | None) -> Path | None:
+    """The file that a set of text is read from, resolved; None for sets that are generated."""
+    if name in SHIPPED:
+        return passages.shipped_file(name).resolve()
+    return None if name in NAMES else _find_file(name, folder, "check").resolve()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long to be a path
+        return False
+
+
 def _find_file(name: str, folder: Path | None, purpose: str) -> Path:
     usable = set(NAMES) - {"heldout" if purpose == "calibration" else "prose"}
     for candidate in ([folder / name] if folder else []) + [Path(name)]:
-        if candidate.is_file():
+        if _is_file(candidate):
             if candidate.suffix not in (".txt", ".jsonl"):
                 raise InputError(f"prompts '{name}': expected a .txt or .jsonl file")
             return candidate

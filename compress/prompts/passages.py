@@ -7,9 +7,13 @@ from compress import resources
 from compress.errors import InputError
 
 
+def shipped_file(name: str) -> Path:
+    return resources.folder("calibration_data") / f"{name}.jsonl"
+
+
 def shipped(name: str) -> list[str]:
-    path = resources.folder("calibration_data") / f"{name}.jsonl"
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+    text = shipped_file(name).read_text(encoding="utf-8")
+    return [json.loads(line)["text"] for line in text.split("\n") if line]
 
 
 def from_file(path: Path, tokenizer) -> list[str]:

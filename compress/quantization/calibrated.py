@@ -20,25 +20,33 @@ def quantize(options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit
     if options.equalize is not None:
         unit = equalization.equalize(unit, inputs, options.equalize)
     planned = unit.map(lambda weight: rounding.lazily(weight, options, device))
-    rotations = {name: weight.rotation for name, weight in planned.weights.items() if weight.rotation}
-    wanted = Wanted(options.method == "gptq", options.activation_range != "minmax", rotations)
+    # what this pass quantizes: not what it leaves plain, nor what an earlier pass has quantized
+    mine = {n for n, weight in planned.weights.items() if weight.is_quantized and weight is not unit.weights[n]}
+    wanted = _wanted(options, [planned.weights[name] for name in mine])
     note: dict[str, list] = {"experts": [], "experts_from_every_token": []}
     for level in inputs.levels:
-        groups = tuple(group for group in level if _needs_inputs(planned, inputs.full_names(group), options))
-        for name in (name for group in level if group not in groups for name in inputs.full_names(group)):
-            if planned.weights[name].is_quantized:  # rounded without regard to its inputs, but later levels see it
-                unit = unit.replaced(inputs.keep(planned.weights[name]))
+        names = {group: tuple(name for name in inputs.full_names(group) if name in mine) for group in level}
+        groups = tuple(g for g in level if _needs_inputs([planned.weights[name] for name in names[g]], options))
+        for name in (name for group in level if group not in groups for name in names[group]):
+            unit = unit.replaced(
+                inputs.keep(planned.weights[name])
+            )  # without regard to its inputs; later levels see it
         for group, moments in inputs.moments(unit, groups, wanted) if groups else ():
             moments = _enough(options, unit, inputs, group, moments, wanted, note)
-            for name in inputs.full_names(group):
+            for name in names[group]:
                 kept = inputs.keep(_quantized(options, unit.weights[name], planned.weights[name], moments, device))
                 unit = unit.replaced(kept)
     rest = {name: weight for name, weight in planned.weights.items() if not unit.weights[name].is_quantized}
     return Unit(unit.name, unit.weights | rest), {key: values for key, values in note.items() if values}
 
 
-def _needs_inputs(planned: Unit, names: tuple[str, ...], options) -> bool:
-    weights = [planned.weights[name] for name in names if planned.weights[name].is_quantized]
+def _wanted(options, weights: list[Weight]) -> Wanted:
+    rotations = {weight.name: weight.rotation for weight in weights if weight.rotation}
+    is_static = any(weight.activation and weight.activation.is_static for weight in weights)
+    return Wanted(options.method == "gptq", is_static and options.activation_range != "minmax", rotations)
+
+
+def _needs_inputs(weights: list[Weight], options) -> bool:
     return any(options.method == "gptq" or (w.activation and w.activation.is_static) for w in weights)
 
 
@@ -58,9 +66,7 @@ def _enough(options, unit: Unit, inputs: UnitInputs, group: InputGroup, moments:
 
 
 def _quantized(options, weight: Weight, planned: Weight, moments: Moments, device: str) -> Weight:
-    """One matrix in its planned format, from its inputs' moments; one that is not to be quantized as planned."""
-    if not planned.is_quantized:
-        return planned
+    """One matrix in its planned format, from its inputs' moments."""
     activation = planned.activation
     if activation and activation.is_static:
         method, percentile = options.activation_range, options.percentile

@@ -10,6 +10,7 @@ unquantized model stays bit for bit the same function.
 import torch
 
 from compress.calibration.inputs import UnitInputs, Wanted
+from compress.errors import InputError
 from compress.model import Fold, Unit, Weight
 
 MOST = 2.0**8  # no factor moves a channel further than this, either way
@@ -26,6 +27,11 @@ def factors(inputs: torch.Tensor, columns: torch.Tensor, strength: float) -> tor
 
 def equalize(unit: Unit, inputs: UnitInputs, strength: float) -> Unit:
     """The unit with every fold of its architecture applied; inputs are those of the unit as it is."""
+    quantized = [weight.name for weight in unit.weights.values() if weight.is_quantized]
+    if quantized:
+        raise InputError(
+            f"tensor '{quantized[0]}' is quantized by an earlier pass: equalize must be in the first that quantizes"
+        )
     magnitudes = _input_magnitudes(unit, inputs)
     for fold in inputs.folds():
         names = [inputs.prefix + name for name in fold.targets]

@@ -9,10 +9,12 @@ Scales are fixed beforehand (static groups), so columns may be taken in any orde
 
 import torch
 
+from compress.errors import WorkError
 from compress.formats.base import NumberFormat, Quantized
 
 BLOCK = 128  # columns whose updates are applied to the rest together
 DOUBLE_COLUMNS = 2048  # more columns are factored in float32, which takes half the time and memory
+ROW_BLOCK_ELEMENTS = 1 << 24  # float32 elements of the matrix worked on at a time
 MOST_DAMPING = 1.0  # damping is raised tenfold until the Hessian can be factored, up to the mean of its diagonal
 
 
@@ -20,22 +22,39 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, number_format: NumberF
              damping: float = 0.01, act_order: bool = True) -> Quantized:  # fmt: skip
     """float32 [N, K], hessian [K, K] (any multiple of X'X), scales of the format -> values chosen for the output's error.
 
-    An input that was always zero has no say: its weights are rounded to nearest and take part in nothing.
+    An input that was always zero has no say: its weights are rounded to nearest and take part in nothing. Rows do not
+    depend on each other, so they go in blocks.
     """
     columns = weight.shape[1]
     hessian = hessian.double() if columns <= DOUBLE_COLUMNS else hessian
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
     order = order.to(weight.device)
     upper = _inverse_factor(hessian[order][:, order], damping).float()
+    step = number_format.rows or weight.shape[0]
+    rows = max(1, ROW_BLOCK_ELEMENTS // (step * columns)) * step
+    values = [
+        _quantize_rows(block, upper, order, number_format, _scales_of(scales, number_format, start, len(block)))
+        for start, block in zip(range(0, len(weight), rows), weight.split(rows), strict=True)
+    ]
+    return Quantized(torch.cat(values), scales, number_format.name)
+
+
+def _scales_of(scales: torch.Tensor, number_format: NumberFormat, start: int, rows: int) -> torch.Tensor:
+    if number_format.rows is None:
+        return scales
+    return scales[start // number_format.rows : -(-(start + rows) // number_format.rows)]
+
+
+def _quantize_rows(weight: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, number_format: NumberFormat, scales):
+    """The values of some rows, columns in the matrix's own order."""
     expanded = number_format.expand(scales, weight.shape).expand(weight.shape)[:, order]
-    remaining, values = weight[:, order].clone(), None
-    for start in range(0, columns, BLOCK):
-        block = slice(start, min(start + BLOCK, columns))
-        rounded, errors = _round_block(remaining[:, block], upper[block, block], expanded[:, block], number_format)
-        values = torch.empty(weight.shape, dtype=rounded.dtype, device=weight.device) if values is None else values
-        values[:, block] = rounded
+    remaining, rounded = weight[:, order], []
+    for start in range(0, weight.shape[1], BLOCK):
+        block = slice(start, min(start + BLOCK, weight.shape[1]))
+        values, errors = _round_block(remaining[:, block], upper[block, block], expanded[:, block], number_format)
+        rounded.append(values)
         remaining[:, block.stop :] -= errors @ upper[block, block.stop :]
-    return Quantized(values[:, torch.argsort(order)], scales, number_format.name)
+    return torch.cat(rounded, 1)[:, torch.argsort(order)]
 
 
 def _round_block(weight: torch.Tensor, upper: torch.Tensor, scales: torch.Tensor, number_format: NumberFormat):
@@ -50,15 +69,17 @@ def _round_block(weight: torch.Tensor, upper: torch.Tensor, scales: torch.Tensor
 
 
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the damped Hessian."""
-    diagonal = hessian.diagonal()
+    """The upper Cholesky factor of the inverse of the damped Hessian, which is overwritten."""
+    diagonal = hessian.diagonal().clone()
     mean = diagonal.mean().clamp(min=torch.finfo(hessian.dtype).tiny)
     dead = torch.where(diagonal > 0, 0.0, mean)
     while True:
-        damped = hessian + torch.diag(dead + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed or damping >= MOST_DAMPING:
-            break
-        damping *= 10
-    inverse = torch.cholesky_inverse(lower)
-    return torch.linalg.cholesky(inverse, upper=True)
+        hessian.diagonal().copy_(diagonal + dead + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper
+        if damping >= MOST_DAMPING:
+            raise WorkError("the second moments of a matrix's inputs cannot be factored, however much they are damped")
+        damping = min(10 * damping, MOST_DAMPING)

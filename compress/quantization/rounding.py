@@ -12,6 +12,7 @@ from compress.model import PLAIN_DTYPES, Weight, is_finite
 from compress.quantization import hadamard, scales
 from compress.quantization.activations import Activation
 
+LEAST_ROTATION = 8
 ScaleSearch = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -28,13 +29,24 @@ def lazily(weight: Weight, options, device: str) -> Weight:
         return weight.with_load(asked, lambda rows=None: cast(weight, rows, asked))
     number_format = formats.get(formats.fitting(asked, weight.shape))
     activation = options.activation_of(weight.role)
-    rotation = hadamard.block_size(weight.shape[1]) if weight.role in options.rotate else None
+    rotation = _rotation(weight) if weight.role in options.rotate else None
     rounded = _Rounded(weight, number_format, search_for(number_format, options.clips()), device, rotation)
     return replace(
         weight.with_load(number_format.name, rounded.load),
         activation=None if activation == formats.AS_IT_CAME else Activation(activation),
         rotation=rotation,
     )
+
+
+def _rotation(weight: Weight) -> int:
+    """The block of its rotation; one that would rotate nothing to speak of is refused."""
+    size = hadamard.block_size(weight.shape[1])
+    if size < LEAST_ROTATION:
+        raise InputError(
+            f"tensor '{weight.name}' has {weight.shape[1]} inputs, which no power of two from {LEAST_ROTATION} on divides: "
+            f"leave '{weight.role}' out of rotate"
+        )
+    return size
 
 
 def cast(weight: Weight, rows: slice | None, format_name: str) -> torch.Tensor:
@@ -66,12 +78,12 @@ class _Rounded:
         self._scales: torch.Tensor | None = None
 
     def load(self, rows: slice | None = None) -> Quantized:
-        whole = rows is None or (rows.start == 0 and rows.stop == self._weight.shape[0])
-        if whole or self._format.rows_are_independent:
+        blocks = list(self._weight.with_load(self._format.name, self.load).row_blocks())
+        rows = rows or slice(0, self._weight.shape[0])
+        if self._format.rows_are_independent or blocks == [rows]:
             dense = self._dense(rows)
             return self._format.quantize(dense, self._format.join_scales([self._search(dense)]))
         if self._scales is None:
-            blocks = self._weight.with_load(self._format.name, self.load).row_blocks()
             self._scales = self._format.join_scales([self._search(self._dense(block)) for block in blocks])
         found = self._scales if self._format.rows is None else self._scales[_scale_rows(rows, self._format.rows)]
         if rows.stop == self._weight.shape[0]:

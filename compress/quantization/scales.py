@@ -2,7 +2,7 @@
 
     scale = argmin_s  sum_k m_k (w_k - s q_k)^2,      q_k = round(w_k / s) on the format's grid
 
-per block that shares the scale, over a grid of shrunken absmax scales; where none is better, the absmax scale itself.
+per block that shares the scale, over a grid of scales around the absmax scale; where none is better, the absmax scale itself.
 m is 1 (plain MSE), or the mean square of the k-th input over calibration tokens: then the sum is, but for correlations
 between inputs, the error of the layer's output (the diagonal of GPTQ's Hessian, arXiv 2210.17323).
 """
@@ -11,7 +11,7 @@ import torch
 
 from compress.formats.base import NumberFormat, blocked
 
-SHRINK = torch.arange(16, 36) / 32  # candidates, as factors of the absmax scale; 30 / 32 puts it at -8 of int4
+FACTORS = torch.arange(16, 36) / 32  # candidates, as factors of the absmax scale; 30 / 32 puts it at -8 of int4
 ROW_BLOCK_ELEMENTS = 1 << 20  # float32 elements worked on at a time: what stays in the cache
 
 
@@ -29,7 +29,7 @@ def _search_rows(weight: torch.Tensor, number_format: NumberFormat, moments: tor
     scaled = weight / number_format.expand(unit, weight.shape)
     best = torch.ones_like(absmax)
     least = _loss(scaled, best, number_format, moments)
-    for factor in SHRINK.tolist():
+    for factor in FACTORS.tolist():
         candidate = torch.full_like(absmax, factor)
         loss = _loss(scaled, candidate, number_format, moments)
         better = loss < least

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from compress import cache, progress, prompts
+from compress import cache, prompts
 from compress.artifacts import CheckpointArtifact
 from compress.check.settings import Check
 from compress.checkpoint.reader import Checkpoint
@@ -40,7 +40,7 @@ def run(job: Job) -> dict:
     check = check_settings(job)
     for name in check.prompts:
         prompts.refuse_unusable(name, job.source.folder, job.recipe.folder, length=check.length)
-    weights_sha256 = _sha256(checkpoint)
+    weights_sha256 = checkpoint.weights_sha256()
     artifact = CheckpointArtifact(checkpoint, job.device, weights_sha256)
     sets = prompts.load_all(
         artifact, artifact.sha256(), check, purpose="check", seed=job.seed, folder=job.recipe.folder
@@ -71,11 +71,6 @@ def check_settings(job: Job) -> Check:
     return (job.recipe.recipe.check or Check()).model_copy(
         update={name: value for name, value in given.items() if value is not None}
     )
-
-
-def _sha256(checkpoint: Checkpoint) -> str:
-    with progress.task("hashing the weights", checkpoint.files.bytes) as advance:
-        return checkpoint.files.sha256(advance)
 
 
 def _measured(model: HybridModel, model_sha256: str, sets: list[PromptSet], tried: list[Cell], stored: list[Cell],
