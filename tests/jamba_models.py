@@ -51,3 +51,16 @@ def make_jamba(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0,
 def load_reference(folder: Path) -> JambaForCausalLM:
     """transformers' model in float32: the numerical oracle."""
     return JambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def fused(weights: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights under transformers' names: experts stacked [E, N, K], gate above up."""
+    result = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
+    for prefix in {name.split("experts.")[0] + "experts." for name in weights if ".experts." in name}:
+        gate, up, down = (
+            [weights[f"{prefix}{expert}.{part}_proj.weight"] for expert in range(experts)]
+            for part in ("gate", "up", "down")
+        )
+        result[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
+        result[f"{prefix}down_proj"] = torch.stack(down)
+    return result

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from interruptions import stop_after
 from jamba_models import load_reference, make_jamba
 from refusals import refusal
 from safetensors.torch import load_file, save_file
@@ -734,20 +735,6 @@ def test_equalising_helps_where_a_few_channels_carry_most(uneven, tmp_path):
 # ---- interruptions
 
 
-class Stop:
-    """Ctrl-C at the call of a method that follows `calls` complete ones."""
-
-    def __init__(self, patch, owner, name: str, calls: int):
-        real, left = getattr(owner, name), iter(range(calls))
-
-        def stopped(*arguments, **options):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return real(*arguments, **options)
-
-        patch.setattr(owner, name, stopped)
-
-
 POINTS = [
     *((ShardWriter, "publish", calls) for calls in (2, SHARDS - 1)),
     *((ShardWriter, "write", calls) for calls in (5, 40)),  # inside a layer
@@ -758,7 +745,7 @@ POINTS = [
 
 def interrupted(model: Path, folder: Path, owner, name: str, calls: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        Stop(patch, owner, name, calls)
+        stop_after(patch, owner, name, calls)
         with pytest.raises(KeyboardInterrupt):
             apply(model, folder, GPTQ)
     assert not (folder / "out").exists() and (folder / "out.partial").is_dir()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
-from jamba_models import make_jamba
+from jamba_models import fused, make_jamba
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -192,19 +192,6 @@ def test_the_ignore_list_names_exactly_the_matrices_that_are_not_quantized(artif
 def transformers_parameters(folder: Path, **options) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return dict(model.named_parameters(remove_duplicate=False))
-
-
-def fused(expected: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
-    """The expected weights under transformers' names: experts stacked [E, N, K], gate above up."""
-    result = {name: tensor for name, tensor in expected.items() if ".experts." not in name}
-    for prefix in {name.split("experts.")[0] + "experts." for name in expected if ".experts." in name}:
-        gate, up, down = (
-            [expected[f"{prefix}{expert}.{part}_proj.weight"] for expert in range(experts)]
-            for part in ("gate", "up", "down")
-        )
-        result[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
-        result[f"{prefix}down_proj"] = torch.stack(down)
-    return result
 
 
 @pytest.mark.parametrize("options", [{}, {"quantization_config": CompressedTensorsConfig(dequantize=True)}],

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from jamba_models import make_jamba
+from jamba_models import fused, make_jamba
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, JambaForCausalLM
@@ -152,14 +152,7 @@ def our_logits(folder: Path, scratch: Path) -> torch.Tensor:
 def our_weights(folder: Path) -> dict[str, torch.Tensor]:
     """What our reader gives under transformers' names: experts stacked [E, N, K], gate above up."""
     dense = {weight.name: weight.dense() for weight in Checkpoint(folder, allow_quantized=True).model.weights}
-    result = {name: tensor for name, tensor in dense.items() if ".experts." not in name}
-    for prefix in {name.split("experts.")[0] + "experts." for name in dense if ".experts." in name}:
-        gate, up, down = (
-            [dense[f"{prefix}{expert}.{part}_proj.weight"] for expert in range(EXPERTS)]
-            for part in ("gate", "up", "down")
-        )
-        result[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up, strict=True)])
-        result[f"{prefix}down_proj"] = torch.stack(down)
+    result = fused(dense, EXPERTS)
     return {HEAD: result[EMBEDDING]} | result
 
 

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from jamba_models import make_jamba
+from onnx_graphs import all_graphs
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -134,15 +135,6 @@ def in_pieces(generation, ids: np.ndarray, sizes) -> np.ndarray:
 
 def load_graph(path: Path) -> onnx.ModelProto:
     return onnx.load(path, load_external_data=False)
-
-
-def all_graphs(graph: onnx.GraphProto):
-    """The graph and the bodies of its control-flow operators."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from all_graphs(attribute.g)
 
 
 def declared(values) -> dict[str, tuple]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jamba_models import make_jamba
+from onnx_graphs import all_graphs
 from safetensors import safe_open
 
 from compress import formats, pipeline
@@ -343,15 +344,6 @@ def test_logits_with_rotated_inputs_are_those_of_our_own_forward(tmp_path, activ
 
 
 # how it is stored
-
-
-def all_graphs(graph: onnx.GraphProto):
-    """The graph and the bodies of its control-flow operators."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from all_graphs(attribute.g)
 
 
 def nodes_of(path: Path) -> list[onnx.NodeProto]:

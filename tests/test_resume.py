@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from interruptions import stop_after
 from jamba_models import make_jamba
 
 import cli
@@ -47,18 +48,6 @@ def digests(folder: Path) -> dict[str, str]:
     """Of the checkpoint and the export, by path."""
     paths = [path for kind in ("checkpoint", "onnx") for path in (folder / kind).rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
-
-
-def stop_after(monkeypatch, owner, name: str, calls: int) -> None:
-    """Ctrl-C at the call of `owner.name` that follows `calls` complete ones."""
-    real, left = getattr(owner, name), iter(range(calls))
-
-    def stopped(*arguments, **options):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, stopped)
 
 
 def identities(folder: Path) -> dict[str, tuple[int, int]]:
