@@ -4,7 +4,7 @@ Level by level: the matrices of a level are quantized from the inputs that the e
 written, and read back before anything runs through them.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from compress import formats
 from compress.calibration.inputs import UnitInputs, Wanted
@@ -21,23 +21,12 @@ def quantize(options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit
         unit = equalization.equalize(unit, inputs, options.equalize)
     planned = unit.map(lambda weight: rounding.lazily(weight, options, device))
     # what this pass quantizes: not what it leaves plain, nor what an earlier pass has quantized
-    mine = {n for n, weight in planned.weights.items() if weight.is_quantized and weight is not unit.weights[n]}
-    wanted = _wanted(options, [planned.weights[name] for name in mine])
-    note: dict[str, list] = {"experts": [], "experts_from_every_token": []}
+    mine = {n: weight for n, weight in planned.weights.items() if weight.is_quantized and weight is not unit.weights[n]}
+    quantizer = _Quantizer(options, mine, inputs, _wanted(options, list(mine.values())), device)
     for level in inputs.levels:
-        names = {group: tuple(name for name in inputs.full_names(group) if name in mine) for group in level}
-        groups = tuple(g for g in level if _needs_inputs([planned.weights[name] for name in names[g]], options))
-        for name in (name for group in level if group not in groups for name in names[group]):
-            unit = unit.replaced(
-                inputs.keep(planned.weights[name])
-            )  # without regard to its inputs; later levels see it
-        for group, moments in inputs.moments(unit, groups, wanted) if groups else ():
-            moments = _enough(options, unit, inputs, group, moments, wanted, note)
-            for name in names[group]:
-                kept = inputs.keep(_quantized(options, unit.weights[name], planned.weights[name], moments, device))
-                unit = unit.replaced(kept)
+        unit = quantizer.level(unit, level)
     rest = {name: weight for name, weight in planned.weights.items() if not unit.weights[name].is_quantized}
-    return Unit(unit.name, unit.weights | rest), {key: values for key, values in note.items() if values}
+    return Unit(unit.name, unit.weights | rest), {key: values for key, values in quantizer.note.items() if values}
 
 
 def _wanted(options, weights: list[Weight]) -> Wanted:
@@ -46,41 +35,72 @@ def _wanted(options, weights: list[Weight]) -> Wanted:
     return Wanted(options.method == "gptq", is_static and options.activation_range != "minmax", rotations)
 
 
-def _needs_inputs(weights: list[Weight], options) -> bool:
-    return any(options.method == "gptq" or (w.activation and w.activation.is_static) for w in weights)
+@dataclass
+class _Quantizer:
+    """Quantizes the matrices in `planned` (by full name, rounded to nearest so far), level by level."""
 
+    options: object
+    planned: dict[str, Weight]
+    inputs: UnitInputs
+    wanted: Wanted
+    device: str
+    note: dict[str, list] = field(default_factory=lambda: {"experts": [], "experts_from_every_token": []})
 
-def _enough(options, unit: Unit, inputs: UnitInputs, group: InputGroup, moments: Moments, wanted: Wanted,
-            note: dict[str, list]) -> Moments:  # fmt: skip
-    """The moments, or, for an expert that saw fewer than `min_tokens`, those of every token of the layer."""
-    if group.expert is None:
-        return moments
-    entry = {"layer": inputs.index, "expert": group.expert, "tokens": moments.tokens}
-    if entry not in note["experts"]:
-        note["experts"].append(entry)
-    if moments.tokens >= options.min_tokens:
-        return moments
-    pooled = inputs.moments_of_every_token(unit, group, wanted)
-    note["experts_from_every_token"].append({**entry, "matrices": list(group.names), "tokens_used": pooled.tokens})
-    return pooled
+    def level(self, unit: Unit, groups: tuple[InputGroup, ...]) -> Unit:
+        """The unit with the matrices of one level quantized, written and read back."""
+        calibrated = tuple(group for group in groups if self._needs_inputs(group))
+        for group in groups:
+            if group not in calibrated:  # rounded without regard to its inputs; later levels see what came of it
+                for name in self._names(group):
+                    unit = unit.replaced(self.inputs.keep(self.planned[name]))
+        for group, moments in self.inputs.moments(unit, calibrated, self.wanted) if calibrated else ():
+            moments = self._enough(unit, group, moments)
+            for name in self._names(group):
+                unit = unit.replaced(self.inputs.keep(self._quantized(unit.weights[name], self.planned[name], moments)))
+        return unit
 
+    def _names(self, group: InputGroup) -> list[str]:
+        return [name for name in self.inputs.full_names(group) if name in self.planned]
 
-def _quantized(options, weight: Weight, planned: Weight, moments: Moments, device: str) -> Weight:
-    """One matrix in its planned format, from its inputs' moments."""
-    activation = planned.activation
-    if activation and activation.is_static:
-        method, percentile = options.activation_range, options.percentile
+    def _needs_inputs(self, group: InputGroup) -> bool:
+        weights = [self.planned[name] for name in self._names(group)]
+        return any(self.options.method == "gptq" or (w.activation and w.activation.is_static) for w in weights)
+
+    def _enough(self, unit: Unit, group: InputGroup, moments: Moments) -> Moments:
+        """The moments, or, for an expert that saw fewer than `min_tokens`, those of every token of the layer."""
+        if group.expert is None:
+            return moments
+        entry = {"layer": self.inputs.index, "expert": group.expert, "tokens": moments.tokens}
+        if entry not in self.note["experts"]:
+            self.note["experts"].append(entry)
+        if moments.tokens >= self.options.min_tokens:
+            return moments
+        pooled = self.inputs.moments_of_every_token(unit, group, self.wanted)
+        used = {"matrices": list(group.names), "tokens_used": pooled.tokens}
+        self.note["experts_from_every_token"].append(entry | used)
+        return pooled
+
+    def _quantized(self, weight: Weight, planned: Weight, moments: Moments) -> Weight:
+        """One matrix in its planned format, from its inputs' moments."""
+        options, activation = self.options, self._with_range(planned.activation, moments)
+        if options.method != "gptq":
+            return replace(planned, activation=activation)
+        number_format = formats.get(planned.format)
+        dense = rounding.stored_basis(weight, planned.rotation, self.device)
+        search = rounding.search_for(number_format, options.clips(), moments.square)
+        scales = number_format.join_scales([search(dense)])
+        found = gptq.quantize(
+            dense, moments.hessian, number_format, scales, damping=options.damping, act_order=options.act_order
+        )
+        return replace(planned, load=_rows_of(found, number_format.rows), activation=activation)
+
+    def _with_range(self, activation: Activation | None, moments: Moments) -> Activation | None:
+        """A static activation with its scale."""
+        if activation is None or not activation.is_static:
+            return activation
+        method, percentile = self.options.activation_range, self.options.percentile
         scale = static_scale(moments.sample, float(moments.absmax.max()), activation.is_fp8, method, percentile)
-        activation = Activation(activation.format, lambda: scale)
-    if options.method != "gptq":
-        return replace(planned, activation=activation)
-    number_format, dense = formats.get(planned.format), rounding.stored_basis(weight, planned.rotation, device)
-    search = rounding.search_for(number_format, options.clips(), moments.square)
-    scales = number_format.join_scales([search(dense)])
-    found = gptq.quantize(
-        dense, moments.hessian, number_format, scales, damping=options.damping, act_order=options.act_order
-    )
-    return replace(planned, load=_rows_of(found, number_format.rows), activation=activation)
+        return Activation(activation.format, lambda: scale)
 
 
 def _rows_of(quantized: Quantized, step: int | None):
