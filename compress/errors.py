@@ -19,7 +19,8 @@ def nearest(word: str, choices) -> str:
     import difflib
 
     choices = sorted(str(choice) for choice in choices)
-    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+    longer = [choice for choice in choices if len(str(word)) > 2 and choice.startswith(str(word))]
+    close = longer or difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; expected one of: {', '.join(choices)}" if choices else ""

@@ -33,6 +33,8 @@ def what_was_expected(error: dict) -> str:
         return f"'{error['input']}' is not known{nearest(error['input'], expected)}"
     if error["type"] == "model_type":
         return f"expected a mapping of options, not {error['input']!r:.80}"
+    if error["type"] == "tuple_type":
+        return f"expected a list, such as [a, b], not {error['input']!r:.80}"
     message = error["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:]
 

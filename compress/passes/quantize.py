@@ -7,7 +7,7 @@ docs/quantization.md argues the defaults with figures.
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress import formats
 from compress.errors import InputError
@@ -58,7 +58,7 @@ class Options(Strict):
     weights: WeightFormat = "int8"
     roles: dict[Role, WeightFormat] = Field(default_factory=dict)
     overrides: tuple[Override, ...] = ()  # the first that covers a matrix wins over its role
-    clip: Literal["none", "mse"] | None = None  # None: mse for gptq, none for rtn
+    clip: Literal["none", "mse"] = "none"  # mse where the method is gptq and the recipe says nothing
     damping: Number = Field(default=0.01, gt=0, le=1)
     act_order: bool = True
     min_tokens: WholeNumber = Field(default=256, ge=1)
@@ -68,6 +68,14 @@ class Options(Strict):
     percentile: Number = Field(default=0.9999, gt=0.5, le=1)
     rotate: tuple[Role, ...] = ()  # roles whose input is rotated (Hadamard) before it is rounded
     equalize: Number | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clip_by_method(cls, given):
+        """The default is written out: a resolved recipe says all that decides the weights."""
+        if isinstance(given, dict) and given.get("method") == "gptq":
+            return {"clip": "mse", **given}
+        return given
 
     @field_validator("roles", "activation_roles")
     @classmethod
@@ -99,9 +107,6 @@ class Options(Strict):
     def activation_of(self, role: Role) -> str:
         default = self.activations if role in ACTIVATED_BY_DEFAULT else formats.AS_IT_CAME
         return self.activation_roles.get(role, default)
-
-    def clips(self) -> bool:
-        return self.clip == "mse" or (self.clip is None and self.method == "gptq")
 
 
 def layer_of(name: str) -> int | None:
@@ -180,6 +185,8 @@ def details(options: Options, units, notes: list[dict]) -> dict:
     found = {"method": options.method, "formats": _by(weights, lambda weight: weight.format)}
     if activated := [weight for weight in weights if weight.activation]:
         found["activations"] = _by(activated, lambda weight: weight.activation.format)
+    if rotated := sum(weight.rotation is not None for weight in weights):
+        found["rotated"] = rotated
     if options.method == "gptq":  # an embedding is looked up: it has no inputs to compensate for
         found["rounded_to_nearest"] = [w.name for w in weights if w.is_quantized and w.role == Role.EMBEDDING]
     if replaced := _replaced(options, weights):

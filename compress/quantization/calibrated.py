@@ -87,7 +87,7 @@ class _Quantizer:
             return replace(planned, activation=activation)
         number_format = formats.get(planned.format)
         dense = rounding.stored_basis(weight, planned.rotation, self.device)
-        search = rounding.search_for(number_format, options.clips(), moments.square)
+        search = rounding.search_for(number_format, options.clip == "mse", moments.square)
         scales = number_format.join_scales([search(dense)])
         found = gptq.quantize(
             dense, moments.hessian, number_format, scales, damping=options.damping, act_order=options.act_order

@@ -30,7 +30,7 @@ def lazily(weight: Weight, options, device: str) -> Weight:
     number_format = formats.get(formats.fitting(asked, weight.shape))
     activation = options.activation_of(weight.role)
     rotation = _rotation(weight) if weight.role in options.rotate else None
-    rounded = _Rounded(weight, number_format, search_for(number_format, options.clips()), device, rotation)
+    rounded = _Rounded(weight, number_format, search_for(number_format, options.clip == "mse"), device, rotation)
     return replace(
         weight.with_load(number_format.name, rounded.load),
         activation=None if activation == formats.AS_IT_CAME else Activation(activation),

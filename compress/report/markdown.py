@@ -68,26 +68,39 @@ def _calibration(report: dict) -> list[str]:
     if "calibration" not in report:
         return []
     used = report["calibration"]
-    line = f"- calibrated on {used['tokens']:,} tokens of {', '.join(used['prompts'])}"
+    lines = [f"- Calibrated on {used['tokens']:,} tokens of {', '.join(used['prompts'])} ({used['windows']} windows)."]
     if coverage := used.get("expert_coverage"):
-        cold = coverage["experts_below_threshold"]
-        line += f"; the least used expert saw {coverage['min_tokens']:,}, {len(cold)} too few and so every token"
-        line += f" ({', '.join(cold)})" if cold else ""
-    return [line]
+        lines.append(f"- Of the experts, the least used one saw {coverage['min_tokens']:,} tokens.")
+        if cold := coverage["experts_below_threshold"]:
+            lines.append(
+                f"- {len(cold)} saw too few (`min_tokens`) and were calibrated on all of their layer: {', '.join(cold)}."
+            )
+    return lines
 
 
 def _details(details: dict) -> str:
-    formats = details.get("formats", {})
-    stored = "; ".join(
-        f"{name}: {f['tensors']} tensors, {f['parameters']:,} parameters" for name, f in sorted(formats.items())
-    )
-    text = f"Stored as {stored}." if stored else ""
+    text = f"Method {details['method']}." if "method" in details else ""
+    if stored := _counts(details.get("formats", {})):
+        text += f" Stored as {stored}."
+    if rounded := _counts(details.get("activations", {})):
+        text += f" Inputs rounded to {rounded}."
+    if rotated := details.get("rotated"):
+        text += f" Stored rotated: {rotated} tensors."
+    for name in details.get("rounded_to_nearest", []):
+        text += f" {name} is rounded to nearest: it has no inputs to calibrate with."
     for entry in details.get("stored_otherwise", []):
         text += (
             f" {entry['tensors']} tensors of {entry['role']} are {entry['stored']}, not {entry['asked']}, "
             f"which does not divide their {entry['inputs']} inputs."
         )
     return text
+
+
+def _counts(by_name: dict) -> str:
+    return "; ".join(
+        f"{name}: {entry['tensors']} tensors, {entry['parameters']:,} parameters"
+        for name, entry in sorted(by_name.items())
+    )
 
 
 def _versions(report: dict) -> str:

@@ -71,8 +71,7 @@ def candidates(options: Options, asked: tuple[str, ...]) -> tuple[str, ...]:
 
 def of_formats(model: HybridModel, options: Options, formats: tuple[str, ...], device: str) -> list[Cell]:
     """Every unit and role in every format, with the scales that the recipe's pass would look for."""
-    clip = "mse" if options.clips() else "none"
-    tried = {name: Options(weights=name, clip=clip) for name in formats}
+    tried = {name: Options(weights=name, clip=options.clip) for name in formats}
     return [
         cell
         for unit in model.units
