@@ -161,17 +161,22 @@ def stream(model: HybridModel, windows: list[torch.Tensor], scratch: Path, *, de
     states = HiddenStates(scratch, windows, model.config.hidden_size, DECODE_TOKENS if decode else BLOCK_TOKENS)
     embed_windows(model, windows, states)
     for index in range(model.config.num_hidden_layers):
-        weights = layer_weights(model, index, device)
-        for number in range(len(states)):
-            hidden = states.read(number).to(device)
-            states.write(number, _run_layer(model, index, weights, hidden, decode))
-            advance(hidden.shape[0] * hidden.shape[1])
+        run_layer(model, index, layer_weights(model, index, device), states, states, device, advance, decode=decode)
     for number, block in enumerate(states.blocks):
         yield block, states.read(number).to(device)
         states.remove(number)
 
 
-def _run_layer(
+def run_layer(model: HybridModel, index: int, weights: LayerWeights, entering: HiddenStates, leaving: HiddenStates,
+              device: str, advance: Advance, *, decode: bool = False) -> None:  # fmt: skip
+    """One layer, block by block; `leaving` may be `entering`. `advance` hears of tokens."""
+    for number in range(len(entering)):
+        hidden = entering.read(number).to(device)
+        leaving.write(number, _run_block(model, index, weights, hidden, decode))
+        advance(hidden.shape[0] * hidden.shape[1])
+
+
+def _run_block(
     model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, decode: bool
 ) -> torch.Tensor:
     architecture, config = model.architecture, model.config

@@ -127,8 +127,7 @@ class _Publisher:
 def _plainly(planned: Plan) -> Callable[[int, Path, Callable], tuple[ShardWriter, Callable[[], None]]]:
     def write(number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
         shard = ShardWriter(planned.units[number], path)
-        for weight in planned.units[number].weights.values():
-            shard.write(weight, advance)
+        shard.write_all(planned.units[number], advance)
         return shard, lambda: None
 
     return write

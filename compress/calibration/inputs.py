@@ -90,7 +90,6 @@ class LayerInputs:
             rows += x.shape[0] * x.shape[1]
         return moments
 
-    @torch.inference_mode()
     def leave(self, unit: Unit, following: HiddenStates) -> None:
         """Runs the finished layer and writes the states that enter the next one."""
         self._mix(unit)

@@ -56,6 +56,10 @@ class ShardWriter:
                 _write_at(self._file.fileno(), tensor, self._offsets[name] + first.start * row_bytes)
             advance(math.prod(weight.shape[1:]) * (rows.stop - rows.start))
 
+    def write_all(self, unit: Unit, advance: Callable[[int], None] = lambda parameters: None) -> None:
+        for weight in unit.weights.values():
+            self.write(weight, advance)
+
     def _refuse_other_form(self, name: str, tensor: torch.Tensor) -> None:
         """What does not have the planned type and width would be written over its neighbours."""
         part = self._layout.get(name)
@@ -78,8 +82,7 @@ class ShardWriter:
 def write_shard(unit: Unit, path: Path, advance: Callable[[int], None] = lambda parameters: None) -> None:
     """Writes one whole unit and publishes it."""
     shard = ShardWriter(unit, path)
-    for weight in unit.weights.values():
-        shard.write(weight, advance)
+    shard.write_all(unit, advance)
     shard.publish()
 
 

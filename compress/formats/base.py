@@ -135,6 +135,10 @@ class NumberFormat(ABC):
         filled = torch.where(positive, joined, least if self.is_narrow else joined.new_tensor(1.0))
         return narrow(filled, self.scale_dtype, up=self.rounds_scales_up) if self.is_narrow else filled
 
+    def scales_of(self, scales: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Those of a whole matrix's scales that a block of its rows has (it begins where blocks that share one do)."""
+        return scales if self.rows is None else scales[rows.start // self.rows : -(-rows.stop // self.rows)]
+
     def expand(self, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Scales as a tensor that broadcasts over [n, K]."""
         for dim, step in ((0, self.rows), (1, self.columns)):

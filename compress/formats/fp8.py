@@ -16,6 +16,11 @@ from compress.formats.base import Layout, NumberFormat, Part, Parts, Quantized
 LARGEST = 448.0
 
 
+def saturated(scaled: torch.Tensor) -> torch.Tensor:
+    """The nearest values of E4M3; what lies beyond its range becomes its largest."""
+    return scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+
 @dataclass(frozen=True)
 class Fp8E4M3(NumberFormat):
     @property
@@ -23,7 +28,7 @@ class Fp8E4M3(NumberFormat):
         return LARGEST
 
     def to_grid(self, scaled: torch.Tensor) -> torch.Tensor:
-        return scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return saturated(scaled)
 
     def layout(self, shape: tuple[int, ...], *, packed: bool = True) -> Layout:
         scale_shape = (1,) if self.rows is None else self.scales_shape(shape)

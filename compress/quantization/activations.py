@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from compress.formats import fp8
+
 NAMES = ("dynamic-int8", "static-int8", "dynamic-fp8", "static-fp8")
-INT8_MOST, FP8_MOST = 127.0, 448.0
+INT8_MOST = 127.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class Activation:
 
 
 def largest(is_fp8: bool) -> float:
-    return FP8_MOST if is_fp8 else INT8_MOST
+    return fp8.LARGEST if is_fp8 else INT8_MOST
 
 
 def round_to_grid(scaled: torch.Tensor, is_fp8: bool) -> torch.Tensor:
     if is_fp8:
-        return scaled.clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn).to(torch.float32)
+        return fp8.saturated(scaled).to(torch.float32)
     return torch.round(scaled).clamp_(-INT8_MOST - 1, INT8_MOST)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from compress import formats
 from compress.calibration.inputs import UnitInputs, Wanted
 from compress.calibration.moments import Moments
-from compress.formats.base import Quantized
+from compress.formats.base import NumberFormat, Quantized
 from compress.model import InputGroup, Unit, Weight
 from compress.quantization import equalization, gptq, rounding
 from compress.quantization.activations import Activation, static_scale
@@ -92,7 +92,7 @@ class _Quantizer:
         found = gptq.quantize(
             dense, moments.hessian, number_format, scales, damping=options.damping, act_order=options.act_order
         )
-        return replace(planned, load=_rows_of(found, number_format.rows), activation=activation)
+        return replace(planned, load=_rows_of(found, number_format), activation=activation)
 
     def _with_range(self, activation: Activation | None, moments: Moments) -> Activation | None:
         """A static activation with its scale."""
@@ -103,15 +103,12 @@ class _Quantizer:
         return Activation(activation.format, lambda: scale)
 
 
-def _rows_of(quantized: Quantized, step: int | None):
+def _rows_of(quantized: Quantized, number_format: NumberFormat):
     """A loader of blocks of rows of a matrix that is in memory."""
 
     def load(rows: slice | None = None) -> Quantized:
         if rows is None:
             return quantized
-        scales = quantized.scales
-        if step is not None:
-            scales = scales[rows.start // step : -(-rows.stop // step)]
-        return Quantized(quantized.values[rows], scales, quantized.format)
+        return Quantized(quantized.values[rows], number_format.scales_of(quantized.scales, rows), quantized.format)
 
     return load

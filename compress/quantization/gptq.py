@@ -33,16 +33,10 @@ def quantize(weight: torch.Tensor, hessian: torch.Tensor, number_format: NumberF
     step = number_format.rows or weight.shape[0]
     rows = max(1, ROW_BLOCK_ELEMENTS // (step * columns)) * step
     values = [
-        _quantize_rows(block, upper, order, number_format, _scales_of(scales, number_format, start, len(block)))
-        for start, block in zip(range(0, len(weight), rows), weight.split(rows), strict=True)
+        _quantize_rows(weight[block], upper, order, number_format, number_format.scales_of(scales, block))
+        for block in (slice(start, min(start + rows, len(weight))) for start in range(0, len(weight), rows))
     ]
     return Quantized(torch.cat(values), scales, number_format.name)
-
-
-def _scales_of(scales: torch.Tensor, number_format: NumberFormat, start: int, rows: int) -> torch.Tensor:
-    if number_format.rows is None:
-        return scales
-    return scales[start // number_format.rows : -(-(start + rows) // number_format.rows)]
 
 
 def _quantize_rows(weight: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, number_format: NumberFormat, scales):

@@ -85,14 +85,10 @@ class _Rounded:
             return self._format.quantize(dense, self._format.join_scales([self._search(dense)]))
         if self._scales is None:
             self._scales = self._format.join_scales([self._search(self._dense(block)) for block in blocks])
-        found = self._scales if self._format.rows is None else self._scales[_scale_rows(rows, self._format.rows)]
+        found = self._format.scales_of(self._scales, rows)
         if rows.stop == self._weight.shape[0]:
             self._scales = None  # the last block: a model's worth of scales must not stay in memory
         return self._format.quantize(self._dense(rows), found)
 
     def _dense(self, rows: slice | None) -> torch.Tensor:
         return stored_basis(self._weight, self._rotation, self._device, rows)
-
-
-def _scale_rows(rows: slice, step: int) -> slice:
-    return slice(rows.start // step, -(-rows.stop // step))

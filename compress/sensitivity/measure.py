@@ -7,10 +7,10 @@ import torch
 
 from compress import progress
 from compress.check.metrics import score
-from compress.inference import Advance, Head, HiddenStates, embed_windows, layer_weights
+from compress.inference import Advance, Head, HiddenStates, embed_windows, layer_weights, run_layer
 from compress.model import HybridModel
 from compress.sensitivity.cells import Cell, Key
-from compress.sensitivity.original import Original, logits, run_layer
+from compress.sensitivity.original import Original, logits
 
 
 class Measure:

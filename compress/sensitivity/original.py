@@ -8,7 +8,7 @@ import torch
 from compress import progress
 from compress.check import baseline
 from compress.check.runners import ROWS, Piece
-from compress.inference import Advance, Head, HiddenStates, LayerWeights, embed_windows, layer_weights
+from compress.inference import Advance, Head, HiddenStates, embed_windows, layer_weights, run_layer
 from compress.model import HybridModel
 from compress.prompts import PromptSet
 
@@ -44,15 +44,8 @@ class Original:
     def _record(self, advance: Advance) -> None:
         embed_windows(self._model, self.prompt_set.windows, self.entering[0])
         for index, (entering, leaving) in enumerate(zip(self.entering, self.entering[1:], strict=False)):
-            run_layer(
-                self._model,
-                index,
-                layer_weights(self._model, index, self._device),
-                entering,
-                leaving,
-                self._device,
-                advance,
-            )
+            weights = layer_weights(self._model, index, self._device)
+            run_layer(self._model, index, weights, entering, leaving, self._device, advance)
         self._is_recorded = True
 
 
@@ -61,16 +54,6 @@ def bytes_needed(model: HybridModel, sets: list[PromptSet]) -> int:
     tokens, config = sum(prompt_set.tokens for prompt_set in sets), model.config
     states = 4 * tokens * config.hidden_size * (config.num_hidden_layers + 2)
     return states + baseline.bytes_needed(tokens, config.vocab_size)
-
-
-def run_layer(model: HybridModel, index: int, weights: LayerWeights, entering: HiddenStates, leaving: HiddenStates,
-              device: str, advance: Advance) -> None:  # fmt: skip
-    """One layer in prefill, block by block; `leaving` may be `entering`. `advance` hears of tokens."""
-    for number in range(len(entering)):
-        hidden = entering.read(number).to(device)
-        state = model.architecture.initial_state(model.config, index, hidden.shape[0], hidden.device)
-        leaving.write(number, model.architecture.forward(model.config, index, weights, hidden, state)[0])
-        advance(hidden.shape[0] * hidden.shape[1])
 
 
 @torch.inference_mode()
