@@ -205,14 +205,47 @@ def sensitivity(recipe, model, formats, samples, length, json_file, html_file, d
     loaded = load_recipe(recipe)
     name = _model_name(loaded, model)
     _refuse_missing_device(device)
+    from compress import results
     from compress.sensitivity import cells, command, run
     from compress.source import resolve
 
-    command.refuse_unwritable(json_file, html_file)
+    results.refuse_unwritable(json_file, html_file)
     tried = cells.candidates(run.quantize_options(loaded), formats)
     source = resolve(name, loaded.folder if model is None else None)
     result = run.run(run.Job(loaded, source, tried, samples, length, device, seed))
     command.write(result, loaded.name, json_file, html_file)
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--prompts", multiple=True, help="prose, recall, self or a .txt/.jsonl file; may be repeated. Default: prose."
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 1_000_000),
+    default=64,
+    show_default=True,
+    help="Windows from each prompt set, at most.",
+)
+@click.option("--length", type=click.IntRange(2, 1_048_576), default=512, show_default=True, help="Tokens in a window.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the figures as JSON; - for stdout.")
+@click.option("--html", "html_file", metavar="FILE", help="Write plots and tables as one HTML file.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+def experts(model, prompts, samples, length, json_file, html_file, device, seed):
+    """Survey the experts of MODEL (a folder or hub id): load, scores, likeness, and what pruning would lose."""
+    from compress.calibration.settings import Calibration
+    from compress.strict_model import from_flags
+
+    settings = from_flags(Calibration, prompts=prompts or ("prose",), samples=samples, length=length)
+    _refuse_missing_device(device)
+    from compress import results
+    from compress.experts import command, run
+    from compress.source import resolve
+
+    results.refuse_unwritable(json_file, html_file)
+    command.write(run.run(run.Job(resolve(model), settings, device, seed)), json_file, html_file)
 
 
 @main.command()

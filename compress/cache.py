@@ -82,3 +82,13 @@ def scratch(kind: str) -> Iterator[Path]:
         yield path
     finally:
         _remove(path)
+
+
+def refuse_full_disk(need: int, what: str) -> None:
+    """Says before the work that so many bytes of intermediate data would not fit."""
+    path = folder("scratch")
+    free = shutil.disk_usage(path).free
+    if need > free:
+        raise InputError(
+            f"{path}: {need / 2**20:,.0f} MiB are needed for {what}, {free / 2**20:,.0f} MiB are free; use fewer --samples"
+        )

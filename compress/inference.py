@@ -113,7 +113,7 @@ class HiddenStates:
 
     def __init__(self, folder: Path, windows: list[torch.Tensor], hidden_size: int, tokens: int = BLOCK_TOKENS):
         self.folder, self.blocks = folder, blocks_of(windows, tokens)
-        self._shapes = [(len(block), len(windows[block[0]]), hidden_size) for block in self.blocks]
+        self.shapes = [(len(block), len(windows[block[0]]), hidden_size) for block in self.blocks]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -127,7 +127,7 @@ class HiddenStates:
 
     def read(self, number: int) -> torch.Tensor:
         """Block `number`, float32 [b, S, H]."""
-        return torch.from_numpy(np.fromfile(self._file(number), dtype=np.float32).reshape(self._shapes[number]))
+        return torch.from_numpy(np.fromfile(self._file(number), dtype=np.float32).reshape(self.shapes[number]))
 
     def write(self, number: int, hidden: torch.Tensor) -> None:
         hidden.cpu().numpy().tofile(self._file(number))

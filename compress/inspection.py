@@ -62,10 +62,7 @@ def _declared_state_bytes(graph) -> dict[str, int]:
 
 
 def _architecture_facts(architecture, config, values: dict, units) -> dict:
-    layers = [
-        {"index": i, "kind": architecture.layer_kind(config, i), "experts": architecture.num_experts(config, i)}
-        for i in range(config.num_hidden_layers)
-    ]
+    layers = [_layer_facts(architecture, config, index) for index in range(config.num_hidden_layers)]
     experts = max(layer["experts"] for layer in layers)
     return {
         "model_type": values["model_type"],
@@ -78,16 +75,23 @@ def _architecture_facts(architecture, config, values: dict, units) -> dict:
     }
 
 
+def _layer_facts(architecture, config, index: int) -> dict:
+    """`router_rows` only where the router has rows of experts that were removed."""
+    experts = architecture.num_experts(config, index)
+    facts = {"index": index, "kind": architecture.layer_kind(config, index), "experts": experts}
+    rows = architecture.router_rows(config, index) if experts > 1 else experts
+    return facts if rows == experts else facts | {"router_rows": rows}
+
+
 def as_text(facts: dict) -> str:
     """The facts for a terminal."""
     kinds = [layer["kind"] + ("+moe" if layer["experts"] > 1 else "") for layer in facts["layers"]]
-    experts = facts["experts"]
     lines = [
         f"model_type             {facts['model_type']}",
         f"parameters             {facts['parameters']:,}",
         f"active_parameters      {facts['active_parameters']:,}",
         f"weight_bytes           {facts['weight_bytes']:,}",
-        f"experts                {experts['total']}, {experts['active']} active",
+        f"experts                {_expert_range(facts)}, {facts['experts']['active']} active",
         f"kv_bytes_per_token     {facts['kv_bytes_per_token']:,}",
         f"ssm_state_bytes        {facts['ssm_state_bytes']:,} per sequence",
         f"conv_state_bytes       {facts['conv_state_bytes']:,} per sequence",
@@ -96,3 +100,9 @@ def as_text(facts: dict) -> str:
     lines += [f"stored as {name:<12} {count:,} parameters" for name, count in facts["formats"].items()]
     lines += [f"{role:<22} {count:,}" for role, count in sorted(facts["roles"].items(), key=lambda item: -item[1])]
     return "\n".join(lines)
+
+
+def _expert_range(facts: dict) -> str:
+    """Of the layers that have experts; where they differ, from the fewest to the most."""
+    counts = [layer["experts"] for layer in facts["layers"] if layer["experts"] > 1] or [1]
+    return str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"

@@ -3,8 +3,8 @@
 Glossary (letters of the Mamba paper, arXiv 2312.00752, in brackets)
 
     B   batch               S   tokens given now          T   past + S, all tokens attended to
-    H   hidden_size         F   intermediate_size         E   num_experts
-    D   d_inner             N   d_state                   R   dt_rank          W   d_conv, the convolution's width
+    H   hidden_size         F   intermediate_size         E   num_experts      R   rows of the router, E or more
+    D   d_inner             N   d_state                   W   d_conv, the convolution's width
     Q   query heads         G   key-value heads           P   head_dim
 
     x   [B, S, D]    input of the scan                    (u or x)
@@ -38,7 +38,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def swiglu(x: torch.Tensor, gate: Linear, up: Linear, down: Linear) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202). x [..., H]; gate and up give [..., F], down [..., H]."""
-    return down(F.silu(gate(x)) * up(x))
+    return down(swiglu_hidden(x, gate, up))
+
+
+def swiglu_hidden(x: torch.Tensor, gate: Linear, up: Linear) -> torch.Tensor:
+    """silu(gate(x)) * up(x), [..., F]."""
+    return F.silu(gate(x)) * up(x)
 
 
 def causal_conv(x: torch.Tensor, conv_state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask=None):
@@ -131,17 +136,28 @@ def attention(query, key, value, mask: torch.Tensor | None):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None], enable_gqa=True)
 
 
-def moe(x: torch.Tensor, router: torch.Tensor, top_k: int, expert: Callable[[int, torch.Tensor], torch.Tensor],
-        only: set[int] | None = None):  # fmt: skip
-    """Sparse mixture of experts: softmax over all experts, then top-k, weights not renormalised (Jamba).
+def gates(logits: torch.Tensor, top_k: int, experts: int) -> torch.Tensor:
+    """Softmax over all rows of the router, then the top-k of the experts, not renormalised (Jamba).
 
-    x [..., H], router [E, H]; `expert(e, rows)` runs expert e on the rows [n, H] routed to it, and is called only for
-    experts that have any (of `only`, where given), so weights are touched one expert at a time.
+    logits [..., R], the experts' rows first (rows after them belong to experts that were removed and only stay in the
+    denominator) -> [..., E], zero for experts a token does not go to.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    gates, chosen = torch.topk(torch.softmax(F.linear(rows, router), dim=-1), top_k, dim=-1)
+    probabilities = torch.softmax(logits, dim=-1)[..., :experts]
+    weights, chosen = torch.topk(probabilities, top_k, dim=-1)
+    return torch.zeros_like(probabilities).scatter_(-1, chosen, weights)
+
+
+def moe(x: torch.Tensor, gates: torch.Tensor, expert: Callable[[int, torch.Tensor], torch.Tensor],
+        only: set[int] | None = None):  # fmt: skip
+    """Sparse mixture of experts: x [..., H], gates [..., E] -> [..., H].
+
+    `expert(e, rows)` runs expert e on the rows [n, H] routed to it, and is called only for experts that have any (of
+    `only`, where given), so weights are touched one expert at a time.
+    """
+    rows, gates = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
     result = torch.zeros_like(rows)
-    for e in sorted(set(chosen.unique().tolist()) & (only or set(range(len(router))))):
-        row, place = torch.where(chosen == e)
-        result.index_add_(0, row, expert(e, rows[row]) * gates[row, place, None])
+    used = gates.any(0).nonzero()[:, 0].tolist()
+    for e in used if only is None else sorted(only.intersection(used)):
+        routed = gates[:, e].nonzero()[:, 0]
+        result.index_add_(0, routed, expert(e, rows[routed]) * gates[routed, e, None])
     return result.view_as(x)

@@ -22,7 +22,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model in eval mode; see `compress.load`."""
     folder = find_checkpoint(Path(path))
     checkpoint = Checkpoint(folder, allow_quantized=True)
-    model = _empty_model(folder, dtype or torch.float32)
+    model = _empty_model(checkpoint, dtype or torch.float32)
     _fill(model, checkpoint)
     if (folder / GENERATION).is_file():
         model.generation_config = _generation_config(folder)
@@ -42,11 +42,12 @@ def find_checkpoint(path: Path) -> Path:
     raise InputError(f"{path}: neither a checkpoint folder (no config.json) nor a finished output of apply")
 
 
-def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """transformers' model of config.json with memory for its parameters, and nothing in it yet."""
-    config = _config(folder)
+    config, ours = _config(checkpoint.folder), checkpoint.model
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        ours.architecture.fit_transformers(ours.config, model)
     model.to_empty(device="cpu")
     model.tie_weights()  # parameters that were shared have become two
     return model

@@ -202,11 +202,13 @@ class Fold(NamedTuple):
 
 @dataclass(frozen=True)
 class HybridModel:
-    """An opened model: its architecture module, its validated configuration and its units in order of computation."""
+    """An opened model: its architecture module, its validated configuration, its units in order of computation, and
+    config.json as it is."""
 
     architecture: ModuleType
     config: object
     units: tuple[Unit, ...]
+    config_json: dict
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)

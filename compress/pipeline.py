@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import compress
-from compress import exporting, model_card, plan, plugins, prompts, sweep, workspace
+from compress import exporting, model_card, plan, plugins, prompts, surveys, sweep, workspace
 from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
@@ -64,6 +64,7 @@ def apply(job: Job) -> dict:
     windows = _calibration_windows(job, planned, outcome) if planned.needs_calibration else None
     space = Workspace(job.out, _key(job, planned, outcome, windows), resume=job.resume, overwrite=job.overwrite)
     try:
+        planned = surveys.run(planned, PassContext(job.device, job.seed), space, windows)
         _write_checkpoint(job, planned, outcome, space, windows)
     except InputError:
         space.discard()  # bad weights are not worth resuming: a corrected model is a different job
@@ -107,7 +108,7 @@ def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torc
 
 def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
     """config.json with its quantization section, the tokenizer and papers of the source, the model card."""
-    config = dict(planned.checkpoint.config)
+    config = dict(planned.result.config_json)
     section = compressed_tensors.quantization_config(
         weight for unit in planned.units for weight in unit.weights.values()
     )

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -22,21 +22,36 @@ SPARE = 1.02  # room for headers, graph and report beside the weights
 
 @dataclass(frozen=True)
 class PassContext:
-    """What a pass may know beyond its options and the unit."""
+    """What a pass may know beyond its options and the unit. `found` is what its survey found, where it makes one."""
 
     device: str
     seed: int
+    found: dict | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The opened source, and its units as the passes will store them (lazily: nothing has been computed)."""
+    """The opened source, and the model as each pass will leave it (lazily: nothing has been computed)."""
 
     source: Source
-    model: HybridModel
     checkpoint: Checkpoint | None  # None where there is only a config.json, which is enough for a plan
-    units: tuple[Unit, ...]
+    stages: tuple[HybridModel, ...]  # as it came, and after each pass
     recipe: object
+    found: dict[int, dict] = field(default_factory=dict)  # by the pass's place: what its survey found
+
+    @property
+    def model(self) -> HybridModel:
+        """As it came."""
+        return self.stages[0]
+
+    @property
+    def result(self) -> HybridModel:
+        """As it will be stored."""
+        return self.stages[-1]
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.result.units
 
     @property
     def source_bytes(self) -> int:
@@ -50,20 +65,27 @@ class Plan:
         return {s.name: plugins.load(plugins.EXPORTERS, s.name).predict_bytes(self.units) for s in self.recipe.export}
 
     @property
+    def modules(self) -> list[tuple]:
+        """The module of every pass, and its options."""
+        return [(plugins.load(plugins.PASSES, step.name), step.options) for step in self.recipe.passes]
+
+    @property
     def needs_calibration(self) -> bool:
-        steps = self.recipe.passes
-        return any(passes.needs_calibration(plugins.load(plugins.PASSES, s.name), s.options) for s in steps)
+        return any(passes.needs_calibration(*step) for step in self.modules)
 
     @property
     def calibration(self) -> Calibration:
         return self.recipe.calibration or Calibration()
 
     def calibration_bytes(self) -> int:
-        """Hidden states on disk: before a layer, between its halves and after it."""
+        """Hidden states on disk: before a layer, between its halves and after it, and what passes keep while they work on
+        a layer: more states, and the layer as they leave it."""
         if not self.needs_calibration:
             return 0
         tokens = len(self.calibration.prompts) * self.calibration.samples * self.calibration.length
-        return 3 * 4 * tokens * self.model.config.hidden_size
+        more = max(getattr(module, "SCRATCH_STATES", 0) for module, _ in self.modules)
+        kept = max(unit.stored_bytes() for unit in self.units) if more else 0
+        return (3 + more) * 4 * tokens * self.model.config.hidden_size + kept
 
     def check_bytes(self) -> int:
         """Log-probabilities and hidden states of the baseline on disk."""
@@ -78,18 +100,22 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path, need
     """Opens the source and refuses everything that headers and configuration tell."""
     checkpoint = Checkpoint(source.folder) if needs_weights or has_weights(source.folder) else None
     model = checkpoint.model if checkpoint else model_of_config(source.folder)
-    units = model.units
-    for step in recipe.passes:
-        module = plugins.load(plugins.PASSES, step.name)
-        module.requires(step.options, model)
-        units = tuple(module.apply(step.options, unit, context) for unit in units)
-    plan = Plan(source, model, checkpoint, units, recipe)
+    plan = with_found(Plan(source, checkpoint, (model,), recipe), {}, context)
     folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_calibration else None
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
         for name in settings.prompts if settings else ():
             prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
     _refuse_shared_prompts(recipe, calibration, recipe_folder)
     return plan
+
+
+def with_found(plan: Plan, found: dict[int, dict], context: PassContext) -> Plan:
+    """The plan with every stage worked out, knowing what surveys found."""
+    stages = [plan.model]
+    for place, (module, options) in enumerate(plan.modules):
+        module.requires(options, stages[-1])
+        stages.append(passes.planned(module, options, stages[-1], replace(context, found=found.get(place))))
+    return replace(plan, stages=tuple(stages), found=found)
 
 
 def _refuse_shared_prompts(recipe, calibration, recipe_folder: Path) -> None:

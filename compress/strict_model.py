@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from compress.errors import nearest
+from compress.errors import InputError, nearest
 
 
 class Strict(BaseModel):
@@ -37,6 +37,16 @@ def what_was_expected(error: dict) -> str:
         return f"expected a list, such as [a, b], not {error['input']!r:.80}"
     message = error["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:]
+
+
+def from_flags(model: type[Strict], **values) -> Strict:
+    """Settings that a command's flags give; what is wrong with them in one sentence."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in key_path(first))
+        raise InputError(f"{key}: {what_was_expected(first)}") from None
 
 
 def no_truth_value(value):

@@ -176,16 +176,17 @@ class _Calibrated:
         entering = self._states.at(self._states_folder(number))
         if last:
             return HeadInputs(model, entering, keep, device)
-        return LayerInputs(model, number - 1, entering, self._folder / "mixed", keep, device)
+        return LayerInputs(model, number - 1, entering, self._folder / "layer", keep, device)
 
     def _passes(self, number: int, inputs: UnitInputs | None) -> Unit:
         unit = self._planned.model.units[number]
-        for place, step in enumerate(self._planned.recipe.passes):
-            module, began = plugins.load(plugins.PASSES, step.name), time.monotonic()
-            if inputs is None or not passes.needs_calibration(module, step.options):
-                unit = module.apply(step.options, unit, self._context)
+        for place, (module, options) in enumerate(self._planned.modules):
+            context, began = replace(self._context, found=self._planned.found.get(place)), time.monotonic()
+            if inputs is None or not passes.needs_calibration(module, options):
+                unit = module.apply(options, unit, context)
                 continue
-            unit, note = module.calibrate(step.options, unit, inputs, self._context)
+            unit, note = module.calibrate(options, unit, inputs, context)
+            inputs.become(self._planned.stages[place + 1])
             writer.write_json(self._folder / f"note-{place}-{number:05d}.json", note)
             seconds = self._swept.pass_seconds
             seconds[place] = seconds.get(place, 0.0) + time.monotonic() - began

@@ -305,29 +305,79 @@ def test_attention_in_pieces_equals_one_go(padded):
     assert_close(torch.cat(pieces, 2), attention_loop(*problem, mask))
 
 
+# gates
+
+
+def gates_loop(logits, top_k, experts):
+    """Token by token: softmax over all rows, the largest top_k of the first `experts` as they are."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    result = np.zeros((len(rows), experts))
+    for n, row in enumerate(rows):
+        shares = np.exp(row - row.max())
+        shares /= shares.sum()
+        for e in np.argsort(-shares[:experts], kind="stable")[:top_k]:
+            result[n, e] = shares[e]
+    return result.reshape(*logits.shape[:-1], experts)
+
+
+TOKENS = [(1, 1), (1, 7), (3, 1), (3, 13), (11,)]  # batch and length, or tokens in a row
+
+
+@pytest.mark.parametrize(("rows", "experts", "top_k"), [
+    (5, 5, 1), (5, 5, 2), (5, 5, 5),  # every row is an expert's
+    (8, 5, 2), (8, 5, 5), (8, 2, 2), (7, 6, 1), (13, 3, 1),  # rows of removed experts after them
+])  # fmt: skip
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_gates_are_the_top_k_experts_shares_of_all_rows(tokens, rows, experts, top_k):
+    logits = 3 * normal(np.random.default_rng(0), *tokens, rows)
+    gates = layers.gates(*as_torch(logits), top_k, experts)
+    assert_close(gates, gates_loop(logits, top_k, experts))
+    assert torch.equal((gates > 0).sum(-1), torch.full(tokens, top_k))
+
+
+def test_gates_are_not_renormalised():
+    """Five equal experts, two chosen: each has 1/5, not 1/2; with three rows more, 1/8."""
+    for rows, share in ((5, 1 / 5), (8, 1 / 8)):
+        gates = layers.gates(torch.zeros(1, 3, rows), 2, 5)
+        assert_close(gates.sort(-1).values, np.broadcast_to([0, 0, 0, share, share], (1, 3, 5)))
+
+
+def test_gates_never_go_to_a_removed_expert_and_shrink_beside_it():
+    """The removed expert has nearly everything; the best two of the others share what is left as before."""
+    logits = np.array([[[1.0, 3.0, 2.0, 9.0]]])
+    expected = np.array([[[0.0, np.exp(3.0), np.exp(2.0)]]]) / np.exp(logits).sum()
+    assert_close(layers.gates(*as_torch(logits), 2, 3), expected)
+
+
+@pytest.mark.parametrize("rows", [5, 8])
+def test_gates_of_very_large_logits_are_finite(rows):
+    logits = 1e4 * normal(np.random.default_rng(0), 2, 9, rows)
+    assert_close(layers.gates(*as_torch(logits), 2, 5), gates_loop(logits, 2, 5))
+
+
 # moe
 
 
-def moe_loop(x, router, top_k, expert):
-    """Token by token: softmax over all experts, the largest top_k of them as they are."""
-    rows = x.reshape(-1, x.shape[-1])
+def moe_loop(x, gates, expert):
+    """Token by token, expert by expert."""
+    rows, gates = x.reshape(-1, x.shape[-1]), gates.reshape(-1, gates.shape[-1])
     result = np.zeros_like(rows)
-    for n, row in enumerate(rows):
-        scores = router @ row
-        gates = np.exp(scores - scores.max())
-        gates /= gates.sum()
-        for e in np.argsort(-gates, kind="stable")[:top_k]:
-            result[n] += gates[e] * expert(e, row)
+    for n, e in np.ndindex(gates.shape):
+        if gates[n, e]:
+            result[n] += gates[n, e] * expert(e, rows[n])
     return result.reshape(x.shape)
 
 
-def moe_problem(tokens=(2, 9), hidden: int = 6, experts: int = 5):
+def moe_problem(tokens=(2, 9), top_k: int = 2, hidden: int = 6, experts: int = 5):
+    """x, gates and the experts' matrices; top_k experts of every token have a gate."""
     g = np.random.default_rng(0)
-    return normal(g, *tokens, hidden), normal(g, experts, hidden), normal(g, experts, hidden, hidden)
+    ranks = g.random((*tokens, experts)).argsort(-1)
+    gates = np.where(ranks < top_k, g.uniform(0.1, 1, ranks.shape), 0).astype(np.float32).astype(np.float64)
+    return normal(g, *tokens, hidden), gates, normal(g, experts, hidden, hidden)
 
 
-def run_moe(x, router, matrices, top_k: int):
-    """The result, and the rows each expert was called with."""
+def run_moe(x, gates, matrices, only=None):
+    """The result, and how many rows each expert was called with."""
     calls: dict[int, int] = {}
     weights = torch.from_numpy(matrices.astype(np.float32))
 
@@ -336,32 +386,35 @@ def run_moe(x, router, matrices, top_k: int):
         calls[e] = len(rows)
         return rows @ weights[e].T
 
-    return layers.moe(*as_torch(x, router), top_k, expert), calls
+    return layers.moe(*as_torch(x, gates), expert, only), calls
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
-@pytest.mark.parametrize("tokens", [(1, 1), (2, 9), (11,)])
-def test_moe_weighs_the_top_k_experts_by_their_share_of_all(top_k, tokens):
-    x, router, matrices = moe_problem(tokens)
-    result, calls = run_moe(x, router, matrices, top_k)
-    assert_close(result, moe_loop(x, router, top_k, lambda e, row: matrices[e] @ row))
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_moe_weighs_the_experts_by_their_gates(tokens, top_k):
+    x, gates, matrices = moe_problem(tokens, top_k)
+    result, calls = run_moe(x, gates, matrices)
+    assert_close(result, moe_loop(x, gates, lambda e, row: matrices[e] @ row))
     assert sum(calls.values()) == top_k * int(np.prod(tokens))
 
 
-def test_moe_does_not_renormalise_the_chosen_weights():
-    """Five equal experts, two chosen: the weights are 1/5 each, not 1/2."""
-    x, _, matrices = moe_problem((1, 3))
-    result, _ = run_moe(x, np.zeros((5, 6)), np.broadcast_to(np.eye(6), matrices.shape), 2)
-    assert_close(result, 2 / 5 * x)
-
-
 def test_moe_calls_only_experts_that_have_tokens():
-    x = np.ones((2, 3, 6))
-    router = np.array([-1.0, 2.0, -3.0, 1.0, -2.0])[:, None] * np.ones(6)  # experts 1 and 3 for every token
-    _, _, matrices = moe_problem()
-    result, calls = run_moe(x, router, matrices, 2)
+    x, _, matrices = moe_problem((2, 3))
+    gates = np.broadcast_to([0, 0.5, 0, 0.25, 0], (2, 3, 5))
+    result, calls = run_moe(x, gates, matrices)
     assert calls == {1: 6, 3: 6}
-    assert_close(result, moe_loop(x, router, 2, lambda e, row: matrices[e] @ row))
+    assert_close(result, moe_loop(x, gates, lambda e, row: matrices[e] @ row))
+
+
+@pytest.mark.parametrize("only", [set(), {3}, {4, 0}, {1, 2}])
+def test_moe_of_some_experts_leaves_the_others_out(only):
+    """Expert 2 has no token: it is not called, named or not."""
+    x, gates, matrices = moe_problem()
+    gates[..., 2] = 0
+    result, calls = run_moe(x, gates, matrices, only)
+    kept = gates * [e in only for e in range(5)]
+    assert calls == {e: int((kept[..., e] > 0).sum()) for e in sorted(only - {2})}
+    assert_close(result, moe_loop(x, kept, lambda e, row: matrices[e] @ row))
 
 
 # rms_norm, swiglu

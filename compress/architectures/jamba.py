@@ -16,11 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from compress import layers
 from compress.errors import InputError
+from compress.expert_counts import SECTION, ExpertCounts
 from compress.model import Fold, InputGroup, LayerGroups, Place, Spec, UnitSpec, Weights
+from compress.names import layer_of
 from compress.roles import Role
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.final_layernorm.weight", "lm_head.weight"
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+ROUTER = "feed_forward.router.weight"
 MAX_COUNT = 10_000  # of layers and of experts: far beyond any model, keeps a corrupt config from being enumerated
 MAX_EXPERTS_IN_ALL = 50_000
 MAX_SIZE = 1 << 31
@@ -63,6 +66,7 @@ class JambaConfig(BaseModel):
     bos_token_id: int | None = _size(1, least=0)
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = _size(0, least=0)
+    compress: ExpertCounts = ExpertCounts()  # what `prune_experts` left that one num_experts cannot say
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -84,6 +88,14 @@ class JambaConfig(BaseModel):
             raise ValueError(
                 f"{self.num_hidden_layers} layers of {self.num_experts} experts are more than any model has"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _counts_fit(self):
+        """Runs last: the counts are judged by `num_experts` and the top-k, which must be right."""
+        period, offset, is_moe = self.expert_layer_period, self.expert_layer_offset, self.num_experts > 1
+        moe = [is_moe and index % period == offset for index in range(self.num_hidden_layers)]
+        self.compress.refuse_unfit(moe, self.num_experts, self.num_experts_per_tok)
         return self
 
     @property
@@ -120,7 +132,8 @@ def parse_config(values: dict, source: str) -> JambaConfig:
         return JambaConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"][:1])
+        inside = None if first["loc"][:1] == (SECTION,) else 1  # of other keys pydantic adds what it tried
+        key = ".".join(str(part) for part in first["loc"][:inside])
         message = first["msg"].removeprefix("Value error, ")
         given = f" (it is {first['input']!r:.80})" if key else ""
         raise InputError(f"{source}: {key + ': ' if key else ''}{message}{given}") from None
@@ -132,12 +145,21 @@ def layer_kind(config: JambaConfig, index: int) -> str:
 
 def num_experts(config: JambaConfig, index: int) -> int:
     """Experts of a layer's feed-forward; 1 means a dense MLP."""
-    return config.num_experts if index % config.expert_layer_period == config.expert_layer_offset else 1
+    if index % config.expert_layer_period != config.expert_layer_offset:
+        return 1
+    return config.compress.of_layer(index, config.num_experts)
+
+
+def router_rows(config: JambaConfig, index: int) -> int:
+    """Rows of a layer's router: its experts, then those of removed experts that stay in the softmax's denominator."""
+    return config.compress.router_rows or num_experts(config, index)
 
 
 def active_share(config: JambaConfig, spec: Spec) -> float:
     """The share of a tensor that works on one token: top-k of the experts, all of anything else."""
-    return config.num_experts_per_tok / config.num_experts if spec.role == Role.EXPERTS else 1.0
+    if spec.role != Role.EXPERTS:
+        return 1.0
+    return config.num_experts_per_tok / num_experts(config, layer_of(spec.name))
 
 
 def layer_prefix(index: int) -> str:
@@ -199,9 +221,9 @@ def _feed_forward_specs(config: JambaConfig, index: int):
     if experts == 1:
         yield from _mlp_specs("feed_forward.", hidden, inner, Role.MLP)
         return
-    yield "feed_forward.router.weight", (experts, hidden), Role.ROUTER
+    yield ROUTER, (router_rows(config, index), hidden), Role.ROUTER
     for expert in range(experts):
-        yield from _mlp_specs(f"feed_forward.experts.{expert}.", hidden, inner, Role.EXPERTS)
+        yield from _mlp_specs(expert_prefix(expert), hidden, inner, Role.EXPERTS)
 
 
 def _mlp_specs(prefix: str, hidden: int, inner: int, role: Role):
@@ -234,6 +256,16 @@ def transformers_place(config: JambaConfig, name: str) -> Place:
     return Place(f"{experts}.gate_up_proj", (number, rows))
 
 
+def fit_transformers(config: JambaConfig, model) -> None:
+    """Gives transformers' empty model the feed-forwards that pruning left, where its own class makes others."""
+    from compress.architectures import _jamba_blocks  # imports transformers' modelling code, which only this needs
+
+    for index in range(config.num_hidden_layers):
+        experts, rows = num_experts(config, index), router_rows(config, index)
+        if experts > 1 and (experts, rows) != (config.num_experts, config.num_experts):
+            _jamba_blocks.replace(model, index, experts, rows)
+
+
 def input_groups(config: JambaConfig, index: int) -> LayerGroups:
     """The matrices of a layer by the input they share, in the order in which they are computed."""
     if layer_kind(config, index) == "attention":
@@ -242,7 +274,7 @@ def input_groups(config: JambaConfig, index: int) -> LayerGroups:
         mixer = tuple((_group("mamba.", name),) for name in ("in", "x", "dt", "out"))
     prefixes = [(None, "feed_forward.")]
     if num_experts(config, index) > 1:
-        prefixes = [(e, f"feed_forward.experts.{e}.") for e in range(num_experts(config, index))]
+        prefixes = [(e, expert_prefix(e)) for e in range(num_experts(config, index))]
     feed = tuple(
         tuple(_group(prefix, *names, expert=e) for e, prefix in prefixes) for names in (("gate", "up"), ("down",))
     )
@@ -263,7 +295,7 @@ def folds(config: JambaConfig, index: int) -> tuple[Fold, ...]:
     groups = input_groups(config, index)
     first = Fold("input_layernorm.weight", groups.mixer[0][0].names)
     gate_and_up = tuple(name for group in groups.feed_forward[0] for name in group.names)
-    router = ("feed_forward.router.weight",) if num_experts(config, index) > 1 else ()
+    router = (ROUTER,) if num_experts(config, index) > 1 else ()
     inner = tuple(Fold(group.names[0].replace("down_proj", "up_proj"), group.names) for group in groups.feed_forward[1])
     return (first, Fold("pre_ff_layernorm.weight", gate_and_up, router), *inner)
 
@@ -290,8 +322,13 @@ def feed_forward(config: JambaConfig, index: int, weights: Weights, hidden, only
     x = feed_forward_input(config, weights, hidden)
     if num_experts(config, index) == 1:
         return hidden + _mlp(weights, "feed_forward.", x)
-    router = weights("feed_forward.router.weight")
-    return hidden + layers.moe(x, router, config.num_experts_per_tok, lambda e, rows: expert(weights, e, rows), only)
+    gates = layers.gates(router_logits(weights, x), config.num_experts_per_tok, num_experts(config, index))
+    return hidden + layers.moe(x, gates, lambda e, rows: expert(weights, e, rows), only)
+
+
+def router_logits(weights: Weights, x):
+    """x [..., H] -> [..., R]: what decides which experts a token goes to."""
+    return F.linear(x, weights(ROUTER))
 
 
 def feed_forward_input(config: JambaConfig, weights: Weights, hidden):
@@ -301,7 +338,20 @@ def feed_forward_input(config: JambaConfig, weights: Weights, hidden):
 
 def expert(weights: Weights, number: int, rows):
     """One expert on rows [n, H]."""
-    return _mlp(weights, f"feed_forward.experts.{number}.", rows)
+    return _mlp(weights, expert_prefix(number), rows)
+
+
+def expert_hidden(weights: Weights, number: int, rows):
+    """What one expert's down_proj multiplies, [n, F], for rows [n, H]."""
+    gate, up = (
+        lambda x, n=part: weights.linear(f"{expert_prefix(number)}{n}_proj.weight", x) for part in ("gate", "up")
+    )
+    return layers.swiglu_hidden(rows, gate, up)
+
+
+def expert_prefix(number: int) -> str:
+    """What the names of an expert's tensors begin with, within its layer."""
+    return f"feed_forward.experts.{number}."
 
 
 def _mlp(weights: Weights, prefix: str, x):

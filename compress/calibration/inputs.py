@@ -6,6 +6,7 @@ matrices of the unit have been quantized already, what they give is what the lat
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from compress.calibration.moments import SAMPLE_ROWS, Moments
+from compress.checkpoint.writer import ShardWriter
 from compress.inference import HiddenStates, LayerWeights
 from compress.layers import rms_norm
 from compress.model import HybridModel, InputGroup, Unit, Weight
@@ -48,12 +50,17 @@ class LayerInputs:
     """The inputs of one layer. `entering` are the hidden states before it; `keep` writes a weight and gives it back as
     it was written."""
 
-    def __init__(self, model: HybridModel, index: int, entering: HiddenStates, scratch: Path, keep: Keep, device: str):
-        self._architecture, self._config, self.index = model.architecture, model.config, index
-        self._entering, self._mixed, self._device = entering, entering.at(scratch), device
+    def __init__(self, model: HybridModel, index: int, entering: HiddenStates, folder: Path, keep: Keep, device: str):
+        self.architecture, self.index, self.device = model.architecture, index, device
+        self._entering, self._folder, self._mixed = entering, folder, entering.at(folder / "mixed")
         self.keep, self._mixer_used = keep, None
         self.prefix = model.architecture.layer_prefix(index)
-        self._groups = model.architecture.input_groups(model.config, index)
+        self.become(model)
+
+    def become(self, model: HybridModel) -> None:
+        """From now on the layer is that of another model: the one a pass has made of it."""
+        self.config = model.config
+        self._groups = model.architecture.input_groups(model.config, self.index)
 
     @property
     def levels(self) -> tuple[tuple[InputGroup, ...], ...]:
@@ -61,7 +68,7 @@ class LayerInputs:
         return (*self._groups.mixer, *self._groups.feed_forward)
 
     def folds(self):
-        return self._architecture.folds(self._config, self.index)
+        return self.architecture.folds(self.config, self.index)
 
     def full_names(self, group: InputGroup) -> tuple[str, ...]:
         return tuple(self.prefix + name for name in group.names)
@@ -81,29 +88,47 @@ class LayerInputs:
     def moments_of_every_token(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
         """The same for the matrices of one expert, were all tokens of the layer routed to it."""
         moments, rows = self._empty(unit, group, wanted), 0
-        weights = self._weights(unit, {group: moments})
+        weights = self.weights(unit, {group: moments})
         for number in range(len(self._mixed)):
             if rows >= EVERY_TOKEN_ROWS:
                 break
-            x = self._architecture.feed_forward_input(self._config, weights, self._mixed.read(number).to(self._device))
-            self._architecture.expert(weights, group.expert, x.flatten(0, 1))
+            x = self.architecture.feed_forward_input(self.config, weights, self._mixed.read(number).to(self.device))
+            self.architecture.expert(weights, group.expert, x.flatten(0, 1))
             rows += x.shape[0] * x.shape[1]
         return moments
 
     def leave(self, unit: Unit, following: HiddenStates) -> None:
         """Runs the finished layer and writes the states that enter the next one."""
         self._mix(unit)
-        weights = self._weights(unit)
+        weights = self.weights(unit)
         for number in range(len(self._mixed)):
-            hidden = self._mixed.read(number).to(self._device)
-            following.write(number, self._architecture.feed_forward(self._config, self.index, weights, hidden))
-            self._mixed.remove(number)
+            hidden = self._mixed.read(number).to(self.device)
+            following.write(number, self.architecture.feed_forward(self.config, self.index, weights, hidden))
+        shutil.rmtree(self._folder)
+
+    def feed_forward_blocks(self, unit: Unit) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Block by block: its number, the states [b, S, H] that enter the second half of the layer, and what its router
+        and experts see of them."""
+        self._mix(unit)
+        weights = self.weights(unit)
+        for number in range(len(self._mixed)):
+            hidden = self._mixed.read(number).to(self.device)
+            yield number, hidden, self.architecture.feed_forward_input(self.config, weights, hidden)
+
+    def scratch(self, name: str) -> HiddenStates:
+        """Room on disk for another set of states of this layer; gone when the layer is left."""
+        return self._entering.at(self._folder / name)
+
+    def stash(self, unit: Unit) -> ShardWriter:
+        """Room on disk for new weights of the unit, in its names, formats and shapes; gone when the layer is left."""
+        return ShardWriter(unit, self._folder / "weights.safetensors")
 
     def _empty(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
         names = self.full_names(group)
-        return wanted.moments(unit.weights[names[0]].shape[1], self._device, names)
+        return wanted.moments(unit.weights[names[0]].shape[1], self.device, names)
 
-    def _weights(self, unit: Unit, found: dict[InputGroup, Moments] | None = None) -> LayerWeights:
+    def weights(self, unit: Unit, found: dict[InputGroup, Moments] | None = None) -> LayerWeights:
+        """The unit's weights for arithmetic, adding up in `found` what reaches them."""
         by_name = {group.names[0]: moments for group, moments in (found or {}).items()}
 
         def tap(name: str, x: torch.Tensor) -> None:
@@ -112,23 +137,21 @@ class LayerInputs:
                 if len(by_name) == 1 and next(iter(found)).expert is None:
                     raise _Seen  # the rest of this block's replay, such as the scan, would be for nothing
 
-        return LayerWeights(unit, self.prefix, self._device, tap=tap if found else None)
+        return LayerWeights(unit, self.prefix, self.device, tap=tap if found else None)
 
     def _replay_mixer(self, unit: Unit, found: dict[InputGroup, Moments]) -> None:
-        weights = self._weights(unit, found)
+        weights = self.weights(unit, found)
         for number in range(len(self._entering)):
             with contextlib.suppress(_Seen):
                 self._run_mixer(weights, self._entering.read(number))
 
     def _replay_feed_forward(self, unit: Unit, found: dict[InputGroup, Moments]) -> None:
         self._mix(unit)
-        weights, experts = self._weights(unit, found), {group.expert for group in found}
+        weights, experts = self.weights(unit, found), {group.expert for group in found}
         for number in range(len(self._mixed)):
-            hidden = self._mixed.read(number).to(self._device)
+            hidden = self._mixed.read(number).to(self.device)
             with contextlib.suppress(_Seen):
-                self._architecture.feed_forward(
-                    self._config, self.index, weights, hidden, only=experts - {None} or None
-                )
+                self.architecture.feed_forward(self.config, self.index, weights, hidden, only=experts - {None} or None)
 
     def _mix(self, unit: Unit) -> None:
         """Hidden states after the mixer, made again only where the mixer's weights are others than last time."""
@@ -136,15 +159,15 @@ class LayerInputs:
         used = [id(weight) for name, weight in unit.weights.items() if name in names]
         if used == self._mixer_used:
             return
-        weights = self._weights(unit)
+        weights = self.weights(unit)
         for number in range(len(self._entering)):
             self._mixed.write(number, self._run_mixer(weights, self._entering.read(number)))
         self._mixer_used, self._held = used, unit  # the unit is held so that ids stay its own
 
     def _run_mixer(self, weights: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.to(self._device)
-        state = self._architecture.initial_state(self._config, self.index, hidden.shape[0], self._device)
-        return self._architecture.mix(self._config, self.index, weights, hidden, state)[0]
+        hidden = hidden.to(self.device)
+        state = self.architecture.initial_state(self.config, self.index, hidden.shape[0], self.device)
+        return self.architecture.mix(self.config, self.index, weights, hidden, state)[0]
 
 
 class HeadInputs:
@@ -154,12 +177,15 @@ class HeadInputs:
     prefix = ""
 
     def __init__(self, model: HybridModel, entering: HiddenStates, keep: Keep, device: str):
-        self._model, self._entering, self._device, self.keep = model, entering, device, keep
+        self._model, self._entering, self.device, self.keep = model, entering, device, keep
         head = InputGroup((model.architecture.LM_HEAD,))
         self.levels = ((head,),) if head.names[0] in model.unit("head").weights else ()
 
     def folds(self):
         return ()
+
+    def become(self, model: HybridModel) -> None:
+        """No pass changes which tensors the head has."""
 
     def full_names(self, group: InputGroup) -> tuple[str, ...]:
         return group.names
@@ -167,12 +193,12 @@ class HeadInputs:
     def moments(
         self, unit: Unit, groups: tuple[InputGroup, ...], wanted: Wanted
     ) -> Iterator[tuple[InputGroup, Moments]]:
-        norm = unit.weights[self._model.architecture.FINAL_NORM].dense().to(self._device)
+        norm = unit.weights[self._model.architecture.FINAL_NORM].dense().to(self.device)
         for group in groups:
             width = unit.weights[group.names[0]].shape[1]
-            moments = wanted.moments(width, self._device, group.names)
+            moments = wanted.moments(width, self.device, group.names)
             for number in range(len(self._entering)):
-                hidden = self._entering.read(number).to(self._device)
+                hidden = self._entering.read(number).to(self.device)
                 moments.add(rms_norm(hidden, norm, self._model.config.rms_norm_eps), group.names[0])
             yield group, moments
 

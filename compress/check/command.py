@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from compress import prompts, source, strict_yaml
@@ -16,7 +15,7 @@ from compress.checkpoint.writer import write_json
 from compress.errors import InputError
 from compress.report import terminal
 from compress.report.manifest import versions
-from compress.strict_model import key_path, what_was_expected
+from compress.strict_model import from_flags
 
 
 def settings(
@@ -24,12 +23,7 @@ def settings(
 ) -> Check:
     """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
     values = _file_limits(limits_file) | dict(_limit(text) for text in limits)
-    try:
-        return Check(prompts=prompts or ("heldout",), samples=samples, length=length, limits=values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in key_path(first))
-        raise InputError(f"{key}: {what_was_expected(first)}") from None
+    return from_flags(Check, prompts=prompts or ("heldout",), samples=samples, length=length, limits=values)
 
 
 def _limit(text: str) -> tuple[str, float]:

@@ -53,7 +53,7 @@ def model_of_config(folder: Path) -> HybridModel:
         Unit(unit.name, {s.name: Weight(s.name, s.role, s.shape, number_format, load) for s in unit.specs})
         for unit in architecture.layout(parsed)
     )
-    return HybridModel(architecture, parsed, units)
+    return HybridModel(architecture, parsed, units, values)
 
 
 class Checkpoint:
@@ -74,7 +74,7 @@ class Checkpoint:
         self._check_layer_count(parsed)
         units = tuple(self._unit(spec) for spec in architecture.layout(parsed))
         self._refuse_extra(units, architecture, tied=parsed.tie_word_embeddings)
-        self.model = HybridModel(architecture, parsed, units)
+        self.model = HybridModel(architecture, parsed, units, self.config)
 
     def weights_sha256(self) -> str:
         """Digest of the weight files, with a bar: it reads them all."""

@@ -12,10 +12,33 @@ One that looks at calibration data defines two more:
 - `needs_calibration(options)`: whether this recipe's block does;
 - `calibrate(options, unit, inputs, context)`: like `apply` for one layer or the head, with `inputs`
   (`calibration.UnitInputs`) to see what reaches its matrices; returns the unit and a note for the report.
+
+One that changes which tensors a model has defines
+
+- `restructure(options, model, found)`: the model as it will be, its configuration included; its weights need not load;
+- `SCRATCH_STATES`: how many copies of the hidden states it keeps on disk while it works on a layer.
+
+One that must see every layer before it changes the first (to share a budget among them) defines two more:
+
+- `needs_survey(options)`: whether this recipe's block does;
+- `survey(options, layers, context)`: looks at all of `layers` (`calibration.layers`) and returns what it found, ready for
+  JSON. `restructure` is given it as `found`, `apply` and `calibrate` as `context.found`; it is None before the survey.
 """
 
+from dataclasses import replace
 from types import ModuleType
 
 
 def needs_calibration(module: ModuleType, options) -> bool:
     return hasattr(module, "needs_calibration") and module.needs_calibration(options)
+
+
+def needs_survey(module: ModuleType, options) -> bool:
+    return hasattr(module, "needs_survey") and module.needs_survey(options)
+
+
+def planned(module: ModuleType, options, model, context):
+    """The model as a pass will leave it. Nothing is computed; weights that depend on data may not load."""
+    if hasattr(module, "restructure"):
+        return module.restructure(options, model, context.found)
+    return replace(model, units=tuple(module.apply(options, unit, context) for unit in model.units))

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from compress import formats
 from compress.errors import InputError
+from compress.names import layer_of
 from compress.roles import ACTIVATED_BY_DEFAULT, KEPT_BY_DEFAULT, QUANTIZABLE, Role
 from compress.strict_model import KeyedError, Number, Strict, WholeNumber
 
@@ -107,11 +108,6 @@ class Options(Strict):
     def activation_of(self, role: Role) -> str:
         default = self.activations if role in ACTIVATED_BY_DEFAULT else formats.AS_IT_CAME
         return self.activation_roles.get(role, default)
-
-
-def layer_of(name: str) -> int | None:
-    """The number of the layer a tensor belongs to, from its name; None for the embedding and the head."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def requires(options: Options, model) -> None:

@@ -44,8 +44,10 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
 
 
 def _calibration(outcome) -> dict:
-    """What was used, and how many tokens reached each expert; experts that saw too few say so in the pass's details."""
-    coverage = [entry for step in outcome.passes for entry in step["details"].get("experts", [])]
+    """What was used, and how many tokens reached each expert (of the last pass that counted: an earlier one may have
+    removed some); experts that saw too few say so in the pass's details."""
+    counted = [step["details"]["experts"] for step in outcome.passes if step["details"].get("experts")]
+    coverage = counted[-1] if counted else []
     below = [e for step in outcome.passes for e in step["details"].get("experts_from_every_token", [])]
     names = sorted({f"layer {e['layer']} expert {e['expert']}" for e in below})
     found = {

@@ -57,10 +57,11 @@ def _prompts(report: dict) -> str:
 def _passes(report: dict) -> str:
     if not report["passes"]:
         return ""
-    lines = [
-        f"- {p['name']}: {p['seconds']:.1f} s, peak {p['peak_rss_bytes'] / 2**20:.0f} MiB. {_details(p['details'])}"
-        for p in report["passes"]
-    ]
+    lines = []
+    for p in report["passes"]:
+        peak = f"{p['peak_rss_bytes'] / 2**20:.0f} MiB"
+        lines.append(f"- {p['name']}: {p['seconds']:.1f} s, peak {peak}. {_details(p['details'])}")
+        lines += [f"  - {_layer(entry)}" for entry in p["details"].get("layers", [])]
     return "\n".join(["## Passes\n", *lines, *_calibration(report), ""])
 
 
@@ -78,8 +79,26 @@ def _calibration(report: dict) -> list[str]:
     return lines
 
 
+def _layer(entry: dict) -> str:
+    """One layer that lost experts: which stay, which saw nothing, what it lost on withheld calibration tokens."""
+    if len(entry["kept"]) == entry["experts"]:
+        return f"layer {entry['layer']} keeps all {entry['experts']} experts."
+    steps = {"pruned": "without them", "rescaled": "rescaled", "stored": "as stored"}
+    losses = ", ".join(f"{entry['loss'][key]:.2g} {words}" for key, words in steps.items() if key in entry["loss"])
+    text = f"layer {entry['layer']} keeps {', '.join(map(str, entry['kept']))} of {entry['experts']} experts; loss {losses}."
+    if dead := entry["dead"]:
+        text += f" No calibration token reached {', '.join(map(str, dead))}."
+    return text
+
+
 def _details(details: dict) -> str:
     text = f"Method {details['method']}." if "method" in details else ""
+    if "experts_before" in details:
+        text += (
+            f" {details['experts_before']} experts before, {details['experts_after']} after; router: {details['router']}; "
+            f"recovery: {details['recovery']}. Losses are means over withheld calibration tokens of the squared error, "
+            "as a share of what the layer leaves of the token."
+        )
     if stored := _counts(details.get("formats", {})):
         text += f" Stored as {stored}."
     if rounded := _counts(details.get("activations", {})):

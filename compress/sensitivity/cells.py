@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from compress.errors import InputError, nearest
 from compress.formats import AS_IT_CAME, NAMES
 from compress.model import HybridModel, Unit, Weight
-from compress.passes.quantize import Options, layer_of
+from compress.names import layer_of
+from compress.passes.quantize import Options
 from compress.quantization import rounding
 from compress.roles import Role
 

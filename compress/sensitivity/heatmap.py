@@ -1,30 +1,22 @@
 """The heat map as one HTML file that needs nothing else: rows are layers, columns roles and formats, colour is log10 KL."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 
+from compress import drawing
 from compress.sensitivity.table import replaced
 
 FLOOR = 1e-7  # nats: below it float32's own rounding shows
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 CELL_WIDTH, CELL_HEIGHT, ROLE_WIDTH = 0.62, 0.32, 1.15  # inches; a role's columns are at least ROLE_WIDTH together
 MARGIN_LEFT, MARGIN_BOTTOM, CHARACTER = 1.0, 0.9, 0.07  # inches; the last is the width of a letter
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: it can be searched and copied
-    "svg.hashsalt": "compress",  # the same figures give the same file
-    "font.family": ["sans-serif"],
-    "font.size": 8,
-}
 
 
 def render(result: dict, recipe: str) -> str:
     """The page for what `run` returned."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(result=result, recipe=recipe, svg=draw(result["cells"]), notes=replaced(result["cells"]))
+    cells = result["cells"]
+    return drawing.render(TEMPLATE, result=result, recipe=recipe, svg=draw(cells), notes=replaced(cells))
 
 
 class Grid:
@@ -49,13 +41,13 @@ def draw(cells: list[dict]) -> str:
     inner = cell_width * len(grid.columns), CELL_HEIGHT * len(grid.units)
     label_height = CHARACTER * max(map(len, grid.formats)) + 0.1
     width, height = MARGIN_LEFT + inner[0] + 0.2, MARGIN_BOTTOM + inner[1] + label_height + 0.3
-    with rc_context(STYLE):
+    with rc_context(drawing.STYLE):
         figure = Figure(figsize=(width, height))
         axes = figure.add_axes((MARGIN_LEFT / width, MARGIN_BOTTOM / height, inner[0] / width, inner[1] / height))
         image = _paint(axes, grid, cells)
         _label(axes, grid, label_height)
         _legend(figure, image, width, height)
-        return _svg(figure)
+        return drawing.svg(figure)
 
 
 def _paint(axes, grid: Grid, cells: list[dict]):
@@ -70,8 +62,7 @@ def _paint(axes, grid: Grid, cells: list[dict]):
     axes.invert_yaxis()
     for cell in cells:
         row, column = grid.place(cell)
-        red, green, blue, _ = image.cmap(image.norm(logs[row, column]))
-        color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+        color = drawing.ink(image, logs[row, column])
         star = "*" if cell["stored"] != cell["format"] else ""
         axes.text(column, row, _figure(cell["kl_divergence_mean"]) + star, ha="center", va="center", color=color)
     return image
@@ -102,12 +93,3 @@ def _legend(figure, image, width: float, height: float) -> None:
     span = min(4.0, width - MARGIN_LEFT - 0.2)
     axes = figure.add_axes((MARGIN_LEFT / width, 0.5 / height, span / width, 0.15 / height))
     figure.colorbar(image, cax=axes, orientation="horizontal", label="log10 of the mean KL divergence, nats per token")
-
-
-def _svg(figure) -> str:
-    """Without the XML prologue and the metadata, which name addresses on the network."""
-    buffer = io.StringIO()
-    none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=none, facecolor="white")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -1,10 +1,8 @@
 """One measurement from start to end: what the recipe asks, the original, every cell, the worst tensors."""
 
-import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from compress import cache, prompts
+from compress import cache, prompts, results
 from compress.artifacts import CheckpointArtifact
 from compress.check.settings import Check
 from compress.checkpoint.reader import Checkpoint
@@ -49,7 +47,7 @@ def run(job: Job) -> dict:
     stored = cells.of_recipe(checkpoint.model, options, job.device)
     return {
         "schema": 1,
-        "model": _describe(job.source, checkpoint.model, weights_sha256),
+        "model": results.describe(job.source, checkpoint.model, weights_sha256),
         "prompts": prompts.used(sets),
         **_measured(checkpoint.model, artifact.sha256(), sets, tried, stored, job.device),
     }
@@ -76,7 +74,7 @@ def check_settings(job: Job) -> Check:
 def _measured(model: HybridModel, model_sha256: str, sets: list[PromptSet], tried: list[Cell], stored: list[Cell],
               device: str) -> dict:  # fmt: skip
     """The figures of all tried cells, and the worst tensors of those that the recipe stores."""
-    _refuse_full_disk(cache.folder("scratch"), original.bytes_needed(model, sets))
+    cache.refuse_full_disk(original.bytes_needed(model, sets), "hidden states and the baseline's log-probabilities")
     with cache.scratch("sensitivity") as scratch:
         originals = [
             original.Original(model, prompt_set, model_sha256, scratch / str(number), device)
@@ -88,25 +86,6 @@ def _measured(model: HybridModel, model_sha256: str, sets: list[PromptSet], trie
             "cells": [_row(model, cell, value) for cell, value in zip(tried, divergences, strict=True)],
             "worst_tensors": [asdict(tensor) for tensor in worst.find(stored, measure)],
         }
-
-
-def _refuse_full_disk(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise InputError(
-            f"{folder}: {need / 2**20:,.0f} MiB are needed for hidden states and the baseline's log-probabilities, "
-            f"{free / 2**20:,.0f} MiB are free; use fewer --samples"
-        )
-
-
-def _describe(source: Source, model: HybridModel, weights_sha256: str) -> dict:
-    return {
-        "name": source.name,
-        "revision": source.revision,
-        "weights_sha256": weights_sha256,
-        "model_type": model.model_type,
-        "parameters": model.parameters,
-    }
 
 
 def _row(model: HybridModel, cell: Cell, divergence: float) -> dict:

@@ -1,16 +1,13 @@
 """The figures on the terminal: a row per kind of layer and role, a column per format, the worst tensors below."""
 
-from rich.console import Console
 from rich.table import Table
 
-PLAIN_WIDTH = 140  # of what is not a terminal: files and pipes
+from compress import results
 
 
 def show(result: dict, *, stderr: bool) -> None:
-    console = Console(stderr=stderr, highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    used = ", ".join(f"{p['name']} ({p['windows']} windows, {p['tokens']:,} tokens)" for p in result["prompts"])
+    console = results.console(stderr=stderr)
+    used = results.prompts_as_text(result["prompts"])
     console.print(f"{result['model']['name']}: mean KL divergence, nats per token, of quantizing one part at a time")
     console.print(f"on {used}; a figure is the sum over layers, (N) the layer that costs most of it")
     console.print(_cells(result["cells"]))

@@ -120,15 +120,18 @@ class JambaGraph:
         return graph.op("Mul", dt, self._keep), b, c
 
     def _feed_forward(self, index: int, weights: "_Named", x: ir.Value) -> ir.Value:
+        """x [B, S, H] -> [B, S, H], dense or with as many experts as this layer has."""
+
         def mlp(prefix: str):
             return tuple(weights(f"{prefix}{part}_proj.weight") for part in ("gate", "up", "down"))
 
         count = jamba.num_experts(self._config, index)
         if count == 1:
             return blocks.swiglu(self._graph, x, *mlp("feed_forward."))
-        router = matrix(self._graph, weights("feed_forward.router.weight"))
-        experts = [mlp(f"feed_forward.experts.{e}.") for e in range(count)]
-        return moe(self._graph, x, router, experts, self._config.num_experts_per_tok, self._config.hidden_size)
+        router = matrix(self._graph, weights(jamba.ROUTER))
+        experts = [mlp(jamba.expert_prefix(e)) for e in range(count)]
+        rows = jamba.router_rows(self._config, index)
+        return moe(self._graph, x, router, rows, experts, self._config.num_experts_per_tok)
 
     def _head(self, hidden: ir.Value, table: Table) -> ir.Value:
         graph, weights = self._graph, self._model.unit("head").weights

@@ -10,22 +10,18 @@ from exporters.graph.builder import Graph
 Expert = tuple[Weight, Weight, Weight]  # gate, up, down
 
 
-def moe(graph: Graph, x: ir.Value, router: ir.Value, experts: list[Expert], top_k: int, hidden: int) -> ir.Value:
-    """Softmax over all experts, then top-k, weights not renormalised. x [B, S, H], router [H, E] -> [B, S, H].
+def moe(graph: Graph, x: ir.Value, router: ir.Value, router_rows: int, experts: list[Expert], top_k: int) -> ir.Value:
+    """Each token's top-k experts, weighted by their gates. x [B, S, H], router [H, R], E experts -> [B, S, H].
 
     The rows are sorted by expert and split: every expert runs on exactly the rows routed to it, most of them, in a
     decode step, on none, which costs nothing. Against an `If` per expert this is as fast and takes 0.8 of the memory
     (weights inside a branch are held twice); against running every expert, three times as fast at decode
     (benchmarks/RESULTS.md).
     """
+    hidden = experts[0][0].shape[1]
     rows = graph.reshape(x, -1, hidden)
-    gates, chosen = graph.op(
-        "TopK",
-        graph.op("Softmax", graph.op("MatMul", rows, router), axis=-1),
-        graph.constant([top_k]),
-        outputs=2,
-        axis=-1,
-    )
+    probabilities = _probabilities(graph, graph.op("MatMul", rows, router), router_rows, len(experts))
+    gates, chosen = graph.op("TopK", probabilities, graph.constant([top_k]), outputs=2, axis=-1)
     order, counts = _sorted_by_expert(graph, graph.reshape(chosen, -1), len(experts))
     token = graph.op("Div", order, graph.constant(top_k))
     parts = graph.op("Split", graph.op("Gather", rows, token, axis=0), counts, outputs=len(experts), axis=0)
@@ -35,6 +31,17 @@ def moe(graph: Graph, x: ir.Value, router: ir.Value, experts: list[Expert], top_
     by_choice = graph.reshape(graph.op("Gather", results, _inverse(graph, order), axis=0), -1, top_k, hidden)
     weighted = graph.op("MatMul", graph.op("Unsqueeze", gates, graph.constant([1])), by_choice)  # [tokens, 1, H]
     return graph.op("Reshape", weighted, graph.op("Shape", x))
+
+
+def _probabilities(graph: Graph, logits: ir.Value, router_rows: int, experts: int) -> ir.Value:
+    """Softmax over all rows of the router, not renormalised over fewer: logits [tokens, R] -> [tokens, E].
+
+    The experts' rows come first. Rows after them, of experts that were removed, count in the denominator only.
+    """
+    probabilities = graph.op("Softmax", logits, axis=-1)
+    if router_rows == experts:
+        return probabilities
+    return graph.op("Slice", probabilities, graph.constant([0]), graph.constant([experts]), graph.constant([1]))
 
 
 def _sorted_by_expert(graph: Graph, chosen: ir.Value, experts: int):

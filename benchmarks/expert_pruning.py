@@ -1,0 +1,180 @@
+"""Every way of pruning experts, at every count, on the reference model: `python benchmarks/expert_pruning.py RESULTS.jsonl`
+
+Each variant is a `prune_experts` block; its checkpoint is written by `apply`, from SAMPLES windows of the shipped prose
+drawn with each of three seeds, and judged by KL and perplexity over every position of the shipped held-out prompts (or of
+a text: `--text FILE`, which is how the defaults were chosen). Results are appended to the file as they come, and what is
+in it is not run again. `--only` picks sections by the beginning of their name; `--table` prints what the file holds.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from machine import describe_machine
+from quality import chunks, load_text
+
+from compress import pipeline, prompts, resources, source
+from compress.artifacts import CheckpointArtifact
+from compress.check import baseline, metrics
+from compress.check.runners import CheckpointCandidate
+from compress.check.settings import Check
+from compress.checkpoint.reader import Checkpoint
+from compress.prompts import PromptSet
+from compress.recipe import load_recipe
+from compress.source import resolve
+
+MODEL = resources.folder("models") / "tiny-jamba"
+COUNTS, SEEDS, SAMPLES = (7, 6, 5, 4), (0, 1, 2), 24
+DEFAULT = "default: reconstruction, rescale, least squares"
+PLAIN = {"router": "slice", "recovery": "none"}
+SECTIONS = {
+    "methods: plain slicing, no recovery": {
+        **{name: {"method": name, **PLAIN} for name in ("frequency", "mean_gate", "ean", "reap", "reconstruction", "merge")},
+        "merge by gate": {"method": "merge", "merge_weights": "mean_gate", **PLAIN},
+    },
+    "router: reconstruction, no recovery": {
+        "rescale": {"router": "rescale", "recovery": "none"},
+        "keep_rows": {"router": "keep_rows", "recovery": "none"},
+    },
+    "recovery: least squares": {
+        DEFAULT: {},
+        "slice, least squares": {"router": "slice"},
+        "keep_rows, least squares": {"router": "keep_rows"},
+        "frequency, rescale, least squares": {"method": "frequency"},
+        "reap, rescale, least squares": {"method": "reap"},
+        "merge, rescale, least squares": {"method": "merge"},
+    },
+    "damping: default with another": {f"damping {value:g}": {"damping": value} for value in (0.01, 0.1, 10.0)},
+}  # fmt: skip
+BUDGETS = {7: 0.125, 6: 0.25, 5: 0.375, 4: 0.5}  # as many experts removed as by the uniform count
+
+
+class Judge:
+    """The original's log-probabilities on a text, and what a checkpoint differs from them window by window."""
+
+    def __init__(self, text: str):
+        original = CheckpointArtifact(Checkpoint(MODEL))
+        if text == "heldout":
+            settings = Check(prompts=("heldout",), samples=48, length=512)
+            self._set = prompts.load_all(original, original.sha256(), settings, purpose="check", seed=0, folder=None)[0]
+        else:
+            self._set = PromptSet("text", chunks(source.load_tokenizer(MODEL), load_text(text))[:24])
+        self._baseline = baseline.compute(original.candidate(), original.sha256(), self._set)
+
+    def __call__(self, checkpoint: Path) -> dict[str, list[float]]:
+        """Sums over the positions of each window, and how many there are."""
+        windows = self._set.windows
+        found = {"kl": [0.0] * len(windows), "nll": [0.0] * len(windows), "positions": [0] * len(windows)}
+        model = Checkpoint(checkpoint).model
+        for window, start, logits in CheckpointCandidate(model).logits(windows, "prefill", lambda tokens: None):
+            first = max(0, 1 - start)  # position 0 is not scored
+            stop = start + len(logits)
+            log_p = self._baseline.log_probs(window, start + first, stop)
+            with torch.inference_mode():
+                scores = metrics.score(log_p, logits[first:], windows[window][start + first + 1 : stop + 1])
+            found["kl"][window] += float(scores.kl_divergence.sum())
+            found["nll"][window] += float((scores.nll_candidate - scores.nll_baseline).sum())
+            found["positions"][window] += len(scores.kl_divergence)
+        return found
+
+
+def run(block: dict, seed: int, folder: Path, samples: int) -> Path:
+    """The checkpoint of one variant."""
+    recipe = folder / "variant.yaml"
+    calibration = {"prompts": ["prose"], "samples": samples, "length": 512}
+    recipe.write_text(yaml.safe_dump({"version": 1, "calibration": calibration, "passes": [{"prune_experts": block}]}))
+    job = pipeline.Job(load_recipe(str(recipe)), resolve(str(MODEL)), folder / "out", seed=seed, overwrite=True)
+    pipeline.apply(job)
+    return folder / "out" / "checkpoint"
+
+
+def jobs(only: list[str]):
+    """(variant, count, seed, block) of everything that is asked for."""
+    sections = {**SECTIONS, "budget: shared among layers": {"budget": None}}
+    for section, variants in sections.items():
+        if only and not section.startswith(tuple(only)):
+            continue
+        for count in COUNTS:
+            for seed in SEEDS:
+                for name, block in variants.items():
+                    amount = {"budget": BUDGETS[count]} if block is None else {"keep": count, **block}
+                    yield name, count, seed, amount
+
+
+def read(path: Path) -> dict[tuple, dict]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return {(r["variant"], r["count"], r["seed"]): r for r in map(json.loads, lines)}
+
+
+def kl(result: dict) -> np.ndarray:
+    """Sums of KL by window over all positions: their total is the mean over positions."""
+    return np.array(result["kl"]) / sum(result["positions"])
+
+
+def table(results: dict[tuple, dict]) -> str:
+    """Mean over seeds with the lowest and highest seed, perplexity ratio, and the default's advantage with its interval."""
+    names = list(dict.fromkeys(name for name, _, _ in results))
+    lines = ["| variant | " + " | ".join(f"8 -> {c}: mean KL (seeds) / ppl ratio" for c in COUNTS) + " |"]
+    lines.append("|---" * (1 + len(COUNTS)) + "|")
+    for name in names:
+        cells = []
+        for count in COUNTS:
+            found = [results[name, count, seed] for seed in SEEDS if (name, count, seed) in results]
+            if not found:
+                cells.append("")
+                continue
+            means = [kl(result).sum() for result in found]
+            ratio = np.mean([np.exp(sum(r["nll"]) / sum(r["positions"])) for r in found])
+            cells.append(f"{np.mean(means):.5f} ({min(means):.5f}-{max(means):.5f}) / {ratio:.4f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_advantages(results)])
+
+
+def _advantages(results: dict[tuple, dict]) -> list[str]:
+    """How much less KL the default has than plain REAP and frequency: mean over seeds, 95 % bootstrap over windows."""
+    lines = ["| default's KL less than | " + " | ".join(f"8 -> {c}" for c in COUNTS) + " |"]
+    lines.append("|---" * (1 + len(COUNTS)) + "|")
+    for other in ("reap", "frequency"):
+        cells = []
+        for count in COUNTS:
+            pairs = [(results.get((other, count, s)), results.get((DEFAULT, count, s))) for s in SEEDS]
+            pairs = [(a, b) for a, b in pairs if a and b]
+            if not pairs:
+                cells.append("")
+                continue
+            windows = np.mean([kl(a) - kl(b) for a, b in pairs], axis=0)
+            picks = np.random.default_rng(0).integers(0, len(windows), (10_000, len(windows)))
+            low, high = np.percentile(windows[picks].sum(1), [2.5, 97.5])
+            cells.append(f"{windows.sum():.5f} ({low:.5f} to {high:.5f})")
+        lines.append(f"| plain {other} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--text", default="heldout", help="A text file, or heldout.")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="Windows of calibration, at most.")
+    parser.add_argument("--only", action="append", default=[], help="The beginning of a section's name.")
+    parser.add_argument("--table", action="store_true", help="Run nothing.")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        judge, known = Judge(arguments.text), read(arguments.results)
+        with tempfile.TemporaryDirectory() as temporary, open(arguments.results, "a") as file:
+            for name, count, seed, block in jobs(arguments.only):
+                if (name, count, seed) in known:
+                    continue
+                found = judge(run(block, seed, Path(temporary), arguments.samples))
+                file.write(json.dumps({"variant": name, "count": count, "seed": seed, **found}) + "\n")
+                file.flush()
+    print(table(read(arguments.results)))
+    print(json.dumps(describe_machine()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The `compress` section of config.json: what pruning left that the model's single `num_experts` cannot say.
+
+Stock runtimes do not read it. They stop at such a checkpoint, since the shapes are not those that `num_experts` implies.
+"""
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+SECTION = "compress"
+MAX_ROUTER_ROWS = 10_000  # as many as a model may have experts; keeps a corrupt config from promising a huge matrix
+
+
+class ExpertCounts(BaseModel):
+    """`num_experts_per_layer`: of every layer, 1 where its feed-forward is dense. `router_rows`: of every router, those of
+    removed experts included, which come after the rows of the experts that are there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_experts_per_layer: tuple[StrictInt, ...] | None = None
+    router_rows: StrictInt | None = Field(default=None, ge=1, le=MAX_ROUTER_ROWS)
+
+    def of_layer(self, index: int, num_experts: int) -> int:
+        """Experts of an MoE layer."""
+        return num_experts if self.num_experts_per_layer is None else self.num_experts_per_layer[index]
+
+    def refuse_unfit(self, moe: list[bool], num_experts: int, top_k: int) -> None:
+        """Raises ValueError for counts that are not those of a model with MoE feed-forwards where `moe` is true.
+
+        A layer keeps at least two experts, since one means a dense feed-forward, and at least the top-k.
+        """
+        counts = self.num_experts_per_layer
+        if counts is not None:
+            if len(counts) != len(moe):
+                raise ValueError(f"num_experts_per_layer lists {len(counts)} layers, the model has {len(moe)}")
+            for index, (count, is_moe) in enumerate(zip(counts, moe, strict=True)):
+                least, most = (max(2, top_k), num_experts) if is_moe else (1, 1)
+                if not least <= count <= most:
+                    expected = _range(least, most) + ("" if is_moe else " (its feed-forward is dense)")
+                    raise ValueError(f"num_experts_per_layer[{index}] is {count}, expected {expected}")
+        if self.router_rows is not None and not any(moe):
+            raise ValueError(f"router_rows is {self.router_rows}, but no layer has a router")
+        if self.router_rows is not None and self.router_rows < num_experts:
+            raise ValueError(f"router_rows is {self.router_rows}, fewer than the {num_experts} experts (num_experts)")
+
+
+def _range(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def pruned(values: dict, moe: dict[int, int], layers: int, router_rows: int | None) -> dict:
+    """config.json for a model whose MoE layers (by index) keep so many experts; `router_rows` where removed ones stay in
+    the denominator."""
+    counts = set(moe.values())
+    section = {} if router_rows is None else {"router_rows": router_rows}
+    if len(counts) > 1:
+        section = {"num_experts_per_layer": [moe.get(index, 1) for index in range(layers)]} | section
+    rest = {key: value for key, value in values.items() if key != SECTION}
+    return rest | {"num_experts": max(counts)} | ({SECTION: section} if section else {})

@@ -1,0 +1,1 @@
+"""`compress experts`: what a model's experts do, and what it would lose without some of them."""

@@ -1,0 +1,38 @@
+"""What table and page both say of a survey."""
+
+FEW = 256  # tokens of an expert below which figures about it are rough
+
+
+def most_similar(layer: dict) -> tuple[int, int, float]:
+    """The two experts whose outputs are most alike, and the cosine."""
+    matrix, experts = layer["similarity"], range(layer["experts"])
+    first, second = max(((a, b) for a in experts for b in experts if a < b), key=lambda pair: matrix[pair[0]][pair[1]])
+    return first, second, matrix[first][second]
+
+
+def likest(layer: dict, expert: int) -> tuple[int, float]:
+    """The other expert that is most like one, and the cosine."""
+    row = layer["similarity"][expert]
+    other = max((e for e in range(layer["experts"]) if e != expert), key=row.__getitem__)
+    return other, row[other]
+
+
+def by_load(layer: dict) -> list[int]:
+    """The experts of a layer, the least used first."""
+    return sorted(range(layer["experts"]), key=layer["tokens"].__getitem__)
+
+
+def percent(share: float) -> str:
+    """A share of all tokens; what is not zero never looks like it."""
+    if share == 0:
+        return "0 %"
+    return f"{100 * share:.1f} %" if share >= 0.0005 else "<0.1 %"
+
+
+def warnings(result: dict) -> list[str]:
+    """Sentences on what to be careful with."""
+    rough = sum(count < FEW for layer in result["layers"] for count in layer["tokens"])
+    if not rough:
+        return []
+    experts = "1 expert" if rough == 1 else f"{rough} experts"
+    return [f"{experts} saw fewer than {FEW} tokens: figures about {'it' if rough == 1 else 'them'} are rough"]

@@ -1,0 +1,188 @@
+"""`prune_experts`: removes, or merges, the experts of MoE layers that the model can best spare.
+
+docs/expert-pruning.md argues the defaults with figures.
+"""
+
+import math
+from dataclasses import replace
+from decimal import Decimal
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from compress import expert_counts
+from compress.errors import InputError, WorkError
+from compress.roles import Role
+from compress.strict_model import Number, Strict, WholeNumber
+
+AMOUNTS = ("keep", "fraction", "budget")
+SCRATCH_STATES = 3  # what the experts gave, what they give, and what they would give with one more correction
+
+
+class Options(Strict):
+    method: Literal["frequency", "mean_gate", "ean", "reap", "reconstruction", "merge"] = "reconstruction"
+    keep: WholeNumber | None = Field(default=None, ge=1)  # experts of every MoE layer
+    fraction: Number | None = Field(default=None, gt=0, lt=1)  # of every MoE layer's experts, removed
+    budget: Number | None = Field(default=None, gt=0, lt=1)  # of all experts, removed where it costs least
+    router: Literal["slice", "rescale", "keep_rows"] = "rescale"
+    recovery: Literal["none", "least_squares"] = "least_squares"
+    damping: Number = Field(default=1.0, gt=0, le=1000)  # of least squares, of the mean of the moments' diagonal
+    merge_weights: Literal["frequency", "mean_gate"] = "frequency"
+
+    @model_validator(mode="after")
+    def _one_amount(self):
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            more = f", not {' and '.join(given)}; null switches one off" if given else ""
+            raise ValueError(f"expected exactly one of {', '.join(AMOUNTS)}{more}")
+        return self
+
+
+def requires(options: Options, model) -> None:
+    """Refuses amounts this model cannot spare, and models that have no experts or whose experts are quantized."""
+    counts = _experts(model)
+    if not counts:
+        raise InputError("prune_experts: the model has no experts, its feed-forwards are dense")
+    if model.config.compress != expert_counts.ExpertCounts():
+        raise InputError(
+            "prune_experts: the model was pruned before, to layers that differ or keep router rows; start from the original"
+        )
+    formats = {weight.format for weight in model.weights if weight.role == Role.EXPERTS}
+    if any(weight.is_quantized for weight in model.weights if weight.role == Role.EXPERTS):
+        raise InputError("prune_experts must come before quantize: corrections are made to experts as they came")
+    if len(formats) > 1:
+        raise InputError(f"prune_experts: the experts are stored in several types: {', '.join(sorted(formats))}")
+    _refuse_amount(options, model.config, len(counts))
+
+
+def _refuse_amount(options: Options, config, layers: int) -> None:
+    experts, top_k = config.num_experts, config.num_experts_per_tok
+    least = max(2, top_k)  # one expert is a dense feed-forward to every runtime
+    if options.keep is not None and options.keep > experts:
+        raise InputError(f"prune_experts.keep is {options.keep}, but a layer of the model has {experts} experts")
+    if _removed(options, experts, layers) == 0:
+        given = next(name for name in AMOUNTS if getattr(options, name) is not None)
+        of = experts * layers if given == "budget" else experts
+        raise InputError(f"prune_experts.{given} {getattr(options, given)} removes none of {of} experts")
+    fewest = experts - -(-_removed(options, experts, layers) // layers)
+    if fewest < least:
+        raise InputError(
+            f"prune_experts would keep {fewest} of {experts} experts in a layer, "
+            f"but every token goes to {top_k}: {least} must stay"
+        )
+
+
+def _removed(options: Options, experts: int, layers: int) -> int:
+    """Experts removed in all."""
+    if options.keep is not None:
+        return (experts - options.keep) * layers
+    if options.fraction is not None:
+        return _floor(options.fraction, experts) * layers
+    return _floor(options.budget, experts * layers)
+
+
+def _floor(share: float, count: int) -> int:
+    """floor(share x count) of the number as it was written: 0.29 x 100 is 29."""
+    return math.floor(Decimal(str(share)) * count)
+
+
+def _experts(model) -> dict[int, int]:
+    """Experts of every MoE layer."""
+    counts = {i: model.architecture.num_experts(model.config, i) for i in range(model.config.num_hidden_layers)}
+    return {index: count for index, count in counts.items() if count > 1}
+
+
+def _kept(options: Options, model, found: dict | None) -> dict[int, int]:
+    """How many experts every MoE layer keeps. Before a survey has shared a budget, as evenly as it goes: the size is the
+    same."""
+    if found is not None:
+        return {int(layer): count for layer, count in found["kept"].items()}
+    counts = _experts(model)
+    removed = _removed(options, model.config.num_experts, len(counts))
+    each, more = divmod(removed, len(counts))
+    return {layer: count - each - (place < more) for place, (layer, count) in enumerate(counts.items())}
+
+
+def restructure(options: Options, model, found: dict | None):
+    """The model with fewer experts; which of them stay is not known before calibration."""
+    rows = model.config.num_experts if options.router == "keep_rows" else None
+    kept = _kept(options, model, found)
+    values = expert_counts.pruned(model.config_json, kept, model.config.num_hidden_layers, rows)
+    config = model.architecture.parse_config(values, "config.json after prune_experts")
+    sources = {unit.name: unit for unit in model.units}
+    units = tuple(_planned_unit(sources[unit.name], unit) for unit in model.architecture.layout(config))
+    return replace(model, config=config, units=units, config_json=values)
+
+
+def _planned_unit(source, planned):
+    """Experts and router that do not load; everything else as it is."""
+
+    def load(rows=None):
+        raise WorkError(f"{planned.name}: which experts stay is decided by calibration")
+
+    def weight(spec):
+        came = source.weights[spec.name]
+        changes = spec.role in (Role.EXPERTS, Role.ROUTER)
+        return replace(came, shape=spec.shape, load=load) if changes else came
+
+    return replace(source, weights={spec.name: weight(spec) for spec in planned.specs})
+
+
+def needs_calibration(options: Options) -> bool:
+    return True
+
+
+def needs_survey(options: Options) -> bool:
+    return options.budget is not None
+
+
+def survey(options: Options, layers, context) -> dict:
+    """How many experts every MoE layer keeps under the budget, and the losses that say so."""
+    from compress.pruning import allocation
+    from compress.pruning.reconstruction import Reconstruction
+    from compress.pruning.statistics import collect
+
+    curves, experts = {}, 0
+    for unit, inputs in layers:
+        count = inputs.architecture.num_experts(inputs.config, inputs.index)
+        if count > 1:
+            least, experts = max(2, inputs.config.num_experts_per_tok), count
+            curve = Reconstruction(collect(unit, inputs), options.router).curve(least)
+            curves[inputs.index] = {kept: loss for kept, (_, loss) in curve.items()}
+    kept = allocation.allocate(curves, experts, _removed(options, experts, len(curves)))
+    return {"kept": {str(layer): count for layer, count in kept.items()}}
+
+
+def apply(options: Options, unit, context):
+    """Units without experts stay as they are."""
+    return unit
+
+
+def calibrate(options: Options, unit, inputs, context):
+    """The unit with the experts that stay, corrected, and what the report says of it."""
+    from compress.pruning import layer
+
+    if not any(weight.role == Role.EXPERTS for weight in unit.weights.values()):
+        return unit, {}
+    experts = inputs.architecture.num_experts(inputs.config, inputs.index)
+    removed = _removed(options, experts, 1)
+    count = context.found["kept"][str(inputs.index)] if context.found else experts - removed
+    return layer.prune(options, unit, inputs, count)
+
+
+def details(options: Options, units, notes: list[dict]) -> dict:
+    """What the report says: layer by layer which experts stay, what every expert saw, and what the layer lost."""
+    layers = [entry for note in notes for entry in note.get("layers", [])]
+    return {
+        "method": options.method,
+        "router": options.router,
+        "recovery": options.recovery,
+        "experts_before": sum(entry["experts"] for entry in layers),
+        "experts_after": sum(len(entry["kept"]) for entry in layers),
+        "layers": layers,
+        "experts": [
+            {"layer": entry["layer"], "expert": expert, "tokens": tokens}
+            for entry in layers
+            for expert, tokens in enumerate(entry["tokens"])
+        ],
+    }

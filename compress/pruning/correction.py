@@ -1,0 +1,152 @@
+"""Corrections of a pruned layer in closed form, folded into its experts' down_proj: any runtime then runs them.
+
+`rescale` takes one factor per layer: without the removed experts' logits the softmax gives the others more than they had.
+`least_squares` goes through the experts one by one. With z [n, F] what an expert's down_proj multiplies, times the gate,
+and r [n, H] what the layer still lacks on the tokens routed to it, the correction D [H, F] of down_proj is the ridge
+solution of  min |r - z D'|^2 + lambda |D|^2,  each token weighted by 1 / |h|^2. It stays only where it lowers the layer's
+loss on the tokens that were withheld from the fit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from compress import layers
+from compress.calibration.inputs import LayerInputs
+from compress.inference import HiddenStates
+from compress.model import PLAIN_DTYPES, Unit, Weight
+from compress.pruning.removal import expert_stem
+from compress.pruning.statistics import TARGET, Statistics
+
+DOWN = "down_proj.weight"
+
+
+@dataclass
+class Correction:
+    """A pruned unit on its way: `gates` [T, k] are those of its experts, `stash` writes new weights."""
+
+    unit: Unit
+    inputs: LayerInputs
+    statistics: Statistics
+    gates: torch.Tensor
+    stash: object
+
+    def __post_init__(self):
+        self._target, self._given = self.inputs.scratch(TARGET), self.inputs.scratch("given")
+        self._candidate = self.inputs.scratch("candidate")
+        self.replay()
+
+    def replay(self) -> None:
+        """Runs the unit as it stands: what its experts give, on disk."""
+        weights, architecture = self.inputs.weights(self.unit), self.inputs.architecture
+        for span, (number, hidden, x) in zip(self._spans(), self.inputs.feed_forward_blocks(self.unit), strict=True):
+            expert = lambda e, rows: architecture.expert(weights, e, rows)  # noqa: E731
+            given = layers.moe(x.flatten(0, 1), self.gates[span], expert)
+            self._given.write(number, given.view_as(hidden))
+
+    def loss(self) -> float:
+        """Mean over the withheld tokens of |y - y'|^2 / |h|^2."""
+        return self._loss(self._given)
+
+    def rescale(self) -> float:
+        """One factor for all experts, by least squares over the tokens that are not withheld."""
+        both = own = 0.0
+        for span, target, given in self._blocks(self._given):
+            weight = self._fit_weights(span)
+            both += float(((target * given).sum(1) * weight).sum())
+            own += float((given.square().sum(1) * weight).sum())
+        factor = both / own if own > 0 and both > 0 else 1.0
+        for expert in range(self.gates.shape[1]):
+            self.unit = self.unit.replaced(_scaled(self.unit.weights[self._down(expert)], factor))
+        for number in range(len(self._given)):
+            self._given.write(number, self._given.read(number) * factor)
+        return factor
+
+    def recover(self, damping: float) -> list[int]:
+        """Least squares, expert by expert; returns those whose correction was kept."""
+        return [expert for expert in range(self.gates.shape[1]) if self._recover(expert, damping)]
+
+    def _recover(self, expert: int, damping: float) -> bool:
+        before, change = self._loss(self._given), self._solve(expert, damping)
+        if change is None:
+            return False
+        for span, x, number in self._rows(self._given):
+            routed, z = self._multiplied(expert, span, x)
+            given = self._given.read(number).to(x.device).flatten(0, 1)
+            given[routed] += z @ change.T
+            self._candidate.write(number, given.view(*self._given.shapes[number]))
+        if self._loss(self._candidate) >= before:
+            return False
+        self._given, self._candidate = self._candidate, self._given
+        self._replace(expert, change)
+        return True
+
+    def _solve(self, expert: int, damping: float) -> torch.Tensor | None:
+        """The correction [H, F] of an expert's down_proj; None where no token that is not withheld is routed to it."""
+        width, hidden = self.unit.weights[self._down(expert)].shape[1], self.inputs.config.hidden_size
+        moments = torch.zeros(width, width, device=self.inputs.device)
+        cross = torch.zeros(width, hidden, device=self.inputs.device)
+        for span, x, number in self._rows(self._given):
+            routed, z = self._multiplied(expert, span, x)
+            lacking = (self._target.read(number) - self._given.read(number)).to(x.device).flatten(0, 1)[routed]
+            weight = self._fit_weights(span)[routed].sqrt()[:, None]
+            z = z * weight
+            moments.addmm_(z.T, z)
+            cross.addmm_(z.T, lacking * weight)
+        ridge = damping * float(moments.diagonal().mean())
+        if ridge <= 0:
+            return None
+        moments.diagonal().add_(ridge)
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(moments)).T
+
+    def _replace(self, expert: int, change: torch.Tensor) -> None:
+        weight = self.unit.weights[self._down(expert)]
+        dtype, dense = PLAIN_DTYPES[weight.format], (weight.dense() + change.cpu())
+        new = weight.with_load(weight.format, lambda rows=None: dense[rows or slice(None)].to(dtype))
+        self.stash.write(new)
+        self.unit = self.unit.replaced(self.stash.written(new))
+
+    def _multiplied(self, expert: int, span: slice, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the rows are routed to the expert, and what its down_proj multiplies there times their gates."""
+        gates = self.gates[span, expert]
+        routed = gates.nonzero()[:, 0]
+        z = self.inputs.architecture.expert_hidden(self._weights, expert, x[routed])
+        return routed, z * gates[routed, None]
+
+    def _fit_weights(self, span: slice) -> torch.Tensor:
+        """Of the tokens of a block: their importance, zero where they are withheld."""
+        return self.statistics.importance[span] * ~self.statistics.withheld[span]
+
+    def _loss(self, given: HiddenStates) -> float:
+        total = 0.0
+        for span, target, values in self._blocks(given):
+            weight = self.statistics.importance[span] * self.statistics.withheld[span]
+            total += float(((target - values).square().sum(1) * weight).sum())
+        return total / int(self.statistics.withheld.sum())
+
+    def _rows(self, states: HiddenStates) -> Iterator[tuple[slice, torch.Tensor, int]]:
+        """Blocks of what the experts see, flat."""
+        self._weights = self.inputs.weights(self.unit)
+        for span, (number, _, x) in zip(self._spans(), self.inputs.feed_forward_blocks(self.unit), strict=True):
+            yield span, x.flatten(0, 1), number
+
+    def _blocks(self, given: HiddenStates) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        for number, span in enumerate(self._spans()):
+            yield span, *(states.read(number).to(self.inputs.device).flatten(0, 1) for states in (self._target, given))
+
+    def _spans(self) -> Iterator[slice]:
+        """The place of every block among all tokens."""
+        first = 0
+        for windows, length, _ in self._target.shapes:
+            yield slice(first, first + windows * length)
+            first += windows * length
+
+    def _down(self, expert: int) -> str:
+        return expert_stem(self.inputs, expert) + DOWN
+
+
+def _scaled(weight: Weight, factor: float) -> Weight:
+    """A matrix times a factor, in its own number format."""
+    dtype = PLAIN_DTYPES[weight.format]
+    return weight.with_load(weight.format, lambda rows=None: (weight.dense(rows) * factor).to(dtype))
