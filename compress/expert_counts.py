@@ -5,6 +5,8 @@ Stock runtimes do not read it. They stop at such a checkpoint, since the shapes 
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from compress.errors import InputError
+
 SECTION = "compress"
 MAX_ROUTER_ROWS = 10_000  # as many as a model may have experts; keeps a corrupt config from promising a huge matrix
 
@@ -55,3 +57,26 @@ def pruned(values: dict, moe: dict[int, int], layers: int, router_rows: int | No
         section = {"num_experts_per_layer": [moe.get(index, 1) for index in range(layers)]} | section
     rest = {key: value for key, value in values.items() if key != SECTION}
     return rest | {"num_experts": max(counts)} | ({SECTION: section} if section else {})
+
+
+def fewest(top_k: int) -> int:
+    """Experts that must stay in a layer: those a token goes to, and two, since one is a dense feed-forward to runtimes."""
+    return max(2, top_k)
+
+
+def of_model(model) -> dict[int, int]:
+    """Experts of every MoE layer of an opened model, by the layer's index."""
+    counts = {i: model.architecture.num_experts(model.config, i) for i in range(model.config.num_hidden_layers)}
+    return {index: count for index, count in counts.items() if count > 1}
+
+
+def refuse_unprunable(model, what: str) -> dict[int, int]:
+    """`of_model`, of one that has experts and was not pruned to what only we can run. `what` begins the sentence."""
+    counts = of_model(model)
+    if not counts:
+        raise InputError(f"{what}: the model has no experts, its feed-forwards are dense")
+    if model.config.compress != ExpertCounts():
+        raise InputError(
+            f"{what}: the model was pruned before, to layers that differ or keep router rows; start from the original"
+        )
+    return counts

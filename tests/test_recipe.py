@@ -1,11 +1,15 @@
 """Recipes: what loads, what is refused and how the refusal reads, and what `--set` changes."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import refusals
+from jamba_models import AWKWARD
+from safetensors.torch import load_file, save_file
 
 from compress import pipeline, resources
 from compress.errors import InputError
@@ -440,3 +444,100 @@ def test_a_misspelt_calibration_prompt_is_answered_with_what_calibration_takes(t
     job = pipeline.Job(load_recipe(str(recipe)), resolve(str(tiny)), tmp_path / "out")
     message = refusals.refusal(lambda: pipeline.prepare(job))
     assert "prose" in message and "heldout" not in message
+
+
+# ---- prune_experts: what is refused before a weight is read
+
+
+def config_of(folder: Path, **changes) -> Path:
+    """A folder that holds the configuration of a model with eight experts in layers 1 and 4, and no weights."""
+    config = {**AWKWARD, "model_type": "jamba", "num_experts": 8, "dtype": "bfloat16", **changes}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def refused_by_the_command(compress_cli, tmp_path: Path, passes: str, **changes) -> str:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"version: 1\ncalibration: {{prompts: [self]}}\npasses:\n{passes}")
+    model = config_of(tmp_path / "model", **changes)
+    result = compress_cli("apply", recipe, "-m", model, "-o", tmp_path / "out", "--dry-run")
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    assert len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize("amount", ["keep: 7", "keep: 2", "fraction: 0.125", "fraction: 0.75", "budget: 0.0625",
+                                    "budget: 0.75", "budget: 0.7, keep: null"])  # fmt: skip
+def test_an_amount_that_a_model_can_spare_is_planned(compress_cli, tmp_path, amount):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"version: 1\ncalibration: {{prompts: [self]}}\npasses:\n  - prune_experts: {{{amount}}}\n")
+    model = config_of(tmp_path / "model")
+    result = compress_cli("apply", recipe, "-m", model, "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+
+
+AMOUNTS = {
+    "more than there are": ("keep: 9", {}, ["keep is 9", "8 experts"]),
+    "all that there are": ("keep: 8", {}, ["keep 8", "removes none of 8"]),
+    "fewer than a token goes to": ("keep: 1", {}, ["keep 1 of 8", "2 must stay"]),
+    "a single one": ("keep: 1", {"num_experts_per_tok": 1}, ["keep 1 of 8", "2 must stay"]),
+    "fewer than three a token": ("keep: 2", {"num_experts_per_tok": 3}, ["keep 2 of 8", "3 must stay"]),
+    "none to keep": ("keep: 0", {}, ["keep"]),
+    "a number that is not whole": ("keep: 2.5", {}, ["keep"]),
+    "yes": ("keep: yes", {}, ["keep"]),
+    "no share": ("fraction: 0", {}, ["fraction"]),
+    "everything": ("fraction: 1", {}, ["fraction"]),
+    "more than everything": ("fraction: 1.5", {}, ["fraction"]),
+    "less than nothing": ("fraction: -0.1", {}, ["fraction"]),
+    "a share that is no number": ("fraction: .nan", {}, ["fraction"]),
+    "a share of less than one expert": ("fraction: 0.12", {}, ["fraction 0.12", "none of 8"]),
+    "a share that leaves too few": ("fraction: 0.8", {}, ["keep 2 of 8", "3 must stay"]),
+    "a budget of everything": ("budget: 1", {}, ["budget"]),
+    "a budget of nothing": ("budget: 0", {}, ["budget"]),
+    "a budget of less than one expert": ("budget: 0.06", {}, ["budget 0.06", "none of 16"]),
+    "a budget that leaves too few": ("budget: 0.82", {}, ["keep 1 of 8", "2 must stay"]),
+    "two amounts": ("keep: 6, budget: 0.2", {}, ["exactly one", "keep and budget"]),
+    "three amounts": ("keep: 6, fraction: 0.2, budget: 0.2", {}, ["exactly one"]),
+    "no amount": ("method: reap", {}, ["exactly one of keep, fraction, budget"]),
+    "an unknown method": ("keep: 6, method: reep", {}, ["'reep'", "reap"]),
+    "an unknown router": ("keep: 6, router: keep_row", {}, ["'keep_row'", "keep_rows"]),
+    "an unknown key": ("keep: 6, recovry: none", {}, ["recovry", "recovery"]),
+    "no damping": ("keep: 6, damping: 0", {}, ["damping"]),
+    "a dense model": ("keep: 2", {"num_experts": 1}, ["no experts"]),
+    "a model whose layers differ": (
+        "keep: 2", {"compress": {"num_experts_per_layer": [1, 8, 1, 1, 5, 1]}}, ["pruned before"]),
+    "a model whose routers kept rows": ("keep: 2", {"compress": {"router_rows": 11}}, ["pruned before"]),
+}  # fmt: skip
+AMOUNTS["a share that leaves too few"][1]["num_experts_per_tok"] = 3
+
+
+@pytest.mark.parametrize(("block", "model", "words"), AMOUNTS.values(), ids=list(AMOUNTS))
+def test_an_amount_that_makes_no_sense_is_refused_without_weights(compress_cli, tmp_path, block, model, words):
+    message = refused_by_the_command(compress_cli, tmp_path, f"  - prune_experts: {{{block}}}\n", **model)
+    assert all(word in message for word in words), message
+
+
+def test_experts_that_an_earlier_pass_quantizes_are_not_pruned(compress_cli, tmp_path):
+    passes = "  - quantize: {weights: int8}\n  - prune_experts: {keep: 6}\n"
+    assert "prune_experts must come before quantize" in refused_by_the_command(compress_cli, tmp_path, passes)
+
+
+def test_experts_of_a_model_that_is_quantized_already_are_not_pruned(tmp_path, applied):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\npasses:\n  - prune_experts: {keep: 6}\n")
+    job = pipeline.Job(load_recipe(str(recipe)), resolve(str(applied / "checkpoint")), tmp_path / "out")
+    assert "quantized" in refusals.refusal(lambda: pipeline.prepare(job))
+
+
+def test_experts_of_several_types_are_not_pruned(tmp_path, small):
+    model = tmp_path / "model"
+    shutil.copytree(small, model)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.4.feed_forward.experts.1.up_proj.weight"
+    save_file(tensors | {name: tensors[name].float()}, model / "model.safetensors", metadata={"format": "pt"})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\ncalibration: {prompts: [self]}\npasses:\n  - prune_experts: {keep: 2}\n")
+    job = pipeline.Job(load_recipe(str(recipe)), resolve(str(model)), tmp_path / "out")
+    message = refusals.refusal(lambda: pipeline.prepare(job))
+    assert "bf16, fp32" in message

@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 from interruptions import stop_after
 from jamba_models import make_jamba
+from pruning_oracle import apply as run_pruning
+from pruning_oracle import make_source
 
 import cli
-from compress import sweep
+from compress import surveys, sweep
+from compress.calibration.inputs import LayerInputs
 from compress.check import run as check_run
+from compress.checkpoint.writer import ShardWriter
+from compress.errors import InputError
+from compress.passes import prune_experts
+from compress.pruning import layer as pruning_layer
 from exporters.graph.builder import WeightFile
 
 LAYERS, SHARDS = 6, 8  # of the small model: one shard for the embedding, one a layer, one for the head
@@ -240,3 +247,84 @@ def test_a_killed_process_leaves_nothing_that_looks_complete_and_can_be_resumed(
     assert layers_reused(out) > 0
     assert digests(out) == uninterrupted
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+
+
+PRUNINGS = {
+    "uniform": ({"keep": 3},),
+    "a budget": ({"budget": 0.39},),
+    "a budget, then gptq": ({"budget": 0.39}, {"quantize": {"method": "gptq", "weights": "int8"}}),
+}
+WALKED = 6  # layers that a survey leaves
+
+
+@pytest.fixture(scope="module")
+def with_experts(tmp_path_factory) -> Path:
+    """MoE layers 1 and 4 of six."""
+    return make_source(tmp_path_factory.mktemp("with-experts"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_prunings(with_experts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prunings")
+    return {name: run_pruning(with_experts, folder / name, *passes) for name, passes in PRUNINGS.items()}
+
+
+def interrupt_pruning(model: Path, folder: Path, name: str, owner, attribute: str, calls: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, owner, attribute, calls)
+        with pytest.raises(KeyboardInterrupt):
+            run_pruning(model, folder, *PRUNINGS[name])
+    assert not (folder / "out").exists() and (folder / "out.partial").is_dir()
+
+
+@pytest.mark.parametrize("name", PRUNINGS)
+@pytest.mark.parametrize(
+    ("owner", "attribute", "calls", "reused"),
+    [
+        (ShardWriter, "publish", 4, 3),  # between two layers that are pruned
+        (pruning_layer, "collect", 1, 4),  # as layer 4 is begun
+        (pruning_layer.Correction, "recover", 1, None),  # in the middle of the first layer that loses some
+    ],
+    ids=["between", "begun", "middle"],
+)
+def test_a_pruning_that_was_interrupted_resumes_to_the_same_bytes(
+    with_experts, uninterrupted_prunings, tmp_path, monkeypatch, name, owner, attribute, calls, reused
+):
+    if attribute == "recover":
+        calls = 0
+    interrupt_pruning(with_experts, tmp_path, name, owner, attribute, calls)
+    surveyed = []
+    monkeypatch.setattr(prune_experts, "survey", lambda *arguments: surveyed.append(arguments))
+    resumed, expected = run_pruning(with_experts, tmp_path, *PRUNINGS[name], resume=True), uninterrupted_prunings[name]
+    assert not surveyed, "what the survey found is kept"
+    assert resumed.digests == expected.digests
+    assert reused in (None, resumed.details["layers_reused"])
+    for found, whole in zip(resumed.report["passes"], expected.report["passes"], strict=True):
+        assert found["details"] | {"layers_reused": 0} == whole["details"]
+    assert not list(resumed.out.rglob("*.f32"))
+
+
+@pytest.mark.parametrize("calls", [1, 4])
+def test_an_interrupted_survey_is_made_anew(with_experts, uninterrupted_prunings, tmp_path, monkeypatch, calls):
+    interrupt_pruning(with_experts, tmp_path, "a budget", LayerInputs, "leave", calls)
+    walked = []
+    real = surveys.walk
+    monkeypatch.setattr(surveys, "walk", lambda *arguments: walked.append(arguments) or real(*arguments))
+    resumed = run_pruning(with_experts, tmp_path, *PRUNINGS["a budget"], resume=True)
+    assert len(walked) == 1
+    assert resumed.digests == uninterrupted_prunings["a budget"].digests
+    assert resumed.details["layers_reused"] == 0
+
+
+def test_a_complete_survey_is_not_made_again(with_experts, uninterrupted_prunings, tmp_path, monkeypatch):
+    interrupt_pruning(with_experts, tmp_path, "a budget", LayerInputs, "leave", WALKED + 2)
+    monkeypatch.setattr(surveys, "walk", None)
+    resumed = run_pruning(with_experts, tmp_path, *PRUNINGS["a budget"], resume=True)
+    assert resumed.digests == uninterrupted_prunings["a budget"].digests
+    assert resumed.details["layers_reused"] == 2
+
+
+def test_a_pruning_with_another_amount_is_not_resumed(with_experts, tmp_path):
+    interrupt_pruning(with_experts, tmp_path, "uniform", ShardWriter, "publish", 3)
+    with pytest.raises(InputError, match="recipe changed"):
+        run_pruning(with_experts, tmp_path, {"keep": 4}, resume=True)

@@ -2,9 +2,9 @@
 
 import math
 
+from compress import expert_counts
 from compress.calibration.inputs import LayerInputs
-from compress.errors import InputError
-from compress.model import Unit, is_finite
+from compress.model import Unit
 from compress.pruning import scores
 from compress.pruning.reconstruction import Kept, Reconstruction
 from compress.pruning.statistics import Statistics, collect
@@ -16,8 +16,6 @@ DEFAULT_ROUTER = "rescale"  # the one it takes unasked: sets of experts are chos
 def survey(unit: Unit, inputs: LayerInputs) -> dict:
     """The entry of one MoE layer."""
     statistics = collect(unit, inputs)
-    if not all(map(is_finite, (statistics.logits, statistics.importance, statistics.gram))):
-        raise InputError(f"layer {inputs.index}: the model computes NaN or infinite values on these prompts")
     tokens = statistics.tokens
     return {
         "layer": inputs.index,
@@ -34,7 +32,7 @@ def survey(unit: Unit, inputs: LayerInputs) -> dict:
 
 def _predicted(statistics: Statistics) -> list[dict]:
     """For every number of experts that can stay: which ones, and what the layer loses with each way to treat the router."""
-    least = max(2, statistics.top_k)  # as for `prune_experts`
+    least = expert_counts.fewest(statistics.top_k)
     curve = Reconstruction(statistics, DEFAULT_ROUTER).curve(least)
     sets = {count: kept for count, (kept, _) in curve.items()}
     losses = {router: _losses(statistics, router, sets) for router in ROUTERS}

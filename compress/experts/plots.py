@@ -9,7 +9,11 @@ from compress.experts import facts
 from compress.experts.layer import DEFAULT_ROUTER
 
 CELL_WIDTH, CELL_HEIGHT = 0.52, 0.32  # inches
-SQUARE, SMALL_SQUARE, LABELLED = 0.34, 0.12, 16  # of a similarity matrix; with figures in it up to so many experts
+SQUARE, LABELLED = (
+    0.34,
+    8,
+)  # inches a cell of a similarity matrix takes, where there are so few experts that figures fit
+SIDE = 2.8  # inches of a whole matrix otherwise
 PAGE_WIDTH = 11  # inches that small multiples share
 FLOOR = 1e-9  # a loss that a logarithmic scale can still show
 MARKERS = "osD^vP*X<>hp"
@@ -21,23 +25,18 @@ def load(layers: list[dict]) -> str:
     from matplotlib import rc_context  # heavy, and only pages need it
     from matplotlib.figure import Figure
 
-    rows, columns = len(layers), max(layer["experts"] for layer in layers)
-    inner = CELL_WIDTH * columns, CELL_HEIGHT * rows
-    width, height = inner[0] + 1.2, inner[1] + 1.5
     values = np.array([layer["share"] for layer in layers])
+    inner = CELL_WIDTH * values.shape[1], CELL_HEIGHT * len(layers)
     with rc_context(drawing.STYLE):
-        figure = Figure(figsize=(width, height))
-        axes = figure.add_axes((0.9 / width, 0.95 / height, inner[0] / width, inner[1] / height))
+        figure = Figure(figsize=(inner[0] + 1.2, inner[1] + 1.5))
+        axes = _axes(figure, 0.9, 0.95, *inner)
         image = _cells(axes, values, _percent, "Blues", (0, values.max()))
-        axes.set_yticks(range(rows), [f"layer {layer['layer']}" for layer in layers])
-        axes.set_xticks(range(columns))
+        axes.set_yticks(range(len(layers)), [f"layer {layer['layer']}" for layer in layers])
+        axes.set_xticks(range(values.shape[1]))
         axes.set_xlabel("expert")
         axes.xaxis.set_label_position("top")
-        bar = figure.add_axes((0.9 / width, 0.5 / height, min(4.0, inner[0]) / width, 0.15 / height))
-        label = "% of all tokens"
-        figure.colorbar(
-            image, cax=bar, orientation="horizontal", label=label, format=lambda value, _: f"{100 * value:g}"
-        )
+        bar = _axes(figure, 0.9, 0.5, min(4.0, inner[0]), 0.15)
+        _legend(figure, image, bar, "% of all tokens", format=lambda value, _: f"{100 * value:g}")
         return drawing.svg(figure, "load-")
 
 
@@ -55,7 +54,7 @@ def losses(layers: list[dict], total: list[dict]) -> str:
         axes = figure.add_subplot()
         for layer, marker, line in zip(layers, cycle(MARKERS), cycle(LINES), strict=False):
             _curve(axes, layer["predicted"], label=f"layer {layer['layer']}", marker=marker, linestyle=line)
-        _curve(axes, total, label="total", marker="s", color="black", linewidth=2.5)
+        _curve(axes, total, label="total", marker="*", markersize=10, color="black", linewidth=2.5)
         axes.set_yscale("log")
         axes.set_xticks([entry["kept"] for entry in total])
         axes.set_xlabel("experts kept in each layer")
@@ -67,7 +66,7 @@ def losses(layers: list[dict], total: list[dict]) -> str:
 
 def _curve(axes, entries: list[dict], **style) -> None:
     losses = [max(FLOOR, entry["loss"][DEFAULT_ROUTER]) for entry in entries]
-    axes.plot([entry["kept"] for entry in entries], losses, markersize=5, **style)
+    axes.plot([entry["kept"] for entry in entries], losses, **{"markersize": 5, **style})
 
 
 def similarity(layers: list[dict]) -> str:
@@ -75,38 +74,46 @@ def similarity(layers: list[dict]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    experts = max(layer["experts"] for layer in layers)
-    side = experts * (SQUARE if experts <= LABELLED else SMALL_SQUARE)
-    across = min(len(layers), max(1, int(PAGE_WIDTH // (side + 0.4))))
+    experts = layers[0]["experts"]
+    side = SQUARE * experts if experts <= LABELLED else SIDE
+    across = min(len(layers), int(PAGE_WIDTH // (side + 0.4)))
     down = -(-len(layers) // across)
-    width, height = max(4.0, across * (side + 0.4) + 0.2), down * (side + 0.6) + 0.7
+    height = down * (side + 0.6) + 0.7
     with rc_context(drawing.STYLE):
-        figure = Figure(figsize=(width, height))
+        figure = Figure(figsize=(max(4.0, across * (side + 0.4) + 0.2), height))
         for place, layer in enumerate(layers):
             row, column = divmod(place, across)
-            left, bottom = 0.3 + column * (side + 0.4), height - (row + 1) * (side + 0.6) + 0.1
-            axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-            image = _matrix(axes, layer)
-        bar = figure.add_axes((0.3 / width, 0.42 / height, 3.0 / width, 0.12 / height))
-        label = "cosine of the experts' outputs"
-        figure.colorbar(image, cax=bar, orientation="horizontal", label=label, ticks=(-1, -0.5, 0, 0.5, 1))
+            axes = _axes(figure, 0.3 + column * (side + 0.4), height - (row + 1) * (side + 0.6) + 0.1, side, side)
+            image = _matrix(axes, layer, side)
+        bar = _axes(figure, 0.3, 0.42, 3.0, 0.12)
+        _legend(figure, image, bar, "cosine of the experts' outputs", ticks=(-1, -0.5, 0, 0.5, 1))
         return drawing.svg(figure, "similarity-")
 
 
-def _matrix(axes, layer: dict):
+def _matrix(axes, layer: dict, side: float):
     experts = layer["experts"]
     text = _cosine if experts <= LABELLED else None
     image = _cells(axes, np.array(layer["similarity"]), text, "RdBu_r", (-1, 1), fontsize=6)
     ticks = range(0, experts, -(-experts // LABELLED))
     axes.set_yticks(ticks)
     axes.set_xticks(ticks)
-    axes.set_title(f"layer {layer['layer']}", y=1 + 0.2 / (experts * SQUARE), weight="bold")
+    axes.set_title(f"layer {layer['layer']}", y=1 + 0.2 / side, weight="bold")
     return image
 
 
 def _cosine(value: float) -> str:
     """Two digits, without a minus before zero."""
     return f"{round(value, 2) + 0.0:.2f}"
+
+
+def _axes(figure, left: float, bottom: float, width: float, height: float):
+    """In inches."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+
+
+def _legend(figure, image, axes, label: str, **style) -> None:
+    figure.colorbar(image, cax=axes, orientation="horizontal", label=label, **style)
 
 
 def _cells(axes, values: np.ndarray, text, cmap: str, limits: tuple[float, float], **style):

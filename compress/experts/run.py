@@ -1,5 +1,6 @@
 """One survey from start to end: refusals, prompts, a walk over the layers, what the layers add up to."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,6 @@ from compress.artifacts import CheckpointArtifact
 from compress.calibration.layers import walk
 from compress.calibration.settings import Calibration
 from compress.checkpoint.reader import Checkpoint
-from compress.errors import InputError
 from compress.experts import layer
 from compress.model import HybridModel
 from compress.source import Source
@@ -30,7 +30,7 @@ class Job:
 def run(job: Job) -> dict:
     """Refuses what can be refused, surveys, and returns what `--json` writes."""
     checkpoint = Checkpoint(job.source.folder)
-    _refuse_unfit(checkpoint)
+    moe = expert_counts.refuse_unprunable(checkpoint.model, str(checkpoint.folder))
     for name in job.settings.prompts:
         prompts.refuse_unusable(name, job.source.folder, length=job.settings.length, purpose="calibration")
     weights_sha256 = checkpoint.weights_sha256()
@@ -38,7 +38,7 @@ def run(job: Job) -> dict:
     sets = prompts.load_all(artifact, artifact.sha256(), job.settings, purpose="calibration", seed=job.seed)
     # in the order of `apply`, so that the same tokens are withheld there
     windows = sorted((window for prompt_set in sets for window in prompt_set.windows), key=len, reverse=True)
-    layers = _surveyed(checkpoint.model, windows, job.device)
+    layers = _surveyed(checkpoint.model, moe, windows, job.device)
     return {
         "schema": 1,
         "model": results.describe(job.source, checkpoint.model, weights_sha256),
@@ -49,26 +49,9 @@ def run(job: Job) -> dict:
     }
 
 
-def _moe_layers(model: HybridModel) -> list[int]:
-    count, layers = model.architecture.num_experts, range(model.config.num_hidden_layers)
-    return [index for index in layers if count(model.config, index) > 1]
-
-
-def _refuse_unfit(checkpoint: Checkpoint) -> None:
-    """What `prune_experts` would refuse is not surveyed either."""
-    if not _moe_layers(checkpoint.model):
-        raise InputError(f"{checkpoint.folder}: the model has no experts, its feed-forwards are dense")
-    if checkpoint.model.config.compress != expert_counts.ExpertCounts():
-        raise InputError(
-            f"{checkpoint.folder}: the model was pruned before, to layers that differ or keep router rows; "
-            "start from the original"
-        )
-
-
 @torch.inference_mode()
-def _surveyed(model: HybridModel, windows: list[torch.Tensor], device: str) -> list[dict]:
+def _surveyed(model: HybridModel, moe: Container[int], windows: list[torch.Tensor], device: str) -> list[dict]:
     """What is found in every MoE layer, in order."""
-    moe = set(_moe_layers(model))
     cache.refuse_full_disk(STATES * 4 * sum(map(len, windows)) * model.config.hidden_size, "hidden states")
     with (
         cache.scratch("experts") as folder,

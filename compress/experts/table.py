@@ -6,7 +6,7 @@ from compress import results
 from compress.experts import facts
 from compress.experts.layer import DEFAULT_ROUTER
 
-COLUMNS = 8  # numbers of experts kept that are shown at most
+COLUMNS = 7  # numbers of experts kept that are shown at most
 MEANING = (
     "keep N: the predicted loss with the N experts of a layer that are best kept, the rest removed and the output rescaled.\n"
     "It is the squared change of the layer's output relative to that output, |change|^2 / |h|^2, averaged over tokens:\n"

@@ -40,13 +40,7 @@ class Options(Strict):
 
 def requires(options: Options, model) -> None:
     """Refuses amounts this model cannot spare, and models that have no experts or whose experts are quantized."""
-    counts = _experts(model)
-    if not counts:
-        raise InputError("prune_experts: the model has no experts, its feed-forwards are dense")
-    if model.config.compress != expert_counts.ExpertCounts():
-        raise InputError(
-            "prune_experts: the model was pruned before, to layers that differ or keep router rows; start from the original"
-        )
+    counts = expert_counts.refuse_unprunable(model, "prune_experts")
     formats = {weight.format for weight in model.weights if weight.role == Role.EXPERTS}
     if any(weight.is_quantized for weight in model.weights if weight.role == Role.EXPERTS):
         raise InputError("prune_experts must come before quantize: corrections are made to experts as they came")
@@ -57,7 +51,7 @@ def requires(options: Options, model) -> None:
 
 def _refuse_amount(options: Options, config, layers: int) -> None:
     experts, top_k = config.num_experts, config.num_experts_per_tok
-    least = max(2, top_k)  # one expert is a dense feed-forward to every runtime
+    least = expert_counts.fewest(top_k)
     if options.keep is not None and options.keep > experts:
         raise InputError(f"prune_experts.keep is {options.keep}, but a layer of the model has {experts} experts")
     if _removed(options, experts, layers) == 0:
@@ -86,18 +80,12 @@ def _floor(share: float, count: int) -> int:
     return math.floor(Decimal(str(share)) * count)
 
 
-def _experts(model) -> dict[int, int]:
-    """Experts of every MoE layer."""
-    counts = {i: model.architecture.num_experts(model.config, i) for i in range(model.config.num_hidden_layers)}
-    return {index: count for index, count in counts.items() if count > 1}
-
-
 def _kept(options: Options, model, found: dict | None) -> dict[int, int]:
     """How many experts every MoE layer keeps. Before a survey has shared a budget, as evenly as it goes: the size is the
     same."""
     if found is not None:
         return {int(layer): count for layer, count in found["kept"].items()}
-    counts = _experts(model)
+    counts = expert_counts.of_model(model)
     removed = _removed(options, model.config.num_experts, len(counts))
     each, more = divmod(removed, len(counts))
     return {layer: count - each - (place < more) for place, (layer, count) in enumerate(counts.items())}
@@ -146,7 +134,7 @@ def survey(options: Options, layers, context) -> dict:
     for unit, inputs in layers:
         count = inputs.architecture.num_experts(inputs.config, inputs.index)
         if count > 1:
-            least, experts = max(2, inputs.config.num_experts_per_tok), count
+            least, experts = expert_counts.fewest(inputs.config.num_experts_per_tok), count
             curve = Reconstruction(collect(unit, inputs), options.router).curve(least)
             curves[inputs.index] = {kept: loss for kept, (_, loss) in curve.items()}
     kept = allocation.allocate(curves, experts, _removed(options, experts, len(curves)))

@@ -14,7 +14,8 @@ import torch
 
 from compress import layers
 from compress.calibration.inputs import LayerInputs
-from compress.inference import HiddenStates
+from compress.checkpoint.writer import ShardWriter
+from compress.inference import HiddenStates, LayerWeights
 from compress.model import PLAIN_DTYPES, Unit, Weight
 from compress.pruning.removal import expert_stem
 from compress.pruning.statistics import TARGET, Statistics
@@ -30,7 +31,7 @@ class Correction:
     inputs: LayerInputs
     statistics: Statistics
     gates: torch.Tensor
-    stash: object
+    stash: ShardWriter
 
     def __post_init__(self):
         self._target, self._given = self.inputs.scratch(TARGET), self.inputs.scratch("given")
@@ -39,11 +40,10 @@ class Correction:
 
     def replay(self) -> None:
         """Runs the unit as it stands: what its experts give, on disk."""
-        weights, architecture = self.inputs.weights(self.unit), self.inputs.architecture
-        for span, (number, hidden, x) in zip(self._spans(), self.inputs.feed_forward_blocks(self.unit), strict=True):
-            expert = lambda e, rows: architecture.expert(weights, e, rows)  # noqa: E731
-            given = layers.moe(x.flatten(0, 1), self.gates[span], expert)
-            self._given.write(number, given.view_as(hidden))
+        run, weights = self.inputs.architecture.expert, self.inputs.weights(self.unit)
+        for number, span, x in self._rows():
+            given = layers.moe(x, self.gates[span], lambda expert, rows: run(weights, expert, rows))
+            self._given.write(number, given.view(self._given.shapes[number]))
 
     def loss(self) -> float:
         """Mean over the withheld tokens of |y - y'|^2 / |h|^2."""
@@ -68,27 +68,28 @@ class Correction:
         return [expert for expert in range(self.gates.shape[1]) if self._recover(expert, damping)]
 
     def _recover(self, expert: int, damping: float) -> bool:
-        before, change = self._loss(self._given), self._solve(expert, damping)
+        weights = self.inputs.weights(self.unit)
+        change = self._solve(expert, weights, damping)
         if change is None:
             return False
-        for span, x, number in self._rows(self._given):
-            routed, z = self._multiplied(expert, span, x)
+        for number, span, x in self._rows():
+            routed, z = self._multiplied(expert, weights, span, x)
             given = self._given.read(number).to(x.device).flatten(0, 1)
             given[routed] += z @ change.T
-            self._candidate.write(number, given.view(*self._given.shapes[number]))
-        if self._loss(self._candidate) >= before:
+            self._candidate.write(number, given.view(self._given.shapes[number]))
+        if self._loss(self._candidate) >= self._loss(self._given):
             return False
         self._given, self._candidate = self._candidate, self._given
         self._replace(expert, change)
         return True
 
-    def _solve(self, expert: int, damping: float) -> torch.Tensor | None:
+    def _solve(self, expert: int, weights: LayerWeights, damping: float) -> torch.Tensor | None:
         """The correction [H, F] of an expert's down_proj; None where no token that is not withheld is routed to it."""
         width, hidden = self.unit.weights[self._down(expert)].shape[1], self.inputs.config.hidden_size
         moments = torch.zeros(width, width, device=self.inputs.device)
         cross = torch.zeros(width, hidden, device=self.inputs.device)
-        for span, x, number in self._rows(self._given):
-            routed, z = self._multiplied(expert, span, x)
+        for number, span, x in self._rows():
+            routed, z = self._multiplied(expert, weights, span, x)
             lacking = (self._target.read(number) - self._given.read(number)).to(x.device).flatten(0, 1)[routed]
             weight = self._fit_weights(span)[routed].sqrt()[:, None]
             z = z * weight
@@ -107,11 +108,13 @@ class Correction:
         self.stash.write(new)
         self.unit = self.unit.replaced(self.stash.written(new))
 
-    def _multiplied(self, expert: int, span: slice, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _multiplied(
+        self, expert: int, weights: LayerWeights, span: slice, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of the rows are routed to the expert, and what its down_proj multiplies there times their gates."""
         gates = self.gates[span, expert]
         routed = gates.nonzero()[:, 0]
-        z = self.inputs.architecture.expert_hidden(self._weights, expert, x[routed])
+        z = self.inputs.architecture.expert_hidden(weights, expert, x[routed])
         return routed, z * gates[routed, None]
 
     def _fit_weights(self, span: slice) -> torch.Tensor:
@@ -125,11 +128,10 @@ class Correction:
             total += float(((target - values).square().sum(1) * weight).sum())
         return total / int(self.statistics.withheld.sum())
 
-    def _rows(self, states: HiddenStates) -> Iterator[tuple[slice, torch.Tensor, int]]:
-        """Blocks of what the experts see, flat."""
-        self._weights = self.inputs.weights(self.unit)
+    def _rows(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Block by block: its number, its place among all tokens, and what the experts see of it, [b S, H]."""
         for span, (number, _, x) in zip(self._spans(), self.inputs.feed_forward_blocks(self.unit), strict=True):
-            yield span, x.flatten(0, 1), number
+            yield number, span, x.flatten(0, 1)
 
     def _blocks(self, given: HiddenStates) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         for number, span in enumerate(self._spans()):
