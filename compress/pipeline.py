@@ -150,7 +150,6 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dic
     writer.write_text(space.folder / "report.md", markdown.render(report))
     writer.write_text(space.folder / "recipe.yaml", job.recipe.text)
     writer.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
-    shutil.rmtree(space.folder / sweep.CALIBRATION, ignore_errors=True)
     formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}
     formats |= {exported.kind: exported.formats for exported in outcome.exported}
     writer.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))

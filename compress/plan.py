@@ -83,9 +83,10 @@ class Plan:
         if not self.needs_calibration:
             return 0
         tokens = len(self.calibration.prompts) * self.calibration.samples * self.calibration.length
-        more = max(getattr(module, "SCRATCH_STATES", 0) for module, _ in self.modules)
-        kept = max(unit.stored_bytes() for unit in self.units) if more else 0
-        return (3 + more) * 4 * tokens * self.model.config.hidden_size + kept
+        more = [getattr(module, "SCRATCH_STATES", 0) for module, _ in self.modules]
+        left = [stage for stage, states in zip(self.stages[1:], more, strict=True) if states]
+        kept = sum(max(unit.stored_bytes() for unit in stage.units) for stage in left)
+        return (3 + max(more)) * 4 * tokens * self.model.config.hidden_size + kept
 
     def check_bytes(self) -> int:
         """Log-probabilities and hidden states of the baseline on disk."""
@@ -113,9 +114,19 @@ def with_found(plan: Plan, found: dict[int, dict], context: PassContext) -> Plan
     """The plan with every stage worked out, knowing what surveys found."""
     stages = [plan.model]
     for place, (module, options) in enumerate(plan.modules):
+        _refuse_order(plan, place)
         module.requires(options, stages[-1])
         stages.append(passes.planned(module, options, stages[-1], replace(context, found=found.get(place))))
     return replace(plan, stages=tuple(stages), found=found)
+
+
+def _refuse_order(plan: Plan, place: int) -> None:
+    """A survey is of the model as it came, and what it will find is not known to passes that need the exact tensors."""
+    name, (module, options) = plan.recipe.passes[place].name, plan.modules[place]
+    if place and passes.needs_survey(module, options):
+        raise InputError(f"passes.{place}.{name} surveys the model as it came: it must be the first pass")
+    if hasattr(module, "restructure") and any(passes.needs_survey(*earlier) for earlier in plan.modules[:place]):
+        raise InputError(f"passes.{place}.{name} cannot follow a pass that shares a budget among layers")
 
 
 def _refuse_shared_prompts(recipe, calibration, recipe_folder: Path) -> None:

@@ -9,8 +9,7 @@ from compress import passes, plan, progress
 from compress.calibration.layers import walk
 from compress.checkpoint import writer
 from compress.plan import PassContext, Plan
-from compress.sweep import CALIBRATION
-from compress.workspace import Workspace
+from compress.workspace import CALIBRATION, Workspace
 
 
 def run(planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor] | None) -> Plan:
@@ -26,8 +25,7 @@ def _found(planned: Plan, place: int, context: PassContext, space: Workspace, wi
     if not space.is_done(name):
         path.parent.mkdir(exist_ok=True)
         module, options = planned.modules[place]
-        layers = planned.model.config.num_hidden_layers
-        with progress.task("survey", layers) as advance:
+        with progress.task("survey", planned.model.config.num_hidden_layers) as advance:
             layers = walk(planned.model, windows, space.folder / CALIBRATION / "survey", context.device, advance)
             writer.write_json(path, module.survey(options, layers, context))
         space.mark_done(name)

@@ -23,10 +23,9 @@ from compress.inference import HiddenStates, embed_windows
 from compress.model import Unit, Weight
 from compress.plan import PassContext, Plan
 from compress.process import peak_rss_bytes
-from compress.workspace import Workspace
+from compress.workspace import CALIBRATION, Workspace
 
 CHECKPOINT = "checkpoint"
-CALIBRATION = "calibration"  # hidden states, and notes for the report; gone when the output is published
 
 
 @dataclass

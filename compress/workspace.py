@@ -10,6 +10,7 @@ from compress.checkpoint.writer import write_json
 from compress.errors import InputError
 
 MANIFEST, JOURNAL = "manifest.json", "journal.json"
+CALIBRATION = "calibration"  # hidden states, findings and notes for the report; gone when the output is published
 
 
 class Workspace:
@@ -41,6 +42,7 @@ class Workspace:
             os.replace(self.out, previous)
         os.replace(self.folder, self.out)
         (self.out / JOURNAL).unlink()  # only now: an interruption before the renaming can still be resumed
+        shutil.rmtree(self.out / CALIBRATION, ignore_errors=True)  # nor does the report lose its notes
         shutil.rmtree(previous, ignore_errors=True)
 
     def discard(self) -> None:

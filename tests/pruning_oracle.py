@@ -200,6 +200,12 @@ def bytes_of(tensor: torch.Tensor) -> tuple:
     return tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def assert_same_tensors(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert bytes_of(found[name]) == bytes_of(tensor), name
+
+
 def make_source(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
     """Five experts in layers 1 and 4."""
     return make_jamba(folder, dtype, **{"spread": SPREAD, "num_experts": EXPERTS, **changes})

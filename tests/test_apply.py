@@ -447,3 +447,20 @@ def test_a_sharded_source_gives_the_same_bytes_as_a_single_file(quick, small, tm
     shards = {p.name: p for p in (quick(model=sharded, name="a") / "checkpoint").glob("*.safetensors")}
     single = {p.name: p for p in (quick(model=small, name="b") / "checkpoint").glob("*.safetensors")}
     assert {n: p.read_bytes() for n, p in shards.items()} == {n: p.read_bytes() for n, p in single.items()}
+
+
+PRUNED = ("--set", "export=[]", "--set", "calibration.prompts=[self]", "--set", "calibration.samples=4")
+PRUNED = (*PRUNED, "--set", "calibration.length=37", "--set", "passes.0.prune_experts.keep=2", *QUICK)
+
+
+@pytest.mark.parametrize("router", ["rescale", "keep_rows"])
+def test_a_plan_names_the_very_bytes_that_pruning_leaves(quick, compress_cli, small, tmp_path, router):
+    arguments = (*PRUNED, "--set", f"passes.0.prune_experts.router={router}")
+    planned = compress_cli("apply", "prune-experts", "-m", small, "-o", tmp_path / "out", "--dry-run", *arguments)
+    assert planned.exit_code == 0, planned.output
+    out = quick(*PRUNED, "--set", f"passes.0.prune_experts.router={router}", recipe="prune-experts", check=())
+    (artifact,) = json.loads((out / "report.json").read_text())["artifacts"]
+    tensors = [tensor for shard in (out / "checkpoint").glob("*.safetensors") for tensor in load_file(shard).values()]
+    assert artifact["weight_bytes"] == sum(tensor.nbytes for tensor in tensors)
+    assert f"checkpoint: about {artifact['weight_bytes']:,} bytes" in planned.stdout
+    assert "prune_experts" in (out / "checkpoint" / "README.md").read_text()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from jamba_models import load_reference, make_jamba
+from refusals import refusal_of_command as refusal
 from safetensors.torch import load_file, save_file
 
 from compress import cache, prompts
@@ -18,7 +19,7 @@ from compress.calibration.settings import Calibration
 from compress.checkpoint.reader import Checkpoint
 from compress.experts import facts, run, table
 
-DONE, BAD_INPUT = 0, 2
+DONE = 0
 EXPERTS, TOP_K, MOE = 5, 2, (1, 4)  # layers 1 and 4 have experts
 DEAD = 3  # of layer 4: no token goes to it
 SETTINGS = Calibration(prompts=("self",), samples=3, length=151)
@@ -325,13 +326,6 @@ def test_where_no_expert_can_be_removed_the_rest_is_still_shown(compress_cli, tm
 
 
 # --- refusals
-
-
-def refusal(result) -> str:
-    assert result.exit_code == BAD_INPUT, result.output
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1
-    return result.stderr
 
 
 @pytest.fixture

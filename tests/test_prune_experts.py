@@ -7,16 +7,15 @@ import re
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from jamba_models import fused, load_reference, make_jamba
+from jamba_models import load_reference, make_jamba
 from pruned_models import Pruning, expected_model, prune
 from pruning_oracle import (
     EXPERTS,
     MOE_LAYERS,
-    SPREAD,
     WINDOWS,
     Run,
     apply,
+    assert_same_tensors,
     block_of,
     bytes_of,
     expert_of,
@@ -29,13 +28,10 @@ from pruning_oracle import (
 from refusals import refusal
 from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
-from transformers import JambaConfig, JambaForCausalLM
 
 from compress import pipeline
 from compress.artifacts import find_artifact, open_artifact
-from compress.calibration.inputs import LayerInputs
-from compress.checkpoint.reader import Checkpoint
-from compress.source import resolve
+from compress.passes import prune_experts
 
 AGREEMENT = {"checkpoint": 1e-4, "onnx": 1e-3}  # the project's requirements, as in test_pruned_models.py
 BFLOAT16 = 2.0**-8  # its rounding, at most half of this relative to the value
@@ -94,12 +90,6 @@ def change(model, edit):
     edit(tensors)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     return model
-
-
-def assert_same_tensors(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert bytes_of(found[name]) == bytes_of(tensor), name
 
 
 # ---- what is stored
@@ -334,8 +324,12 @@ def test_the_report_counts_experts_and_the_tokens_that_reached_them(whole, unifo
         assert uniform.layers[layer]["dead"] == []
     assert uniform.details["experts"] == expected
     assert sum(entry["tokens"] for entry in expected) == 2 * 2 * 5 * 71
-    least = min(entry["tokens"] for entry in expected)
-    assert uniform.report["calibration"]["expert_coverage"] == {"min_tokens": least, "experts_below_threshold": []}
+    coverage = uniform.report["calibration"]["expert_coverage"]
+    assert coverage["min_tokens"] == min(entry["tokens"] for entry in expected)
+    few = [f"layer {e['layer']} expert {e['expert']}" for e in expected if e["tokens"] < prune_experts.FEW_TOKENS]
+    assert few, "these windows are short"
+    assert coverage["experts_below_threshold"] == sorted(few)
+    assert "judged on those" in coverage["below_threshold"]
 
 
 def test_the_report_for_people_tells_of_every_layer(uniform, budgeted):
@@ -385,67 +379,6 @@ def test_the_same_recipe_and_seed_give_the_same_bytes(source, uneven, uniform, b
     assert apply(uneven, tmp_path / "budget", {"budget": 0.39}).digests == budgeted.digests
 
 
-# ---- beside quantization
-
-QUANTIZE = {"quantize": {"method": "gptq", "weights": "int8", "min_tokens": 1}}
-
-
-def test_pruning_and_quantizing_in_one_recipe_is_one_after_the_other_where_no_other_error_comes_between(tmp_path):
-    """Only layer 0 has experts, and the embedding stays: what reaches them is the same in the recipe of both and in that of
-    pruning alone. Elsewhere experts are chosen and corrected for what quantized layers hand on, and the bytes differ."""
-    quantize = {"quantize": QUANTIZE["quantize"] | {"roles": {"embedding": "none"}}}
-    source = make_source(tmp_path / "source", num_hidden_layers=3, expert_layer_offset=0)
-    pruned = apply(source, tmp_path / "pruned", {"keep": KEEP})
-    after = apply(pruned.checkpoint, tmp_path / "after", quantize)
-    both = apply(source, tmp_path / "both", {"keep": KEEP}, quantize)
-    assert pruned.layers[0]["recovered"]
-    assert_same_tensors(both.stored, after.stored)
-    assert both.config["num_experts"] == KEEP
-    assert both.report["passes"][1]["details"]["experts"] == after.details["experts"]
-
-
-def test_a_later_layer_is_pruned_for_the_states_that_pruned_and_quantized_layers_hand_on(source, tmp_path, monkeypatch):
-    entering = {}
-
-    class Noting(LayerInputs):
-        def __init__(self, model, index, states, *rest):
-            super().__init__(model, index, states, *rest)
-            entering[index] = torch.cat([states.read(number) for number in range(len(states))]).flatten(0, 1)
-
-    monkeypatch.setattr("compress.sweep.LayerInputs", Noting)
-    run = apply(source, tmp_path, {"keep": KEEP}, QUANTIZE)
-    weights = {w.name: w.dense() for w in Checkpoint(run.checkpoint, allow_quantized=True).model.weights}
-    config = {key: value for key, value in run.config.items() if key != "quantization_config"}
-    model = JambaForCausalLM(JambaConfig(**config | {"dtype": "float32"})).eval()
-    model.load_state_dict(fused(weights, KEEP))
-    found, original = {}, {}
-    for reference, seen in ((model, found), (load_reference(source), original)):
-        for index, layer in enumerate(reference.model.layers):
-            layer.register_forward_pre_hook(
-                lambda _, arguments, i=index, seen=seen: seen.setdefault(i, []).append(arguments[0].flatten(0, 1))
-            )
-        with torch.no_grad():
-            for window in WINDOWS:
-                reference(window[None], use_cache=False)
-    for index in (2, 4):
-        expected, other = torch.cat(found[index]), torch.cat(original[index])
-        assert (entering[index] - expected).norm() < 1e-3 * expected.norm()  # float32 through several layers
-        assert (other - expected).norm() > 2e-2 * expected.norm()
-
-
-def test_coverage_is_that_of_the_last_pass_that_counted(source, tmp_path):
-    both = apply(source, tmp_path / "both", {"keep": KEEP}, QUANTIZE)
-    counted = both.report["passes"][1]["details"]["experts"]
-    assert {(entry["layer"], entry["expert"]) for entry in counted} == {(i, e) for i in MOE_LAYERS for e in range(KEEP)}
-    least = min(entry["tokens"] for entry in counted)
-    assert both.report["calibration"]["expert_coverage"]["min_tokens"] == least
-    assert least > min(entry["tokens"] for entry in both.details["experts"])  # tokens of removed experts go elsewhere
-    rounded = apply(source, tmp_path / "rtn", {"keep": KEEP}, {"quantize": {"weights": "int8"}})
-    least = min(entry["tokens"] for entry in rounded.details["experts"])
-    assert rounded.report["calibration"]["expert_coverage"]["min_tokens"] == least
-    assert {w.format for w in Checkpoint(rounded.checkpoint, allow_quantized=True).model.weights} > {"int8"}
-
-
 # ---- models that overflow
 
 
@@ -465,3 +398,15 @@ def test_calibration_too_small_to_withhold_any_is_refused(source, tmp_path):
     message = refusal(lambda: apply(source, tmp_path, {"keep": KEEP}, windows=few))
     assert "calibration" in message and "159 tokens" in message
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_second_pass_prunes_what_the_first_one_left(source, uniform, tmp_path):
+    """In the first layer with experts, where both ways the same states arrive, as by pruning twice."""
+    at_once = apply(source, tmp_path / "at-once", {"keep": KEEP}, {"keep": 2})
+    one_by_one = apply(uniform.out / "checkpoint", tmp_path / "one-by-one", {"keep": 2})
+    prefix = f"model.layers.{MOE_LAYERS[0]}."
+    found, expected = (
+        {name: tensor for name, tensor in tensors_in(run.out / "checkpoint").items() if name.startswith(prefix)}
+        for run in (at_once, one_by_one)
+    )
+    assert_same_tensors(found, expected)

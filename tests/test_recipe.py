@@ -523,6 +523,18 @@ def test_experts_that_an_earlier_pass_quantizes_are_not_pruned(compress_cli, tmp
     assert "prune_experts must come before quantize" in refused_by_the_command(compress_cli, tmp_path, passes)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        (("keep: 7", "budget: 0.3"), "passes.1.prune_experts surveys the model as it came: it must be the first pass"),
+        (("budget: 0.25", "keep: 5"), "passes.1.prune_experts cannot follow a pass that shares a budget among layers"),
+    ],
+)
+def test_a_budget_is_for_one_pass_that_comes_first(compress_cli, tmp_path, blocks, words):
+    passes = "".join(f"  - prune_experts: {{{block}}}\n" for block in blocks)
+    assert words in refused_by_the_command(compress_cli, tmp_path, passes)
+
+
 def test_experts_of_a_model_that_is_quantized_already_are_not_pruned(tmp_path, applied):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("version: 1\npasses:\n  - prune_experts: {keep: 6}\n")

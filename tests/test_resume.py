@@ -15,7 +15,7 @@ from pruning_oracle import apply as run_pruning
 from pruning_oracle import make_source
 
 import cli
-from compress import surveys, sweep
+from compress import pipeline, surveys, sweep
 from compress.calibration.inputs import LayerInputs
 from compress.check import run as check_run
 from compress.checkpoint.writer import ShardWriter
@@ -328,3 +328,13 @@ def test_a_pruning_with_another_amount_is_not_resumed(with_experts, tmp_path):
     interrupt_pruning(with_experts, tmp_path, "uniform", ShardWriter, "publish", 3)
     with pytest.raises(InputError, match="recipe changed"):
         run_pruning(with_experts, tmp_path, {"keep": 4}, resume=True)
+
+
+def test_a_run_that_is_stopped_while_it_publishes_keeps_what_its_report_tells(
+    with_experts, uninterrupted_prunings, tmp_path
+):
+    interrupt_pruning(with_experts, tmp_path, "a budget", pipeline.manifest, "build", 0)
+    resumed, expected = run_pruning(with_experts, tmp_path, *PRUNINGS["a budget"], resume=True), uninterrupted_prunings
+    assert resumed.details["layers"] == expected["a budget"].details["layers"]
+    assert resumed.digests == expected["a budget"].digests
+    assert not (resumed.out / "calibration").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from jamba_models import load_reference, make_jamba
+from refusals import refusal_of_command as refusal
 from safetensors.torch import load_file, save_file
 
 from compress import cache, formats, prompts
@@ -23,7 +24,7 @@ from compress.prompts import PromptSet
 from compress.sensitivity import cells, original, worst
 from compress.sensitivity.measure import Measure
 
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+DONE, INTERRUPTED = 0, 130
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, which nothing fetches
 # 4 layers: a mamba one with an MLP, one with experts, attention, mamba. K is 40, but 64 of down_proj and 80 of ssm_out:
 # int4-g32 fits only the 64, int4-g16 stands in for it at 80, int8 at 40
@@ -385,13 +386,6 @@ def test_the_page_shows_the_figure_of_every_cell(outputs, found):
 
 
 # --- refusals
-
-
-def refusal(result, code: int = BAD_INPUT) -> str:
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1
-    return result.stderr
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ class LayerInputs:
     def __init__(self, model: HybridModel, index: int, entering: HiddenStates, folder: Path, keep: Keep, device: str):
         self.architecture, self.index, self.device = model.architecture, index, device
         self._entering, self._folder, self._mixed = entering, folder, entering.at(folder / "mixed")
-        self.keep, self._mixer_used = keep, None
+        self.keep, self._mixer_used, self._stashes = keep, None, 0
         self.prefix = model.architecture.layer_prefix(index)
         self.become(model)
 
@@ -120,8 +120,10 @@ class LayerInputs:
         return self._entering.at(self._folder / name)
 
     def stash(self, unit: Unit) -> ShardWriter:
-        """Room on disk for new weights of the unit, in its names, formats and shapes; gone when the layer is left."""
-        return ShardWriter(unit, self._folder / "weights.safetensors")
+        """Room on disk for new weights of the unit, in its names, formats and shapes; gone when the layer is left. Each
+        pass has its own: a later one reads what an earlier one wrote."""
+        self._stashes += 1
+        return ShardWriter(unit, self._folder / f"weights-{self._stashes}.safetensors")
 
     def _empty(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
         names = self.full_names(group)

@@ -1,6 +1,6 @@
 """What table and page both say of a survey."""
 
-FEW = 256  # tokens of an expert below which figures about it are rough
+from compress.passes.prune_experts import FEW_TOKENS
 
 
 def most_similar(layer: dict) -> tuple[int, int, float]:
@@ -31,8 +31,8 @@ def percent(share: float) -> str:
 
 def warnings(result: dict) -> list[str]:
     """Sentences on what to be careful with."""
-    rough = sum(count < FEW for layer in result["layers"] for count in layer["tokens"])
+    rough = sum(count < FEW_TOKENS for layer in result["layers"] for count in layer["tokens"])
     if not rough:
         return []
     experts = "1 expert" if rough == 1 else f"{rough} experts"
-    return [f"{experts} saw fewer than {FEW} tokens: figures about {'it' if rough == 1 else 'them'} are rough"]
+    return [f"{experts} saw fewer than {FEW_TOKENS} tokens: figures about {'it' if rough == 1 else 'them'} are rough"]

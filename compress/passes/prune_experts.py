@@ -16,6 +16,7 @@ from compress.roles import Role
 from compress.strict_model import Number, Strict, WholeNumber
 
 AMOUNTS = ("keep", "fraction", "budget")
+FEW_TOKENS = 256  # calibration tokens of an expert below which its figures are rough
 SCRATCH_STATES = 3  # what the experts gave, what they give, and what they would give with one more correction
 
 
@@ -60,9 +61,9 @@ def _refuse_amount(options: Options, config, layers: int) -> None:
         raise InputError(f"prune_experts.{given} {getattr(options, given)} removes none of {of} experts")
     fewest = experts - -(-_removed(options, experts, layers) // layers)
     if fewest < least:
+        why = f"every token goes to {top_k}" if top_k > 1 else "a layer with one is a dense feed-forward"
         raise InputError(
-            f"prune_experts would keep {fewest} of {experts} experts in a layer, "
-            f"but every token goes to {top_k}: {least} must stay"
+            f"prune_experts would keep {fewest} of {experts} experts in a layer, but {why}: {least} must stay"
         )
 
 
@@ -125,7 +126,7 @@ def needs_survey(options: Options) -> bool:
 
 
 def survey(options: Options, layers, context) -> dict:
-    """How many experts every MoE layer keeps under the budget, and the losses that say so."""
+    """How many experts every MoE layer keeps under the budget."""
     from compress.pruning import allocation
     from compress.pruning.reconstruction import Reconstruction
     from compress.pruning.statistics import collect
@@ -152,9 +153,11 @@ def calibrate(options: Options, unit, inputs, context):
 
     if not any(weight.role == Role.EXPERTS for weight in unit.weights.values()):
         return unit, {}
-    experts = inputs.architecture.num_experts(inputs.config, inputs.index)
-    removed = _removed(options, experts, 1)
-    count = context.found["kept"][str(inputs.index)] if context.found else experts - removed
+    if needs_survey(options):
+        count = context.found["kept"][str(inputs.index)]
+    else:
+        experts = inputs.architecture.num_experts(inputs.config, inputs.index)
+        count = experts - _removed(options, experts, 1)
     return layer.prune(options, unit, inputs, count)
 
 
@@ -172,5 +175,11 @@ def details(options: Options, units, notes: list[dict]) -> dict:
             {"layer": entry["layer"], "expert": expert, "tokens": tokens}
             for entry in layers
             for expert, tokens in enumerate(entry["tokens"])
+        ],
+        "experts_judged_on_few": [
+            {"layer": entry["layer"], "expert": expert, "tokens": tokens}
+            for entry in layers
+            for expert, tokens in enumerate(entry["tokens"])
+            if tokens < FEW_TOKENS
         ],
     }

@@ -4,10 +4,11 @@
 `least_squares` goes through the experts one by one. With z [n, F] what an expert's down_proj multiplies, times the gate,
 and r [n, H] what the layer still lacks on the tokens routed to it, the correction D [H, F] of down_proj is the ridge
 solution of  min |r - z D'|^2 + lambda |D|^2,  each token weighted by 1 / |h|^2. It stays only where it lowers the layer's
-loss on the tokens that were withheld from the fit.
+loss on the tokens that were withheld from the fit. So does the factor.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from compress import layers
 from compress.calibration.inputs import LayerInputs
 from compress.checkpoint.writer import ShardWriter
 from compress.inference import HiddenStates, LayerWeights
-from compress.model import PLAIN_DTYPES, Unit, Weight
+from compress.model import PLAIN_DTYPES, Unit, Weight, is_finite
+from compress.pruning.reconstruction import factor
 from compress.pruning.removal import expert_stem
 from compress.pruning.statistics import TARGET, Statistics
 
@@ -36,52 +38,64 @@ class Correction:
     def __post_init__(self):
         self._target, self._given = self.inputs.scratch(TARGET), self.inputs.scratch("given")
         self._candidate = self.inputs.scratch("candidate")
-        self.replay()
-
-    def replay(self) -> None:
-        """Runs the unit as it stands: what its experts give, on disk."""
-        run, weights = self.inputs.architecture.expert, self.inputs.weights(self.unit)
-        for number, span, x in self._rows():
-            given = layers.moe(x, self.gates[span], lambda expert, rows: run(weights, expert, rows))
-            self._given.write(number, given.view(self._given.shapes[number]))
-
-    def loss(self) -> float:
-        """Mean over the withheld tokens of |y - y'|^2 / |h|^2."""
-        return self._loss(self._given)
+        self._replay(self.unit, self._given)
+        self.loss = self._loss(self._given)  # over the withheld tokens, of `unit` as it stands
 
     def rescale(self) -> float:
-        """One factor for all experts, by least squares over the tokens that are not withheld."""
+        """One factor for all experts, by least squares over the tokens that are not withheld; 1 where it does not help."""
         both = own = 0.0
         for span, target, given in self._blocks(self._given):
             weight = self._fit_weights(span)
             both += float(((target * given).sum(1) * weight).sum())
             own += float((given.square().sum(1) * weight).sum())
-        factor = both / own if own > 0 and both > 0 else 1.0
+        scale, scaled = factor(both, own), self.unit
         for expert in range(self.gates.shape[1]):
-            self.unit = self.unit.replaced(_scaled(self.unit.weights[self._down(expert)], factor))
-        for number in range(len(self._given)):
-            self._given.write(number, self._given.read(number) * factor)
-        return factor
+            scaled = scaled.replaced(_scaled(self.unit.weights[self._down(expert)], scale))
+        self._replay(scaled, self._candidate)
+        return scale if self._adopt(lambda: scaled) else 1.0
 
     def recover(self, damping: float) -> list[int]:
         """Least squares, expert by expert; returns those whose correction was kept."""
         return [expert for expert in range(self.gates.shape[1]) if self._recover(expert, damping)]
 
+    def stored_loss(self) -> float:
+        """Of the unit as it was written, by running all of it once more."""
+        self._replay(self.unit, self._given)
+        return self._loss(self._given)
+
+    def _replay(self, unit: Unit, states: HiddenStates) -> None:
+        """Runs a unit: what its experts give, on disk."""
+        run, weights = self.inputs.architecture.expert, self.inputs.weights(unit)
+        for number, span, x in self._rows():
+            given = layers.moe(x, self.gates[span], lambda expert, rows: run(weights, expert, rows))
+            states.write(number, given.view(states.shapes[number]))
+
+    def _adopt(self, unit: Callable[[], Unit]) -> bool:
+        """Takes the unit, which gives what the candidate states hold, if the loss is less; says whether."""
+        loss = self._loss(self._candidate)
+        if not loss < self.loss:  # nor if it is NaN
+            return False
+        self._given, self._candidate, self.loss = self._candidate, self._given, loss
+        self.unit = unit()
+        return True
+
     def _recover(self, expert: int, damping: float) -> bool:
-        weights = self.inputs.weights(self.unit)
+        """The correction is judged as it will be stored, in the weight's type."""
+        weights, weight = self.inputs.weights(self.unit), self.unit.weights[self._down(expert)]
         change = self._solve(expert, weights, damping)
         if change is None:
             return False
+        dense = weight.dense()
+        corrected = (dense + change.cpu()).to(PLAIN_DTYPES[weight.format])
+        if not is_finite(corrected):
+            return False
+        change = (corrected.float() - dense).to(change.device)
         for number, span, x in self._rows():
             routed, z = self._multiplied(expert, weights, span, x)
             given = self._given.read(number).to(x.device).flatten(0, 1)
             given[routed] += z @ change.T
             self._candidate.write(number, given.view(self._given.shapes[number]))
-        if self._loss(self._candidate) >= self._loss(self._given):
-            return False
-        self._given, self._candidate = self._candidate, self._given
-        self._replace(expert, change)
-        return True
+        return self._adopt(lambda: self._written(weight, corrected))
 
     def _solve(self, expert: int, weights: LayerWeights, damping: float) -> torch.Tensor | None:
         """The correction [H, F] of an expert's down_proj; None where no token that is not withheld is routed to it."""
@@ -95,18 +109,12 @@ class Correction:
             z = z * weight
             moments.addmm_(z.T, z)
             cross.addmm_(z.T, lacking * weight)
-        ridge = damping * float(moments.diagonal().mean())
-        if ridge <= 0:
-            return None
-        moments.diagonal().add_(ridge)
-        return torch.cholesky_solve(cross, torch.linalg.cholesky(moments)).T
+        return _ridge(moments, cross, damping)
 
-    def _replace(self, expert: int, change: torch.Tensor) -> None:
-        weight = self.unit.weights[self._down(expert)]
-        dtype, dense = PLAIN_DTYPES[weight.format], (weight.dense() + change.cpu())
-        new = weight.with_load(weight.format, lambda rows=None: dense[rows or slice(None)].to(dtype))
+    def _written(self, weight: Weight, corrected: torch.Tensor) -> Unit:
+        new = weight.with_load(weight.format, lambda rows=None: corrected[rows or slice(None)])
         self.stash.write(new)
-        self.unit = self.unit.replaced(self.stash.written(new))
+        return self.unit.replaced(self.stash.written(new))
 
     def _multiplied(
         self, expert: int, weights: LayerWeights, span: slice, x: torch.Tensor
@@ -146,6 +154,19 @@ class Correction:
 
     def _down(self, expert: int) -> str:
         return expert_stem(self.inputs, expert) + DOWN
+
+
+def _ridge(moments: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.Tensor | None:
+    """The D [H, F] of least |r - z D'|^2 + lambda |D|^2 from z'z [F, F] (overwritten) and z'r [F, H]; lambda is `damping` x the
+    mean of the diagonal, raised tenfold while rounding keeps the sum from being positive definite."""
+    ridge = damping * float(moments.diagonal().mean())
+    while 0 < ridge < math.inf:
+        moments.diagonal().add_(ridge)
+        factored, failed = torch.linalg.cholesky_ex(moments)
+        if not failed:
+            return torch.cholesky_solve(cross, factored).T
+        ridge *= 10
+    return None
 
 
 def _scaled(weight: Weight, factor: float) -> Weight:

@@ -44,14 +44,13 @@ def _usage(options, statistics: Statistics) -> list[float]:
 def _correct(options, correction: Correction) -> tuple[Unit, dict]:
     """Rescaling and recovery as the options ask; losses are those on withheld tokens, the last one of the layer as it
     will be stored."""
-    found = {"loss": {"pruned": correction.loss()}}
+    found = {"loss": {"pruned": correction.loss}}
     if options.router == "rescale":
         found["scale"] = correction.rescale()
-        found["loss"]["rescaled"] = correction.loss()
+        found["loss"]["rescaled"] = correction.loss
     if options.recovery != "none":
         found["recovered"] = correction.recover(options.damping)
-    correction.replay()  # from the weights in the type they are stored in
-    found["loss"]["stored"] = correction.loss()
+    found["loss"]["stored"] = correction.stored_loss()
     return correction.unit, found
 
 

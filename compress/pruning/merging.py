@@ -5,6 +5,8 @@ Re-Basin, arXiv 2209.04836; for experts Li et al., M-SMoE, arXiv 2310.01334): th
 products of rows of gate and up and of columns of down. Then they are averaged, weighted by how much each was used.
 """
 
+from collections.abc import Iterable
+
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -31,7 +33,7 @@ def merge(source: Unit, pruned: Unit, inputs: LayerInputs, members: list[list[in
     for position, group in enumerate(members):
         if len(group) == 1:
             continue
-        merged = average([_matrices(source, inputs, e) for e in group], [usage[e] for e in group])
+        merged = average((_matrices(source, inputs, e) for e in group), [usage[e] for e in group])
         for part, tensor in merged.items():
             weight = pruned.weights[expert_stem(inputs, position) + part]
             new = weight.with_load(weight.format, _rows_of(tensor.to(PLAIN_DTYPES[weight.format])))
@@ -40,13 +42,19 @@ def merge(source: Unit, pruned: Unit, inputs: LayerInputs, members: list[list[in
     return pruned
 
 
-def average(experts: list[Matrices], usage: list[float]) -> Matrices:
-    """The first expert and the others, their hidden units in its order, weighted by `usage` (alike where all are zero)."""
+def average(experts: Iterable[Matrices], usage: list[float]) -> Matrices:
+    """The first expert and the others, their hidden units in its order, weighted by `usage` (alike where all are zero).
+
+    The experts are taken one at a time: no more than two and their sum are in memory.
+    """
     total = sum(usage)
     shares = [share / total for share in usage] if total > 0 else [1 / len(usage)] * len(usage)
-    merged = {part: shares[0] * tensor for part, tensor in experts[0].items()}
-    for share, expert in zip(shares[1:], experts[1:], strict=True):
-        for part, tensor in aligned(expert, experts[0]).items():
+    first, *rest = shares
+    experts = iter(experts)
+    leading = next(experts)
+    merged = {part: first * tensor for part, tensor in leading.items()}
+    for share, expert in zip(rest, experts, strict=True):
+        for part, tensor in aligned(expert, leading).items():
             merged[part] += share * tensor
     return merged
 

@@ -26,6 +26,11 @@ def gates_of(logits: torch.Tensor, kept: Kept, top_k: int, *, keep_rows: bool) -
     return layers.gates(logits[:, order], top_k, len(kept))
 
 
+def factor(both: float, own: float) -> float:
+    """What to multiply y' with to come closest to y, from <y, y'> and <y', y'>; 1 where nothing positive does."""
+    return both / own if own > 0 and both > 0 else 1.0
+
+
 class Reconstruction:
     """Losses of sets of experts of one layer, for one way of treating the router."""
 
@@ -41,7 +46,7 @@ class Reconstruction:
         gates[:, list(kept)] = gates_of(self._logits, kept, self._top_k, keep_rows=self._router == "keep_rows")
         if self._router == "rescale":
             both, own = self._inner(self._full, gates), self._inner(gates, gates)
-            gates = gates * (both / own if own > 0 else 1.0)
+            gates = gates * factor(both, own)
         return self._inner(self._full - gates, self._full - gates)
 
     def share(self, loss: float) -> float:

@@ -44,21 +44,31 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
 
 
 def _calibration(outcome) -> dict:
-    """What was used, and how many tokens reached each expert (of the last pass that counted: an earlier one may have
-    removed some); experts that saw too few say so in the pass's details."""
-    counted = [step["details"]["experts"] for step in outcome.passes if step["details"].get("experts")]
-    coverage = counted[-1] if counted else []
-    below = [e for step in outcome.passes for e in step["details"].get("experts_from_every_token", [])]
-    names = sorted({f"layer {e['layer']} expert {e['expert']}" for e in below})
+    """What was used, and how many tokens reached each expert."""
     found = {
         "tokens": sum(entry["tokens"] for entry in outcome.calibration),
         "prompts": [entry["name"] for entry in outcome.calibration],
         "windows": sum(entry["windows"] for entry in outcome.calibration),
     }
-    if not coverage:
-        return found
-    fewest = min(entry["tokens"] for entry in coverage)
-    return found | {"expert_coverage": {"min_tokens": fewest, "experts_below_threshold": names}}
+    counted = [step["details"] for step in outcome.passes if step["details"].get("experts")]
+    return found | ({"expert_coverage": _coverage(counted[-1])} if counted else {})
+
+
+# what a pass did about experts that too few tokens reached, by the key under which its details list them
+FEW = {
+    "experts_from_every_token": "saw fewer tokens than min_tokens, and were calibrated on all of their layer",
+    "experts_judged_on_few": "saw few tokens, and were judged on those",
+}
+
+
+def _coverage(details: dict) -> dict:
+    """Of the last pass that counted: an earlier one may have removed experts, and numbered the others anew."""
+    below = [(key, entry) for key in FEW for entry in details.get(key, [])]
+    found = {
+        "min_tokens": min(entry["tokens"] for entry in details["experts"]),
+        "experts_below_threshold": sorted({f"layer {e['layer']} expert {e['expert']}" for _, e in below}),
+    }
+    return found | ({"below_threshold": FEW[below[0][0]]} if below else {})
 
 
 def _checkpoint_artifact(planned, folder: Path) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import compress
 from compress.checkpoint.folder import file_sha256
-from compress.workspace import JOURNAL, MANIFEST
+from compress.workspace import CALIBRATION, JOURNAL, MANIFEST
 
 PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "optimum", "numpy")
 
@@ -24,7 +24,11 @@ def versions() -> dict[str, str]:
 
 def build(folder: Path, seed: int, formats: dict[str, dict[str, str]]) -> dict:
     """`formats`: artifact -> tensor name -> number format as stored there."""
-    skip = {MANIFEST, JOURNAL}
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in skip)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not _passes_away(p.relative_to(folder)))
     files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths}
     return {"schema": 1, "versions": versions(), "seed": seed, "files": files, "tensors": formats}
+
+
+def _passes_away(path: Path) -> bool:
+    """The manifest itself, and what is needed only until the output is published."""
+    return path.name in (MANIFEST, JOURNAL) or path.parts[0] == CALIBRATION

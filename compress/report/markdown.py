@@ -73,9 +73,7 @@ def _calibration(report: dict) -> list[str]:
     if coverage := used.get("expert_coverage"):
         lines.append(f"- Of the experts, the least used one saw {coverage['min_tokens']:,} tokens.")
         if cold := coverage["experts_below_threshold"]:
-            lines.append(
-                f"- {len(cold)} saw too few (`min_tokens`) and were calibrated on all of their layer: {', '.join(cold)}."
-            )
+            lines.append(f"- {len(cold)} experts {coverage['below_threshold']}: {', '.join(cold)}.")
     return lines
 
 

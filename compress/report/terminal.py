@@ -16,9 +16,9 @@ def show(report: dict, out: Path) -> None:
         f"{report['model']['name']}: {size['baseline_bytes']:,} -> {size['candidate_bytes']:,} bytes of weights, "
         f"{size['bits_per_weight']:.2f} bits per weight"
     )
-    cold = report.get("calibration", {}).get("expert_coverage", {}).get("experts_below_threshold")
-    if cold:
-        console.print(f"calibration: {len(cold)} experts saw too few tokens, and were calibrated on all of their layer")
+    coverage = report.get("calibration", {}).get("expert_coverage", {})
+    if cold := coverage.get("experts_below_threshold"):
+        console.print(f"calibration: {len(cold)} experts {coverage['below_threshold']}")
     show_rows(report["checks"], console)
     console.print(f"verdict: {report['verdict'].replace('_', ' ')}   {out}/report.md")
 
