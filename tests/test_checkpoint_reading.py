@@ -135,7 +135,7 @@ def test_defaults_of_an_empty_config_are_those_of_transformers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "jamba"}')
     _, ours, _ = open_config(tmp_path)
     reference = JambaConfig()
-    for name in type(ours).model_fields:
+    for name in type(ours).model_fields.keys() - {"compress"}:  # a section of ours
         expected = getattr(reference, name, None)
         assert (ours.dt_rank if name == "mamba_dt_rank" else getattr(ours, name)) == expected, name
 

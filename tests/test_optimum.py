@@ -150,7 +150,7 @@ def test_dummy_inputs_are_made_for_every_input(small):
 
 def test_the_normalized_configuration_has_optimums_names(tiny):
     values = json.loads((tiny / "config.json").read_text())
-    normalized = jamba.JambaNormalizedConfig(jamba.parse_config(values, "config.json"))
+    normalized = jamba.normalized(jamba.parse_config(values, "config.json"))
     assert (normalized.vocab_size, normalized.hidden_size, normalized.num_layers) == (2048, 160, 8)
     assert (normalized.num_attention_heads, normalized.num_key_value_heads, normalized.head_dim) == (5, 1, 32)
     assert (normalized.conv_kernel, normalized.state_size, normalized.context_length) == (4, 16, 8192)
@@ -158,6 +158,6 @@ def test_the_normalized_configuration_has_optimums_names(tiny):
 
 
 def test_the_normalized_configuration_also_reads_transformers_own(tiny):
-    normalized = jamba.JambaNormalizedConfig(AutoConfig.from_pretrained(tiny))
+    normalized = jamba.normalized(AutoConfig.from_pretrained(tiny))
     assert (normalized.num_layers, normalized.num_key_value_heads) == (8, 1)
     assert (normalized.conv_kernel, normalized.state_size, normalized.context_length) == (4, 16, 8192)

@@ -4,7 +4,7 @@ from optimum.exporters.base import ExporterConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils.input_generators import DEFAULT_DUMMY_SHAPES, DummyInputGenerator, DummyTextInputGenerator
 
-from compress.architectures.jamba import JambaNormalizedConfig, parse_config
+from compress.architectures import jamba
 from exporters.architectures.jamba import BATCH, PAST, TOTAL, state_shapes
 
 Axes = dict[str, dict[int, str]]
@@ -24,9 +24,9 @@ class HybridStateGenerator(DummyInputGenerator):
         return self.random_float_tensor(shape, framework=framework, dtype=float_dtype)
 
 
-def _normalized(config) -> JambaNormalizedConfig:
+def _normalized(config) -> jamba.normalized:
     """optimum's view of a transformers configuration, validated as ours on the way."""
-    return JambaNormalizedConfig(parse_config(config.to_dict(), "config"))
+    return jamba.normalized(jamba.parse_config(config.to_dict(), "config"))
 
 
 class JambaExporterConfig(ExporterConfig):
