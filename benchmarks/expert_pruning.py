@@ -7,6 +7,7 @@ in it is not run again. `--only` picks sections by the beginning of their name; 
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import yaml
 from machine import describe_machine
 from quality import chunks, load_text
 
-from compress import pipeline, prompts, resources, source
+from compress import pipeline, prompts, resources, sizes, source
 from compress.artifacts import CheckpointArtifact
 from compress.check import baseline, metrics
 from compress.check.runners import CheckpointCandidate
@@ -51,6 +52,7 @@ SECTIONS = {
     },
     "damping: default with another": {f"damping {value:g}": {"damping": value} for value in (0.01, 0.1, 10.0)},
 }  # fmt: skip
+QUANTIZED = ("int8", "mixed", "int4-gptq")  # shipped recipes whose passes follow, for one seed; 8 is without pruning
 BUDGETS = {7: 0.125, 6: 0.25, 5: 0.375, 4: 0.5}  # as many experts removed as by the uniform count
 
 
@@ -70,7 +72,7 @@ class Judge:
         """Sums over the positions of each window, and how many there are."""
         windows = self._set.windows
         found = {"kl": [0.0] * len(windows), "nll": [0.0] * len(windows), "positions": [0] * len(windows)}
-        model = Checkpoint(checkpoint).model
+        model = Checkpoint(checkpoint, allow_quantized=True).model
         for window, start, logits in CheckpointCandidate(model).logits(windows, "prefill", lambda tokens: None):
             first = max(0, 1 - start)  # position 0 is not scored
             stop = start + len(logits)
@@ -80,30 +82,37 @@ class Judge:
             found["kl"][window] += float(scores.kl_divergence.sum())
             found["nll"][window] += float((scores.nll_candidate - scores.nll_baseline).sum())
             found["positions"][window] += len(scores.kl_divergence)
-        return found
+        return found | {"weight_bytes": sizes.stored_bytes(model.units)}
 
 
-def run(block: dict, seed: int, folder: Path, samples: int) -> Path:
+def run(passes: list[dict], seed: int, folder: Path, samples: int) -> Path:
     """The checkpoint of one variant."""
     recipe = folder / "variant.yaml"
     calibration = {"prompts": ["prose"], "samples": samples, "length": 512}
-    recipe.write_text(yaml.safe_dump({"version": 1, "calibration": calibration, "passes": [{"prune_experts": block}]}))
+    recipe.write_text(yaml.safe_dump({"version": 1, "calibration": calibration, "passes": passes}))
     job = pipeline.Job(load_recipe(str(recipe)), resolve(str(MODEL)), folder / "out", seed=seed, overwrite=True)
     pipeline.apply(job)
     return folder / "out" / "checkpoint"
 
 
 def jobs(only: list[str]):
-    """(variant, count, seed, block) of everything that is asked for."""
-    sections = {**SECTIONS, "budget: shared among layers": {"budget": None}}
-    for section, variants in sections.items():
-        if only and not section.startswith(tuple(only)):
-            continue
-        for count in COUNTS:
-            for seed in SEEDS:
+    """(variant, count, seed, passes) of everything that is asked for."""
+    for section, variants in SECTIONS.items():
+        if _is_asked(section, only):
+            for count, seed in itertools.product(COUNTS, SEEDS):
                 for name, block in variants.items():
-                    amount = {"budget": BUDGETS[count]} if block is None else {"keep": count, **block}
-                    yield name, count, seed, amount
+                    yield name, count, seed, [{"prune_experts": {"keep": count, **block}}]
+    if _is_asked("budget: shared among layers", only):
+        for count, seed in itertools.product(COUNTS, SEEDS):
+            yield "budget", count, seed, [{"prune_experts": {"budget": BUDGETS[count]}}]
+    if _is_asked("quantized: as shipped recipes do", only):
+        for recipe, count in itertools.product(QUANTIZED, (8, *COUNTS)):
+            pruning = [{"prune_experts": {"keep": count}}] if count < 8 else []
+            yield recipe, count, 0, pruning + yaml.safe_load(load_recipe(recipe).text)["passes"]
+
+
+def _is_asked(section: str, only: list[str]) -> bool:
+    return not only or section.startswith(tuple(only))
 
 
 def read(path: Path) -> dict[tuple, dict]:
@@ -118,7 +127,7 @@ def kl(result: dict) -> np.ndarray:
 
 def table(results: dict[tuple, dict]) -> str:
     """Mean over seeds with the lowest and highest seed, perplexity ratio, and the default's advantage with its interval."""
-    names = list(dict.fromkeys(name for name, _, _ in results))
+    names = list(dict.fromkeys(name for name, _, _ in results if name not in QUANTIZED))
     lines = ["| variant | " + " | ".join(f"8 -> {c}: mean KL (seeds) / ppl ratio" for c in COUNTS) + " |"]
     lines.append("|---" * (1 + len(COUNTS)) + "|")
     for name in names:
@@ -132,7 +141,7 @@ def table(results: dict[tuple, dict]) -> str:
             ratio = np.mean([np.exp(sum(r["nll"]) / sum(r["positions"])) for r in found])
             cells.append(f"{np.mean(means):.5f} ({min(means):.5f}-{max(means):.5f}) / {ratio:.4f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_advantages(results)])
+    return "\n".join([*lines, "", *_advantages(results), "", *_quantized(results)])
 
 
 def _advantages(results: dict[tuple, dict]) -> list[str]:
@@ -155,6 +164,17 @@ def _advantages(results: dict[tuple, dict]) -> list[str]:
     return lines
 
 
+def _quantized(results: dict[tuple, dict]) -> list[str]:
+    """Bytes of the checkpoint's weights and mean KL, pruned to so many experts and then quantized."""
+    lines = ["| then as | " + " | ".join(f"{c} experts: bytes / mean KL" for c in (8, *COUNTS)) + " |"]
+    lines.append("|---" * (2 + len(COUNTS)) + "|")
+    for recipe in QUANTIZED:
+        found = [results.get((recipe, count, 0)) for count in (8, *COUNTS)]
+        cells = [f"{r['weight_bytes']:,} / {kl(r).sum():.5f}" if r else "" for r in found]
+        lines.append(f"| {recipe} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
@@ -166,10 +186,10 @@ def main() -> None:
     if not arguments.table:
         judge, known = Judge(arguments.text), read(arguments.results)
         with tempfile.TemporaryDirectory() as temporary, open(arguments.results, "a") as file:
-            for name, count, seed, block in jobs(arguments.only):
+            for name, count, seed, passes in jobs(arguments.only):
                 if (name, count, seed) in known:
                     continue
-                found = judge(run(block, seed, Path(temporary), arguments.samples))
+                found = judge(run(passes, seed, Path(temporary), arguments.samples))
                 file.write(json.dumps({"variant": name, "count": count, "seed": seed, **found}) + "\n")
                 file.flush()
     print(table(read(arguments.results)))

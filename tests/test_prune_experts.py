@@ -32,6 +32,7 @@ from scipy.optimize import linear_sum_assignment
 from compress import pipeline
 from compress.artifacts import find_artifact, open_artifact
 from compress.passes import prune_experts
+from compress.pruning import reconstruction
 
 AGREEMENT = {"checkpoint": 1e-4, "onnx": 1e-3}  # the project's requirements, as in test_pruned_models.py
 BFLOAT16 = 2.0**-8  # its rounding, at most half of this relative to the value
@@ -410,3 +411,17 @@ def test_a_second_pass_prunes_what_the_first_one_left(source, uniform, tmp_path)
         for run in (at_once, one_by_one)
     )
     assert_same_tensors(found, expected)
+
+
+@pytest.mark.parametrize("router", ["slice", "rescale", "keep_rows"])
+def test_a_budget_is_shared_by_the_losses_under_the_recipe_s_router(source, tmp_path, monkeypatch, router):
+    """The ways seldom share differently, so what is asked for is looked at."""
+    asked, real = set(), reconstruction.Reconstruction.__init__
+
+    def recorded(self, statistics, router):
+        asked.add(router)
+        real(self, statistics, router)
+
+    monkeypatch.setattr(reconstruction.Reconstruction, "__init__", recorded)
+    apply(source, tmp_path / "run", {"budget": 0.3, "router": router, "method": "frequency", "recovery": "none"})
+    assert asked == {router}

@@ -281,3 +281,32 @@ def test_a_ridge_that_rounding_drowns_is_raised_until_it_can_be_solved():
     change = corrections._ridge(z.T @ z, z.T @ lacking, 1e-12)
     torch.testing.assert_close(z @ change.T, lacking, rtol=1e-2, atol=1e-2)  # the least-squares solution fits two rows
     assert corrections._ridge(torch.zeros(5, 5), torch.zeros(5, 2), 1.0) is None
+
+
+@torch.inference_mode()
+def test_a_correction_is_judged_in_the_type_it_is_stored_in(moe):
+    """bfloat16 moves the loss by some 1e-4 of itself; the sums of the loss are good to about 1e-6."""
+    rounded = moe.unit.map(lambda w: w.with_load("bf16", lambda rows=None: w.load(rows).bfloat16()))
+    inputs = moe.inputs()
+    found = collect(rounded, inputs)
+    pruned = removal.keep(rounded, inputs, KEPT, keep_rows=False)
+    gates = reconstruction.gates_of(found.logits, KEPT, found.top_k, keep_rows=False)
+    correction = Correction(pruned, inputs, found, gates, inputs.stash(pruned))
+    assert correction.recover(3.0)
+    judged = correction.loss
+    assert correction.stored_loss() == pytest.approx(judged, rel=5e-6)
+
+
+@torch.inference_mode()
+def test_what_is_not_a_number_is_not_adopted(moe):
+    correction, _ = correction_of(moe)
+    for number, shape in enumerate(correction._candidate.shapes):
+        correction._candidate.write(number, torch.full(shape, torch.nan))
+    before = correction.unit
+    assert not correction._adopt(lambda: None)
+    assert correction.unit is before
+
+
+def test_a_factor_never_turns_the_output_around():
+    assert reconstruction.factor(3.0, 2.0) == 1.5
+    assert reconstruction.factor(-3.0, 2.0) == reconstruction.factor(3.0, 0.0) == 1.0
