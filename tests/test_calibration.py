@@ -326,7 +326,8 @@ def test_an_expert_that_no_token_reaches_is_quantized_from_every_token_and_the_r
     options = {"method": "gptq", "weights": "int4-g16", "min_tokens": 1}
     applied = apply(model, tmp_path / "gptq", options)
     assert applied.report["calibration"]["expert_coverage"] == {
-        "min_tokens": 0, "experts_below_threshold": ["layer 1 expert 4"]
+        "min_tokens": 0, "experts_below_threshold": ["layer 1 expert 4"],
+        "below_threshold": "saw fewer tokens than min_tokens, and were calibrated on all of their layer",
     }  # fmt: skip
     assert [(entry["matrices"], entry["tokens"], entry["tokens_used"], entry["expert"])
             for entry in applied.details["experts_from_every_token"]] == [

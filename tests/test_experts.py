@@ -219,7 +219,7 @@ def test_the_table_ends_with_the_total_and_says_what_is_rough(outputs, found):
     said = (outputs / "said").read_text()
     row = next(line for line in said.splitlines() if line.startswith("│ total"))
     assert [cell.strip() for cell in row.split("│")][6:9] == [f"{e['loss']['rescale']:.3g}" for e in found["total"]]
-    rough = sum(count < facts.FEW for layer in found["layers"] for count in layer["tokens"])
+    rough = sum(count < 256 for layer in found["layers"] for count in layer["tokens"])
     assert rough > 1
     assert f"{rough} experts saw fewer than 256 tokens: figures about them are rough" in said
     assert "|change|^2 / |h|^2" in said
