@@ -77,6 +77,23 @@ def refuse_unprunable(model, what: str) -> dict[int, int]:
         raise InputError(f"{what}: the model has no experts, its feed-forwards are dense")
     if model.config.compress != ExpertCounts():
         raise InputError(
-            f"{what}: the model was pruned before, to layers that differ or keep router rows; start from the original"
+            f"{what}: the model was pruned before, by an earlier pass or run, to layers that differ or keep router rows; "
+            "start from the original"
         )
     return counts
+
+
+def changes(before, after) -> list[str]:
+    """What happened to the experts between two opened models, as sentences; none where nothing did."""
+    whole, left = of_model(before), of_model(after)
+    if whole == left:
+        return []
+    said = f"{sum(left.values())} of {sum(whole.values())} experts stay: {_per_layer(left)} of {_per_layer(whole)} in a layer."
+    if after.config.compress == ExpertCounts():
+        return [said]
+    return [said, "Stock runtimes stop at this model; compress.load, compress run and the ONNX export run it."]
+
+
+def _per_layer(counts: dict[int, int]) -> str:
+    least, most = min(counts.values()), max(counts.values())
+    return str(most) if least == most else f"{least} to {most}"

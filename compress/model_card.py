@@ -9,8 +9,8 @@ from compress.model import Unit
 HEADING = "## How this model was compressed"
 
 
-def render(source_folder: Path, source_name: str, units: tuple[Unit, ...], recipe_text: str) -> str:
-    """The card's text. A source without a card gets a one-line one."""
+def render(source_folder: Path, source_name: str, units: tuple[Unit, ...], facts: list[str], recipe_text: str) -> str:
+    """The card's text; `facts` are sentences on what else changed. A source without a card gets a one-line one."""
     card = source_folder / "README.md"
     original = (
         card.read_text(encoding="utf-8", errors="replace").rstrip()
@@ -22,6 +22,7 @@ def render(source_folder: Path, source_name: str, units: tuple[Unit, ...], recip
     return (
         f"{original}\n\n{HEADING}\n\n"
         f"Made from `{source_name}` by compress {compress.__version__}: {stored}. "
-        "Figures quoted above are those of the original.\n\n"
+        f"{''.join(fact + ' ' for fact in facts)}"
+        "What is said above, figures included, is of the original.\n\n"
         f"The recipe, with every default written out:\n\n```yaml\n{recipe_text.rstrip()}\n```\n"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import compress
-from compress import exporting, model_card, plan, plugins, prompts, surveys, sweep, workspace
+from compress import expert_counts, exporting, model_card, plan, plugins, prompts, surveys, sweep, workspace
 from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
@@ -116,7 +116,10 @@ def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
         config["quantization_config"] = section
     writer.write_json(folder / "config.json", config)
     writer.copy_companions(planned.source.folder, folder)
-    card = model_card.render(planned.source.folder, planned.source.name, planned.units, job.recipe.resolved_yaml())
+    facts = expert_counts.changes(planned.model, planned.result)
+    card = model_card.render(
+        planned.source.folder, planned.source.name, planned.units, facts, job.recipe.resolved_yaml()
+    )
     writer.write_text(folder / "README.md", card)
 
 

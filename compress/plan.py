@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from compress import cache, passes, plugins, prompts, sizes
+from compress import cache, expert_counts, passes, plugins, prompts, sizes
 from compress.calibration.settings import Calibration
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
@@ -177,6 +177,15 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.is_dir())
 
 
+def _expert_changes(plan: Plan) -> list[str]:
+    """Before a survey only the sum is known."""
+    found = expert_counts.changes(plan.model, plan.result)
+    if any(passes.needs_survey(*step) for step in plan.modules):
+        left, whole = (sum(expert_counts.of_model(model).values()) for model in (plan.result, plan.model))
+        found = [f"{left} of {whole} experts stay, shared among layers by a survey of their losses."]
+    return found
+
+
 def describe(plan: Plan, out: Path) -> str:
     """The plan as text, for --dry-run."""
     model, check = plan.model, plan.recipe.check
@@ -186,6 +195,7 @@ def describe(plan: Plan, out: Path) -> str:
         f"model     {plan.source.name} ({model.model_type}), {plan.source_bytes:,} bytes",
         f"          {model.parameters:,} parameters, {active:,} active",
         *(f"pass      {step.name}: {step.options.model_dump_json(exclude_none=True)}" for step in plan.recipe.passes),
+        *(f"experts   {fact}" for fact in _expert_changes(plan)),
         *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),

@@ -16,7 +16,14 @@ from compress.strict_yaml import Document, KeyPath
 
 
 class OneKey(Strict):
-    """A mapping that names exactly one of its fields, such as `- quantize: {...}`."""
+    """A mapping that names exactly one of its fields, such as `- quantize: {...}`; `- onnx:` alone means the defaults."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_means_defaults(cls, given):
+        if isinstance(given, dict) and len(given) == 1:
+            return {name: {} if options is None else options for name, options in given.items()}
+        return given
 
     @model_validator(mode="after")
     def _exactly_one(self):
@@ -30,12 +37,7 @@ class OneKey(Strict):
 
     @property
     def options(self) -> Strict:
-        """The options given, or the defaults where the recipe says just `- onnx:`."""
-        return getattr(self, self.name) or type(self).options_of(self.name)()
-
-    @classmethod
-    def options_of(cls, name: str) -> type[Strict]:
-        return cls.model_fields[name].annotation.__args__[0]
+        return getattr(self, self.name)
 
 
 def _choice(title: str, package: str) -> type[OneKey]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compress import resources
 from compress.errors import InputError, first_line
+from compress.workspace import MANIFEST
 
 # weights, configuration, tokenizer and papers; never code, never pickles, whatever their names begin with
 WANTED = (
@@ -31,6 +32,8 @@ def resolve(name: str, recipe_folder: Path | None = None, *, config_only: bool =
     """`id@revision` pins a hub revision; raises InputError where the model cannot be had."""
     local = resources.find_model(name, recipe_folder)
     if local is not None:
+        if (local / MANIFEST).is_file() and (local / "checkpoint").is_dir():
+            raise InputError(f"model '{name}': an output of apply; its model is {Path(name) / 'checkpoint'}")
         return Source(local.resolve().name, local)
     if not HUB_ID.fullmatch(name):
         raise InputError(f"model '{name}': no such folder, and not a hub id (OWNER/NAME or OWNER/NAME@REVISION)")

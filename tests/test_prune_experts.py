@@ -339,10 +339,23 @@ def test_the_report_for_people_tells_of_every_layer(uniform, budgeted):
     for layer, entry in uniform.layers.items():
         loss, kept = entry["loss"], ", ".join(map(str, entry["kept"]))
         assert (
-            f"layer {layer} keeps {kept} of 5 experts; loss {loss['pruned']:.2g} without them, "
+            f"layer {layer} keeps {kept} of 5 experts; loss {loss['pruned']:.2g} without the others, "
             f"{loss['rescaled']:.2g} rescaled, {loss['stored']:.2g} as stored."
         ) in text
+        assert set(entry["recovered"]) <= set(entry["kept"]), "numbered as before"
+        assert f"Tokens of expert 0 to 4, as they were numbered: {', '.join(map(str, entry['tokens']))}." in text
     assert "layer 1 keeps all 5 experts." in (budgeted.out / "report.md").read_text()
+
+
+def test_the_report_and_the_card_say_what_is_left_and_who_can_run_it(uniform, budgeted, sliced_rows):
+    three, uneven = "6 of 10 experts stay: 3 of 5 in a layer.", "7 of 10 experts stay: 2 to 5 of 5 in a layer."
+    for run, left in ((uniform, three), (budgeted, uneven), (sliced_rows, three)):
+        notes, card = run.report["artifacts"][0]["notes"], (run.out / "checkpoint" / "README.md").read_text()
+        assert notes[0] == left
+        assert any("Stock runtimes stop" in note for note in notes) == (run is not uniform)
+        assert all(note in card and note in (run.out / "report.md").read_text() for note in notes)
+    kept = sum(tensor.numel() for tensor in uniform.stored.values())
+    assert uniform.report["size"]["candidate_parameters"] == kept
 
 
 @pytest.fixture(scope="module")

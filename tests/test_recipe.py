@@ -499,6 +499,7 @@ AMOUNTS = {
     "a budget that leaves too few": ("budget: 0.82", {}, ["keep 1 of 8", "2 must stay"]),
     "two amounts": ("keep: 6, budget: 0.2", {}, ["exactly one", "keep and budget"]),
     "three amounts": ("keep: 6, fraction: 0.2, budget: 0.2", {}, ["exactly one"]),
+    "nothing at all": (None, {}, ["exactly one of keep, fraction, budget"]),
     "no amount": ("method: reap", {}, ["exactly one of keep, fraction, budget"]),
     "an unknown method": ("keep: 6, method: reep", {}, ["'reep'", "reap"]),
     "an unknown router": ("keep: 6, router: keep_row", {}, ["'keep_row'", "keep_rows"]),
@@ -514,13 +515,14 @@ AMOUNTS["a share that leaves too few"][1]["num_experts_per_tok"] = 3
 
 @pytest.mark.parametrize(("block", "model", "words"), AMOUNTS.values(), ids=list(AMOUNTS))
 def test_an_amount_that_makes_no_sense_is_refused_without_weights(compress_cli, tmp_path, block, model, words):
-    message = refused_by_the_command(compress_cli, tmp_path, f"  - prune_experts: {{{block}}}\n", **model)
+    given = "" if block is None else f" {{{block}}}"
+    message = refused_by_the_command(compress_cli, tmp_path, f"  - prune_experts:{given}\n", **model)
     assert all(word in message for word in words), message
 
 
 def test_experts_that_an_earlier_pass_quantizes_are_not_pruned(compress_cli, tmp_path):
     passes = "  - quantize: {weights: int8}\n  - prune_experts: {keep: 6}\n"
-    assert "prune_experts must come before quantize" in refused_by_the_command(compress_cli, tmp_path, passes)
+    assert "prune_experts must come before the quantize" in refused_by_the_command(compress_cli, tmp_path, passes)
 
 
 @pytest.mark.parametrize(

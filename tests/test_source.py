@@ -270,3 +270,7 @@ def test_code_in_a_model_folder_is_never_run(tokenizer_folder):
     with contextlib.suppress(InputError):
         load_tokenizer(tokenizer_folder)
     assert not marker.exists()
+
+
+def test_an_output_of_apply_says_where_its_model_is(applied):
+    assert str(applied / "checkpoint") in refusal(lambda: resolve(str(applied)))

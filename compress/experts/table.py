@@ -9,7 +9,7 @@ from compress.experts.layer import DEFAULT_ROUTER
 COLUMNS = 7  # numbers of experts kept that are shown at most
 MEANING = (
     "keep N: the predicted loss with the N experts of a layer that are best kept, the rest removed and the output rescaled.\n"
-    "It is the squared change of the layer's output relative to that output, |change|^2 / |h|^2, averaged over tokens:\n"
+    "It is the squared change relative to the hidden state the layer leaves, |change|^2 / |h|^2, averaged over tokens:\n"
     "0.01 is a hundredth. Least squares, which prune_experts adds unless told otherwise, makes it smaller."
 )
 NOTHING = "no expert can be removed: a layer must keep two, and as many as a token goes to"

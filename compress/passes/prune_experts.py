@@ -44,7 +44,9 @@ def requires(options: Options, model) -> None:
     counts = expert_counts.refuse_unprunable(model, "prune_experts")
     formats = {weight.format for weight in model.weights if weight.role == Role.EXPERTS}
     if any(weight.is_quantized for weight in model.weights if weight.role == Role.EXPERTS):
-        raise InputError("prune_experts must come before quantize: corrections are made to experts as they came")
+        raise InputError(
+            "prune_experts must come before the quantize that stores the experts: corrections are made to them as they came"
+        )
     if len(formats) > 1:
         raise InputError(f"prune_experts: the experts are stored in several types: {', '.join(sorted(formats))}")
     _refuse_amount(options, model.config, len(counts))
@@ -54,7 +56,10 @@ def _refuse_amount(options: Options, config, layers: int) -> None:
     experts, top_k = config.num_experts, config.num_experts_per_tok
     least = expert_counts.fewest(top_k)
     if options.keep is not None and options.keep > experts:
-        raise InputError(f"prune_experts.keep is {options.keep}, but a layer of the model has {experts} experts")
+        raise InputError(
+            f"prune_experts.keep is {options.keep}, but a layer of the model has {experts} experts: "
+            f"{least} to {experts - 1} may stay"
+        )
     if _removed(options, experts, layers) == 0:
         given = next(name for name in AMOUNTS if getattr(options, name) is not None)
         of = experts * layers if given == "budget" else experts

@@ -22,7 +22,7 @@ def prune(options, unit: Unit, inputs: LayerInputs, count: int) -> tuple[Unit, d
         members = merging.groups(statistics.similarity(), kept)
         pruned = merging.merge(unit, pruned, inputs, members, _usage(options, statistics), stash)
     gates = gates_of(statistics.logits, kept, statistics.top_k, keep_rows=options.router == KEEP_ROWS)
-    corrected, found = _correct(options, Correction(pruned, inputs, statistics, gates, stash))
+    corrected, found = _correct(options, Correction(pruned, inputs, statistics, gates, stash), kept)
     note = _note(inputs, statistics, kept) | found
     return corrected, {"layers": [note | ({"groups": members} if options.method == "merge" else {})]}
 
@@ -41,7 +41,7 @@ def _usage(options, statistics: Statistics) -> list[float]:
     return scores.of(options.merge_weights, statistics).tolist()
 
 
-def _correct(options, correction: Correction) -> tuple[Unit, dict]:
+def _correct(options, correction: Correction, kept: Kept) -> tuple[Unit, dict]:
     """Rescaling and recovery as the options ask; losses are those on withheld tokens, the last one of the layer as it
     will be stored."""
     found = {"loss": {"pruned": correction.loss}}
@@ -49,7 +49,7 @@ def _correct(options, correction: Correction) -> tuple[Unit, dict]:
         found["scale"] = correction.rescale()
         found["loss"]["rescaled"] = correction.loss
     if options.recovery != "none":
-        found["recovered"] = correction.recover(options.damping)
+        found["recovered"] = [kept[position] for position in correction.recover(options.damping)]
     found["loss"]["stored"] = correction.stored_loss()
     return correction.unit, found
 

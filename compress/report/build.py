@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from compress import sizes
+from compress import expert_counts, sizes
+from compress.passes.prune_experts import FEW_TOKENS
 from compress.report.manifest import versions
 
 # of a checkpoint: what it needs to run but the tokenizer
@@ -13,6 +14,8 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
     """Assembles the report from the plan, what was done and the files as written."""
     model = planned.model
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
+    if facts := expert_counts.changes(model, planned.result):
+        artifacts[0]["notes"] = facts
     artifacts += [
         _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported
     ]
@@ -33,6 +36,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
             "baseline_float32_bytes": 4 * model.parameters,
             "candidate_bytes": smallest["weight_bytes"],
             "bits_per_weight": smallest["bits_per_weight"],
+            "candidate_parameters": planned.result.parameters,
         },
         "passes": outcome.passes,
         **({"calibration": _calibration(outcome)} if outcome.calibration else {}),
@@ -57,7 +61,7 @@ def _calibration(outcome) -> dict:
 # what a pass did about experts that too few tokens reached, by the key under which its details list them
 FEW = {
     "experts_from_every_token": "saw fewer tokens than min_tokens, and were calibrated on all of their layer",
-    "experts_judged_on_few": "saw few tokens, and were judged on those",
+    "experts_judged_on_few": f"saw fewer than {FEW_TOKENS} tokens, and were judged on those",
 }
 
 

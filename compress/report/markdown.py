@@ -14,7 +14,7 @@ def _headline(report: dict) -> str:
         f"# {model['name']}: {report['verdict'].replace('_', ' ')}\n\n"
         f"{model['parameters']:,} parameters ({model['active_parameters']:,} active), model type `{model['model_type']}`.\n"
         f"Weights: {size['baseline_bytes']:,} bytes before, {size['candidate_bytes']:,} after "
-        f"({size['bits_per_weight']:.2f} bits per weight, {ratio:.3f} of float32).\n"
+        f"({size['bits_per_weight']:.2f} bits per weight of the original, {ratio:.3f} of float32).\n"
     )
 
 
@@ -78,15 +78,28 @@ def _calibration(report: dict) -> list[str]:
 
 
 def _layer(entry: dict) -> str:
-    """One layer that lost experts: which stay, which saw nothing, what it lost on withheld calibration tokens."""
+    """One layer that lost experts: which stay, what it lost on withheld calibration tokens, what every expert saw."""
     if len(entry["kept"]) == entry["experts"]:
         return f"layer {entry['layer']} keeps all {entry['experts']} experts."
-    steps = {"pruned": "without them", "rescaled": "rescaled", "stored": "as stored"}
+    steps = {
+        "pruned": "merged" if "groups" in entry else "without the others",
+        "rescaled": "rescaled",
+        "stored": "as stored",
+    }
     losses = ", ".join(f"{entry['loss'][key]:.2g} {words}" for key, words in steps.items() if key in entry["loss"])
-    text = f"layer {entry['layer']} keeps {', '.join(map(str, entry['kept']))} of {entry['experts']} experts; loss {losses}."
+    text = f"layer {entry['layer']} keeps {_numbers(entry['kept'])} of {entry['experts']} experts; loss {losses}."
+    if merged := [group for group in entry.get("groups", []) if len(group) > 1]:
+        text += f" Merged into {'; '.join(f'{group[0]}: {_numbers(group[1:])}' for group in merged)}."
+    if recovered := entry.get("recovered"):
+        text += f" Corrected: {_numbers(recovered)}."
     if dead := entry["dead"]:
-        text += f" No calibration token reached {', '.join(map(str, dead))}."
-    return text
+        text += f" No calibration token reached {_numbers(dead)}."
+    tokens = ", ".join(f"{count:,}" for count in entry["tokens"])
+    return f"{text} Tokens of expert 0 to {entry['experts'] - 1}, as they were numbered: {tokens}."
+
+
+def _numbers(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _details(details: dict) -> str:
