@@ -96,14 +96,14 @@ def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspac
 
 
 def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torch.Tensor]:
-    """Windows of equal length first, so that blocks of them run together."""
+    """What passes are calibrated on; the outcome hears of the prompts."""
     original = CheckpointArtifact(planned.checkpoint, job.device, outcome.weights_sha256)
     sets = prompts.load_all(
         original, original.sha256(), planned.calibration, purpose="calibration",
         seed=job.seed, folder=job.recipe.folder,
     )  # fmt: skip
     outcome.calibration = prompts.used(sets)
-    return sorted((window for prompt_set in sets for window in prompt_set.windows), key=len, reverse=True)
+    return prompts.longest_first(sets)
 
 
 def _write_companions(job: Job, planned: Plan, folder: Path) -> None:

@@ -36,8 +36,7 @@ def run(job: Job) -> dict:
     weights_sha256 = checkpoint.weights_sha256()
     artifact = CheckpointArtifact(checkpoint, job.device, weights_sha256)
     sets = prompts.load_all(artifact, artifact.sha256(), job.settings, purpose="calibration", seed=job.seed)
-    # in the order of `apply`, so that the same tokens are withheld there
-    windows = sorted((window for prompt_set in sets for window in prompt_set.windows), key=len, reverse=True)
+    windows = prompts.longest_first(sets)  # as `apply` does, so that the same tokens are withheld there
     layers = _surveyed(checkpoint.model, moe, windows, job.device)
     return {
         "schema": 1,

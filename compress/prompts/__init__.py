@@ -94,6 +94,11 @@ def digest(windows: list[torch.Tensor]) -> str:
     return found.hexdigest()
 
 
+def longest_first(sets: list[PromptSet]) -> list[torch.Tensor]:
+    """The windows of all sets; those of equal length stand together, so that blocks of them run together."""
+    return sorted((window for prompt_set in sets for window in prompt_set.windows), key=len, reverse=True)
+
+
 def used(sets: list[PromptSet]) -> list[dict]:
     """What the report says of them."""
     return [{"name": s.name, "windows": len(s.windows), "tokens": s.tokens} for s in sets]
