@@ -174,13 +174,14 @@ def export(checkpoint, kind, out):
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
 def check(baseline, candidate, prompts, limits, limits_file, samples, length, seed, device, json_file):
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
+    from compress import results
     from compress.check import command
 
     settings = command.settings(prompts, limits, limits_file, samples, length)
-    command.refuse_unwritable(json_file)
+    results.refuse_unwritable(json_file)
     _refuse_missing_device(device)
     result = command.check(baseline, candidate, settings, seed=seed, device=device)
-    command.write(result, json_file)
+    results.put_json(result, json_file)
     sys.exit(1 if result["verdict"] == "fail" else 0)
 
 

@@ -16,7 +16,7 @@ STDOUT = "-"
 PLAIN_WIDTH = 140  # of what is not a terminal: files and pipes
 
 
-def refuse_unwritable(json_file: str | None, html_file: str | None) -> None:
+def refuse_unwritable(json_file: str | None, html_file: str | None = None) -> None:
     """A result that cannot be written is refused before the work."""
     for option, target in (("--json", json_file), ("--html", html_file)):
         if target is None or (option, target) == ("--json", STDOUT):

@@ -1,7 +1,5 @@
-"""`compress check`: settings from flags, one comparison, rows to the terminal and to JSON."""
+"""`compress check`: settings from flags, one comparison, rows to the terminal."""
 
-import json
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +9,6 @@ from compress.artifacts import find_artifact, open_artifact
 from compress.check import run as check_run
 from compress.check.compare import verdict
 from compress.check.settings import Check
-from compress.checkpoint.writer import write_json
 from compress.errors import InputError
 from compress.report import terminal
 from compress.report.manifest import versions
@@ -72,18 +69,3 @@ def _baseline_path(name: str) -> Path:
 
 def _kind(path: Path) -> str:
     return path.resolve().parent.name if path.suffix == ".onnx" else "checkpoint"
-
-
-def refuse_unwritable(target: str | None) -> None:
-    """A result that cannot be written is refused before the work."""
-    if target not in (None, "-") and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
-        raise InputError(f"--json {target}: expected a file in a folder that exists")
-
-
-def write(result: dict, target: str | None) -> None:
-    """To a file, to stdout for `-`, or nowhere."""
-    if target == "-":
-        json.dump(result, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    elif target is not None:
-        write_json(Path(target), result)

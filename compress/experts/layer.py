@@ -1,16 +1,18 @@
 """What one layer's experts do on the tokens, and what the layer would lose without some of them."""
 
 import math
+from typing import get_args
 
 from compress import expert_counts
 from compress.calibration.inputs import LayerInputs
 from compress.model import Unit
+from compress.passes.prune_experts import Options, Router
 from compress.pruning import scores
 from compress.pruning.reconstruction import Kept, Reconstruction
 from compress.pruning.statistics import Statistics, collect
 
-ROUTERS = ("slice", "rescale", "keep_rows")  # ways to treat the router that `prune_experts` knows
-DEFAULT_ROUTER = "rescale"  # the one it takes unasked: sets of experts are chosen for it
+ROUTERS = get_args(Router)  # ways to treat the router that `prune_experts` knows
+DEFAULT_ROUTER = Options.model_fields["router"].default  # the one it takes unasked: sets of experts are chosen for it
 
 
 def survey(unit: Unit, inputs: LayerInputs) -> dict:

@@ -9,10 +9,8 @@ from compress.experts import facts
 from compress.experts.layer import DEFAULT_ROUTER
 
 CELL_WIDTH, CELL_HEIGHT = 0.52, 0.32  # inches
-SQUARE, LABELLED = (
-    0.34,
-    8,
-)  # inches a cell of a similarity matrix takes, where there are so few experts that figures fit
+LABELLED = 8  # experts up to which figures fit into a similarity matrix
+SQUARE = 0.34  # inches that a cell of such a matrix takes
 SIDE = 2.8  # inches of a whole matrix otherwise
 PAGE_WIDTH = 11  # inches that small multiples share
 FLOOR = 1e-9  # a loss that a logarithmic scale can still show

@@ -20,12 +20,15 @@ FEW_TOKENS = 256  # calibration tokens of an expert below which its figures are 
 SCRATCH_STATES = 3  # what the experts gave, what they give, and what they would give with one more correction
 
 
+Router = Literal["slice", "rescale", "keep_rows"]  # what is done about the rows of removed experts
+
+
 class Options(Strict):
     method: Literal["frequency", "mean_gate", "ean", "reap", "reconstruction", "merge"] = "reconstruction"
     keep: WholeNumber | None = Field(default=None, ge=1)  # experts of every MoE layer
     fraction: Number | None = Field(default=None, gt=0, lt=1)  # of every MoE layer's experts, removed
     budget: Number | None = Field(default=None, gt=0, lt=1)  # of all experts, removed where it costs least
-    router: Literal["slice", "rescale", "keep_rows"] = "rescale"
+    router: Router = "rescale"
     recovery: Literal["none", "least_squares"] = "least_squares"
     damping: Number = Field(default=1.0, gt=0, le=1000)  # of least squares, of the mean of the moments' diagonal
     merge_weights: Literal["frequency", "mean_gate"] = "frequency"
@@ -42,8 +45,9 @@ class Options(Strict):
 def requires(options: Options, model) -> None:
     """Refuses amounts this model cannot spare, and models that have no experts or whose experts are quantized."""
     counts = expert_counts.refuse_unprunable(model, "prune_experts")
-    formats = {weight.format for weight in model.weights if weight.role == Role.EXPERTS}
-    if any(weight.is_quantized for weight in model.weights if weight.role == Role.EXPERTS):
+    experts = [weight for weight in model.weights if weight.role == Role.EXPERTS]
+    formats = {weight.format for weight in experts}
+    if any(weight.is_quantized for weight in experts):
         raise InputError(
             "prune_experts must come before the quantize that stores the experts: corrections are made to them as they came"
         )
@@ -169,6 +173,11 @@ def calibrate(options: Options, unit, inputs, context):
 def details(options: Options, units, notes: list[dict]) -> dict:
     """What the report says: layer by layer which experts stay, what every expert saw, and what the layer lost."""
     layers = [entry for note in notes for entry in note.get("layers", [])]
+    experts = [
+        {"layer": entry["layer"], "expert": expert, "tokens": tokens}
+        for entry in layers
+        for expert, tokens in enumerate(entry["tokens"])
+    ]
     return {
         "method": options.method,
         "router": options.router,
@@ -176,15 +185,6 @@ def details(options: Options, units, notes: list[dict]) -> dict:
         "experts_before": sum(entry["experts"] for entry in layers),
         "experts_after": sum(len(entry["kept"]) for entry in layers),
         "layers": layers,
-        "experts": [
-            {"layer": entry["layer"], "expert": expert, "tokens": tokens}
-            for entry in layers
-            for expert, tokens in enumerate(entry["tokens"])
-        ],
-        "experts_judged_on_few": [
-            {"layer": entry["layer"], "expert": expert, "tokens": tokens}
-            for entry in layers
-            for expert, tokens in enumerate(entry["tokens"])
-            if tokens < FEW_TOKENS
-        ],
+        "experts": experts,
+        "experts_judged_on_few": [entry for entry in experts if entry["tokens"] < FEW_TOKENS],
     }

@@ -169,7 +169,7 @@ def _ridge(moments: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.
     return None
 
 
-def _scaled(weight: Weight, factor: float) -> Weight:
+def _scaled(weight: Weight, scale: float) -> Weight:
     """A matrix times a factor, in its own number format."""
     dtype = PLAIN_DTYPES[weight.format]
-    return weight.with_load(weight.format, lambda rows=None: (weight.dense(rows) * factor).to(dtype))
+    return weight.with_load(weight.format, lambda rows=None: (weight.dense(rows) * scale).to(dtype))
