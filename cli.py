@@ -268,10 +268,9 @@ def run(artifact, prompt, max_tokens, temperature, seed):
 
 
 def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError:
-        raise InputError("the prompt on standard input is not UTF-8 text") from None
+    from compress.prompts.text import decode
+
+    return decode(sys.stdin.buffer.read(), "the prompt on standard input")
 
 
 @main.command()

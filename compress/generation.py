@@ -5,10 +5,13 @@ from pathlib import Path
 
 import torch
 
+from compress import progress
 from compress.artifacts import Artifact, find_artifact, open_artifact
+from compress.end_tokens import end_tokens
 from compress.errors import InputError
 from compress.inference import sample
-from compress.prompts.windows import encode, refuse_foreign_tokens
+from compress.prompts.text import refuse_surrogates
+from compress.prompts.windows import encode, refuse_foreign_tokens, too_long
 from compress.source import load_tokenizer
 
 
@@ -16,18 +19,16 @@ def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, se
     """Yields the generated text piece by piece, without the prompt; ends at an end-of-text token."""
     artifact = open_artifact(find_artifact(name))
     tokenizer = load_tokenizer(artifact.folder)
+    ends = set(end_tokens(artifact.config, artifact.folder, tokenizer))
+    refuse_surrogates(prompt, "the prompt")
     ids = encode(tokenizer, prompt)
     if not ids:
         raise InputError("the prompt is empty and the tokenizer has no BOS token to begin with")
     refuse_foreign_tokens(max(ids), artifact.config.vocab_size)
+    if warning := too_long(len(ids) + max_tokens, artifact.config):
+        progress.warn(f"prompt and --max-tokens: {warning}")
     tokens = stream_tokens(artifact, ids, max_tokens, temperature, seed)
-    yield from _readable(tokenizer, _until(tokens, _ends(artifact.config, tokenizer)))
-
-
-def _ends(config, tokenizer) -> set[int]:
-    """Every token that ends a text, by the configuration or by the tokenizer."""
-    of_config = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return {token for token in (*of_config, tokenizer.eos_token_id) if token is not None}
+    yield from _readable(tokenizer, _until(tokens, ends))
 
 
 def stream_tokens(artifact: Artifact, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:

@@ -1,6 +1,7 @@
-"""Progress with an estimate on a terminal's stderr, silence elsewhere."""
+"""Progress with an estimate on a terminal's stderr, silence elsewhere; and warnings, which are told everywhere."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -17,3 +18,8 @@ def task(description: str, total: int) -> Iterator[Advance]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(description, total=total)
         yield lambda steps: progress.advance(bar, steps)
+
+
+def warn(sentence: str) -> None:
+    """On stderr, beside whatever comes of the run."""
+    print(f"compress: warning: {sentence}", file=sys.stderr)

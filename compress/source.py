@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress import resources
+from compress.checkpoint.pointers import refuse_pointer
 from compress.errors import InputError, first_line
+from compress.paths import printable, with_text_name
 from compress.workspace import MANIFEST
 
 # weights, configuration, tokenizer and papers; never code, never pickles, whatever their names begin with
@@ -18,11 +20,15 @@ WANTED = (
     "README.md",
     *("LICENSE", "LICENSE.md", "LICENCE", "LICENCE.md", "NOTICE", "NOTICE.md"),
 )
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+NO_LIMIT = 1 << 62  # tokens: tokenizers would warn of errors; of what is too long for a model we speak ourselves
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
 class Source:
+    """`name` is for people: text, whatever the folder is called."""
+
     name: str
     folder: Path
     revision: str | None = None
@@ -34,7 +40,7 @@ def resolve(name: str, recipe_folder: Path | None = None, *, config_only: bool =
     if local is not None:
         if (local / MANIFEST).is_file() and (local / "checkpoint").is_dir():
             raise InputError(f"model '{name}': an output of apply; its model is {Path(name) / 'checkpoint'}")
-        return Source(local.resolve().name, local)
+        return Source(printable(local.resolve().name), local)
     if not HUB_ID.fullmatch(name):
         raise InputError(f"model '{name}': no such folder, and not a hub id (OWNER/NAME or OWNER/NAME@REVISION)")
     identifier, _, revision = name.partition("@")
@@ -54,13 +60,30 @@ def _download(identifier: str, revision: str | None, wanted: tuple[str, ...]) ->
     return Source(identifier, folder, folder.resolve().name)  # a snapshot folder is named by its commit
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def tokenizer_of(folder: Path):
+    """The folder's tokenizer, or None where there is none that can be loaded."""
+    try:
+        return load_tokenizer(folder) if has_tokenizer(folder) else None
+    except InputError:
+        return None
+
+
 def load_tokenizer(folder: Path):
     """The folder's tokenizer; raises InputError where there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    if not has_tokenizer(folder):
         raise InputError(f"{folder}: has no tokenizer files, and the prompts are text")
+    for name in TOKENIZERS:
+        refuse_pointer(folder / name)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with with_text_name(folder) as named:
+            tokenizer = AutoTokenizer.from_pretrained(named, local_files_only=True, trust_remote_code=False)
+        tokenizer.model_max_length = NO_LIMIT
+        return tokenizer
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({first_line(error)})") from None

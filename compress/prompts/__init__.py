@@ -5,16 +5,18 @@ itself), or the path of a .txt or .jsonl file. Calibration and check never share
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from compress.errors import InputError, nearest
+from compress.paths import printable
 from compress.progress import task as progress_task
+from compress.progress import warn
 from compress.prompts import passages, recall, self_text
 from compress.prompts.seeds import derive_seed
-from compress.prompts.windows import join_and_cut, refuse_foreign_tokens
+from compress.prompts.windows import join_and_cut, refuse_foreign_tokens, too_long
 from compress.source import load_tokenizer
 
 SHIPPED = ("prose", "heldout")
@@ -25,6 +27,7 @@ NAMES = (*SHIPPED, "recall", "self")
 class PromptSet:
     name: str
     windows: list[torch.Tensor]  # token ids, int64, [length] each
+    warning: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -50,7 +53,7 @@ def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = 
 def load(name: str, *, purpose: str, tokenizer, model, model_sha256: str, samples: int, length: int, seed: int,
          folder: Path | None = None, progress=None) -> PromptSet:  # fmt: skip
     """At most `samples` windows of `length` tokens. `purpose` (`check` or `calibration`) separates the seeds."""
-    seed = derive_seed(seed, purpose, name)
+    seed = derive_seed(seed, purpose, printable(name))
     if name == "self":
         windows = self_text.windows(model, model_sha256, samples, length, seed, progress)
     elif name == "recall":
@@ -65,7 +68,7 @@ def load(name: str, *, purpose: str, tokenizer, model, model_sha256: str, sample
         windows = join_and_cut(tokenizer, texts, samples, length, seed)
     if not any(len(window) > 1 for window in windows):
         raise InputError(f"prompts '{name}': not enough text for a single window of 2 tokens")
-    return PromptSet(name, windows)
+    return PromptSet(printable(name), windows)
 
 
 def load_all(
@@ -77,13 +80,16 @@ def load_all(
 
 def _load_for(model, model_sha256: str, name: str, settings, purpose: str, seed: int, folder: Path | None) -> PromptSet:
     tokenizer = None if name == "self" else load_tokenizer(model.folder)
-    with progress_task(f"prompts: {name}", settings.samples * settings.length) as advance:
+    with progress_task(f"prompts: {printable(name)}", settings.samples * settings.length) as advance:
         prompt_set = load(
             name, purpose=purpose, tokenizer=tokenizer, model=model, model_sha256=model_sha256,
             samples=settings.samples, length=settings.length, seed=seed, folder=folder, progress=advance,
         )  # fmt: skip
     refuse_foreign_tokens(max(int(window.max()) for window in prompt_set.windows), model.config.vocab_size)
-    return prompt_set
+    warning = too_long(max(len(window) for window in prompt_set.windows), model.config)
+    if warning:
+        warn(f"prompts {prompt_set.name}: {warning}")
+    return replace(prompt_set, warning=warning)
 
 
 def digest(windows: list[torch.Tensor]) -> str:
@@ -101,7 +107,10 @@ def longest_first(sets: list[PromptSet]) -> list[torch.Tensor]:
 
 def used(sets: list[PromptSet]) -> list[dict]:
     """What the report says of them."""
-    return [{"name": s.name, "windows": len(s.windows), "tokens": s.tokens} for s in sets]
+    return [
+        {"name": s.name, "windows": len(s.windows), "tokens": s.tokens, **({"warning": s.warning} if s.warning else {})}
+        for s in sets
+    ]
 
 
 def file_of(name: str, folder: Path | None) -> Path | None:

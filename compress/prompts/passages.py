@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 from compress import resources
+from compress.checkpoint.pointers import refuse_pointer
 from compress.errors import InputError
+from compress.prompts import chat
+from compress.prompts.text import decode, refuse_surrogates
 
 
 def shipped_file(name: str) -> Path:
@@ -18,23 +21,31 @@ def shipped(name: str) -> list[str]:
 
 def from_file(path: Path, tokenizer) -> list[str]:
     """`.txt` is one passage; a line of `.jsonl` is {"text": ...} or {"messages": [...]} (through the chat template)."""
+    refuse_pointer(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = decode(path.read_bytes(), str(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
-    if path.suffix == ".txt":
-        texts = [content]
-    else:
-        lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
-        texts = [_passage(line, f"{path}:{i}", tokenizer) for i, line in lines]
+    texts = [content] if path.suffix == ".txt" else _from_lines(content, path, tokenizer)
     if not any(text.strip() for text in texts):
         raise InputError(f"{path}: holds no text")
     return texts
 
 
-def _passage(line: str, where: str, tokenizer) -> str:
+def _from_lines(content: str, path: Path, tokenizer) -> list[str]:
+    """Lines end at a newline and at nothing else. A byte order mark stands within where files were joined."""
+    lines = ((f"{path}:{i}", line.removeprefix("\ufeff")) for i, line in enumerate(content.split("\n"), 1))
+    found = {where: _passage(line, where) for where, line in lines if line.strip()}
+    chats = {where: value for where, value in found.items() if isinstance(value, dict)}
+    if chats:
+        found |= zip(chats, chat.render(tokenizer, chats), strict=True)
+    for where, text in found.items():
+        refuse_surrogates(text, where)
+    return list(found.values())
+
+
+def _passage(line: str, where: str) -> str | dict:
+    """The text of a line, or its chat, to be rendered."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -42,16 +53,5 @@ def _passage(line: str, where: str, tokenizer) -> str:
     if isinstance(value, dict) and isinstance(value.get("text"), str):
         return value["text"]
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
-        return _chat(value["messages"], where, tokenizer)
+        return chat.arguments(value, where)
     raise InputError(f'{where}: expected {{"text": "..."}} or {{"messages": [...]}}')
-
-
-def _chat(messages: list, where: str, tokenizer) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"{where}: has messages, but the model's tokenizer has no chat template")
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{where}: the chat template refuses these messages ({error})") from None
