@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import compress
+from compress.checkpoint import companions
 from compress.model import Unit
 
 HEADING = "## How this model was compressed"
@@ -11,10 +12,10 @@ HEADING = "## How this model was compressed"
 
 def render(source_folder: Path, source_name: str, units: tuple[Unit, ...], facts: list[str], recipe_text: str) -> str:
     """The card's text; `facts` are sentences on what else changed. A source without a card gets a one-line one."""
-    card = source_folder / "README.md"
+    card = source_folder / companions.CARD
     original = (
         card.read_text(encoding="utf-8", errors="replace").rstrip()
-        if card.is_file()
+        if card.is_file() and companions.may_travel(card)
         else f"# {source_name}, compressed"
     )
     counts = Counter(weight.format for unit in units for weight in unit.weights.values())

@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from compress.errors import InputError, first_line
+from compress.onnx_files import open_session
 
 LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
 
@@ -23,7 +24,9 @@ class OnnxSession:
         for key, value in (options or {}).items():
             settings.add_session_config_entry(key, value)
         try:
-            self._session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+            self._session = open_session(path, settings)
+        except InputError:
+            raise
         except Exception as error:  # onnxruntime's own exceptions share no public base class
             raise InputError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         inputs = {value.name: value for value in self._session.get_inputs()}

@@ -11,6 +11,7 @@ from compress import cache, expert_counts, passes, plugins, prompts, sizes
 from compress.calibration.settings import Calibration
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
+from compress.end_tokens import of_generation_config
 from compress.errors import InputError
 from compress.model import HybridModel, Unit
 from compress.onnx_session import LOAD_FACTOR
@@ -102,6 +103,7 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path, need
     checkpoint = Checkpoint(source.folder) if needs_weights or has_weights(source.folder) else None
     model = checkpoint.model if checkpoint else model_of_config(source.folder)
     plan = with_found(Plan(source, checkpoint, (model,), recipe), {}, context)
+    of_generation_config(source.folder)  # refuses one that cannot be read
     folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_calibration else None
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
         for name in settings.prompts if settings else ():

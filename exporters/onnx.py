@@ -42,7 +42,11 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
     import onnx_ir as ir
 
     import compress
+    from compress.checkpoint.companions import without_code
     from compress.checkpoint.writer import copy_companions, write_json
+    from compress.end_tokens import end_tokens
+    from compress.paths import with_text_name
+    from compress.source import tokenizer_of
     from exporters.graph import genai, reading
     from exporters.graph.builder import Graph, WeightFile
 
@@ -51,10 +55,12 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
     graph = architecture.build(checkpoint.model, Graph(weights, options.opset), advance)
     weights.close()
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="compress", producer_version=compress.__version__)
-    model.metadata_props[reading.CONFIG_KEY] = json.dumps(checkpoint.config, sort_keys=True)
+    model.metadata_props[reading.CONFIG_KEY] = json.dumps(without_code(checkpoint.config), sort_keys=True)
     ir.save(model, folder / MODEL)
-    onnx.checker.check_model(folder / MODEL, full_check=True)
-    write_json(folder / "genai_config.json", genai.config(checkpoint.model, MODEL))
+    with with_text_name(folder) as named:
+        onnx.checker.check_model(named / MODEL, full_check=True)
+    ends = end_tokens(checkpoint.model.config, checkpoint.folder, tokenizer_of(checkpoint.folder))
+    write_json(folder / "genai_config.json", genai.config(checkpoint.model, MODEL, ends))
     copy_companions(checkpoint.folder, folder)
 
 

@@ -10,6 +10,7 @@ from compress.check import run as check_run
 from compress.check.compare import verdict
 from compress.check.settings import Check
 from compress.errors import InputError
+from compress.paths import printable
 from compress.report import terminal
 from compress.report.manifest import versions
 from compress.strict_model import from_flags
@@ -50,8 +51,8 @@ def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: s
     result = {
         "schema": 1,
         "verdict": verdict(rows),
-        "baseline": {"name": baseline, "sha256": original.sha256()},
-        "candidate": str(candidate),
+        "baseline": {"name": printable(baseline), "sha256": original.sha256()},
+        "candidate": printable(str(candidate)),
         "prompts": used,
         "checks": [row.to_json() for row in rows],
         "versions": versions(),
@@ -68,4 +69,4 @@ def _baseline_path(name: str) -> Path:
 
 
 def _kind(path: Path) -> str:
-    return path.resolve().parent.name if path.suffix == ".onnx" else "checkpoint"
+    return printable(path.resolve().parent.name) if path.suffix == ".onnx" else "checkpoint"

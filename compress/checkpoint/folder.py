@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from compress.checkpoint.pointers import refuse_pointer
 from compress.checkpoint.safetensors_file import Entry, SafetensorsFile
 from compress.errors import InputError
 
@@ -16,8 +17,9 @@ SINGLE = "model.safetensors"
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file; raises InputError naming the file."""
+    refuse_pointer(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -78,7 +80,13 @@ def file_sha256(path: Path) -> str:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        return [folder / name for name in _index_files(folder)]
+        names = _index_files(folder)
+        if names != [SINGLE] and (folder / SINGLE).is_file():
+            raise InputError(
+                f"{folder}: holds {SINGLE}, and {INDEX} names other files ({names[0]}, ...); "
+                "which of the two is the model? Remove the other one"
+            )
+        return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))

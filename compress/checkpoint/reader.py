@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from compress import plugins, progress
-from compress.checkpoint import compressed_tensors, stored
+from compress.checkpoint import companions, compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
@@ -68,6 +68,7 @@ class Checkpoint:
                 f"{folder / 'config.json'}: the model is already quantized (quantization_config); start from the original"
             )
         self.files = WeightFolder(folder)
+        companions.refuse_pointers(folder)
         self._schemes = (
             compressed_tensors.schemes_of(self.config, folder, self.files.names) if self.is_quantized else {}
         )

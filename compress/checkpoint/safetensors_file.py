@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from compress.checkpoint.pointers import refuse_pointer
 from compress.errors import InputError
 
 DTYPES = {
@@ -65,6 +66,7 @@ class SafetensorsFile:
 
 
 def _read_header(path: Path) -> dict[str, Entry]:
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

@@ -7,25 +7,19 @@ format and shape, so peak memory follows the block, not the tensor.
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from compress.checkpoint import companions
+from compress.checkpoint.companions import companion_files
 from compress.checkpoint.folder import INDEX
 from compress.checkpoint.safetensors_file import DTYPE_NAMES, SafetensorsFile
 from compress.checkpoint.stored import reread
 from compress.errors import WorkError
 from compress.formats.base import Layout, Quantized
 from compress.model import Unit, Weight, is_finite
-
-# what travels along with the weights: tokenizer, generation defaults, licence; never code
-COPIED = (
-    *("tokenizer.json", "tokenizer_config.json", "*.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-    *("LICENSE", "LICENSE.*", "LICENCE", "LICENCE.*", "NOTICE", "NOTICE.*"),
-)
 
 
 def shard_name(number: int, total: int) -> str:
@@ -142,11 +136,7 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def companion_files(folder: Path) -> list[Path]:
-    """The tokenizer, generation config, chat template and licence files of a checkpoint folder."""
-    return sorted({path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()})
-
-
 def copy_companions(source: Path, target: Path) -> None:
+    """What travels along with the weights of the folder `source`."""
     for path in companion_files(source):
-        shutil.copyfile(path, target / path.name)
+        companions.copy(path, target)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from compress import expert_counts, sizes
+from compress.checkpoint.companions import links_elsewhere
 from compress.passes.prune_experts import FEW_TOKENS
 from compress.report.manifest import versions
 
@@ -14,8 +15,8 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
     """Assembles the report from the plan, what was done and the files as written."""
     model = planned.model
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
-    if facts := expert_counts.changes(model, planned.result):
-        artifacts[0]["notes"] = facts
+    if notes := [*expert_counts.changes(model, planned.result), *_left_behind(planned.source.folder)]:
+        artifacts[0]["notes"] = notes
     artifacts += [
         _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported
     ]
@@ -47,6 +48,11 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
     }
 
 
+def _left_behind(folder: Path) -> list[str]:
+    """Files of the source that did not come along."""
+    return [f"{path.name} is a link out of the model's folder, and was not copied." for path in links_elsewhere(folder)]
+
+
 def _calibration(outcome) -> dict:
     """What was used, and how many tokens reached each expert."""
     found = {
@@ -54,6 +60,8 @@ def _calibration(outcome) -> dict:
         "prompts": [entry["name"] for entry in outcome.calibration],
         "windows": sum(entry["windows"] for entry in outcome.calibration),
     }
+    if warnings := [f"{entry['name']}: {entry['warning']}" for entry in outcome.calibration if "warning" in entry]:
+        found["warnings"] = warnings
     counted = [step["details"] for step in outcome.passes if step["details"].get("experts")]
     return found | ({"expert_coverage": _coverage(counted[-1])} if counted else {})
 

@@ -51,7 +51,8 @@ def _check_row(row: dict) -> str:
 
 def _prompts(report: dict) -> str:
     used = report.get("prompts", [])
-    return "".join(f"- `{p['name']}`: {p['windows']} windows, {p['tokens']:,} tokens\n" for p in used)
+    lines = [f"- `{p['name']}`: {p['windows']} windows, {p['tokens']:,} tokens\n" for p in used]
+    return "".join(lines + [f"- Warning: `{p['name']}`: {p['warning']}\n" for p in used if "warning" in p])
 
 
 def _passes(report: dict) -> str:
@@ -70,6 +71,7 @@ def _calibration(report: dict) -> list[str]:
         return []
     used = report["calibration"]
     lines = [f"- Calibrated on {used['tokens']:,} tokens of {', '.join(used['prompts'])} ({used['windows']} windows)."]
+    lines += [f"- Warning: {warning}" for warning in used.get("warnings", [])]
     if coverage := used.get("expert_coverage"):
         lines.append(f"- Of the experts, the least used one saw {coverage['min_tokens']:,} tokens.")
         if cold := coverage["experts_below_threshold"]:

@@ -3,13 +3,13 @@
 from compress.model import HybridModel
 
 
-def config(model: HybridModel, file_name: str) -> dict:
-    """The configuration for a decoder with the contract's input and output names."""
+def config(model: HybridModel, file_name: str, ends: list[int]) -> dict:
+    """The configuration for a decoder with the contract's input and output names, which stops at any token of `ends`."""
     normalized = model.architecture.normalized(model.config)
     return {
         "model": {
             "type": "decoder",
-            **_special_tokens(model.config),
+            **_special_tokens(model.config, ends),
             "context_length": normalized.context_length,
             "vocab_size": normalized.vocab_size,
             "decoder": {
@@ -37,7 +37,8 @@ def config(model: HybridModel, file_name: str) -> dict:
     }
 
 
-def _special_tokens(config) -> dict:
+def _special_tokens(config, ends: list[int]) -> dict:
     """The ids that are set; genai refuses null."""
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id")}
+    ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
     return {name: value for name, value in ids.items() if value is not None}

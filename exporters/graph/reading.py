@@ -6,6 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from compress import plugins
+from compress.checkpoint.pointers import refuse_pointer
 from compress.errors import InputError, first_line
 from exporters.graph.builder import FORMAT_KEY
 
@@ -14,6 +15,7 @@ CONFIG_KEY = "compress.config"  # metadata that carries config.json
 
 def load(path: Path) -> ir.Model:
     """The graph; weights stay on disk. Raises InputError for what is not an ONNX model."""
+    refuse_pointer(path)
     try:
         return ir.load(path)
     except Exception as error:  # protobuf raises its own DecodeError, onnx-ir several kinds
