@@ -14,6 +14,8 @@ from compress.prompts.text import refuse_surrogates
 from compress.prompts.windows import encode, refuse_foreign_tokens, too_long
 from compress.source import load_tokenizer
 
+PREFILL_TOKENS = 4096
+
 
 def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
     """Yields the generated text piece by piece, without the prompt; ends at an end-of-text token."""
@@ -34,7 +36,8 @@ def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, se
 def stream_tokens(artifact: Artifact, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
     """Generated token ids of one sequence."""
     step, generator = artifact.steps(1).step, torch.Generator().manual_seed(seed)
-    logits = step(torch.tensor([ids]))
+    for block in torch.tensor([ids]).split(PREFILL_TOKENS, 1):  # a long prompt at once would take memory by its length
+        logits = step(block)
     for remaining in range(max_tokens, 0, -1):
         token = int(sample(logits, temperature, generator)[0])
         yield token

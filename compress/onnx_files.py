@@ -1,8 +1,8 @@
 """Opens a model.onnx whose weights are links, or whose folder has a name that is not text.
 
-onnxruntime reads weights only from below the model's own folder, links followed: a hostile graph cannot name any file.
-But a link beside the model was put there by whoever made the folder; hub caches share large files that way. So the graph
-is handed over in memory, naming the files that the links lead to.
+onnxruntime reads weights only from below the model's own folder, links followed, or from a hub cache: a hostile graph
+cannot name any file. But a link beside the model was put there by whoever made the folder, on another disk perhaps. So the
+graph is handed over in memory, naming the files that the links lead to.
 """
 
 import os

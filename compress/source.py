@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress import resources
-from compress.checkpoint.pointers import refuse_pointer
+from compress.checkpoint import companions
 from compress.errors import InputError, first_line
 from compress.paths import printable, with_text_name
 from compress.workspace import MANIFEST
@@ -76,8 +76,7 @@ def load_tokenizer(folder: Path):
     """The folder's tokenizer; raises InputError where there is none."""
     if not has_tokenizer(folder):
         raise InputError(f"{folder}: has no tokenizer files, and the prompts are text")
-    for name in TOKENIZERS:
-        refuse_pointer(folder / name)
+    companions.refuse_pointers(folder)
     from transformers import AutoTokenizer
 
     try:

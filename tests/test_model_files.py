@@ -57,7 +57,7 @@ def test_a_shard_that_is_a_pointer_is_refused_by_name(tmp_path):
     assert str(shard) in message and "git-lfs" in message
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "generation_config.json"])
 def test_an_exported_folder_with_a_pointer_in_it_is_refused_by_file(compress_cli, exported, tmp_path, name):
     folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
     (folder / name).write_bytes(POINTER)

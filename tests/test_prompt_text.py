@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from jamba_models import make_jamba
 from refusals import refusal
 from text_models import changed_copy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -291,6 +292,20 @@ def test_windows_longer_than_the_model_was_made_for_are_warned_of(compress_cli, 
     assert "32" in used["warning"] and "max_position_embeddings" in used["warning"]
     assert "max_position_embeddings" in result.stderr
     assert "indexing errors" not in result.stderr + caplog.text
+
+
+def test_calibration_beyond_the_model_s_length_is_warned_of_in_the_report(compress_cli, tmp_path):
+    model = make_jamba(tmp_path / "model", num_hidden_layers=3, max_position_embeddings=16)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "version: 1\ncalibration: {prompts: [self], samples: 2, length: 20}\n"
+        "passes: [{quantize: {method: gptq, weights: int8, min_tokens: 1}}]\n"
+    )
+    result = compress_cli("apply", recipe, "-m", model, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    (warning,) = json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["warnings"]
+    assert warning.startswith("self: 20 tokens") and "max_position_embeddings" in warning
+    assert warning in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_windows_that_fit_are_not_warned_of(tokenizer):

@@ -184,6 +184,12 @@ def test_max_tokens_is_how_many_tokens_there_are(artifacts, kind):
     assert len(list(generation.stream_tokens(open_artifact(path), [1, 50, 60], 5, 0.0, 0))) == 5
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "onnx"])
+def test_a_prompt_longer_than_a_block_says_the_same(compress_cli, artifacts, greedy, monkeypatch, kind):
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 5)
+    assert run(compress_cli, artifacts[kind], PROMPTS["recall"], "--max-tokens", TOKENS) == greedy["recall"] + "\n"
+
+
 def test_a_prompt_that_is_not_text_is_refused(compress_cli, tiny):
     result = compress_cli("run", tiny, "-", input=b"\xff\xfeabc")
     assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
