@@ -24,10 +24,14 @@ def companion_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if may_travel(path))
 
 
-def links_elsewhere(folder: Path) -> list[Path]:
-    """The companions, the model card among them, that will not travel since they are links out of the folder."""
+def left_behind(folder: Path) -> list[str]:
+    """A sentence on each companion, the model card among them, that does not travel since it is a link out of the folder."""
     found = {path for pattern in (*COPIED, CARD) for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not may_travel(path))
+    return [
+        f"{path.name!r} is a link out of the model's folder: what it leads to is not published."
+        for path in sorted(found)
+        if not may_travel(path)
+    ]
 
 
 def refuse_pointers(folder: Path) -> None:

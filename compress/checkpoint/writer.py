@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from compress import progress
 from compress.checkpoint import companions
 from compress.checkpoint.companions import companion_files
 from compress.checkpoint.folder import INDEX
@@ -137,6 +138,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """What travels along with the weights of the folder `source`."""
+    """What travels along with the weights of the folder `source`; a warning names what does not."""
+    for sentence in companions.left_behind(source):
+        progress.warn(sentence)
     for path in companion_files(source):
         companions.copy(path, target)

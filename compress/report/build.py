@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from compress import expert_counts, sizes
-from compress.checkpoint.companions import links_elsewhere
+from compress.checkpoint.companions import left_behind
 from compress.passes.prune_experts import FEW_TOKENS
 from compress.report.manifest import versions
 
@@ -15,7 +15,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
     """Assembles the report from the plan, what was done and the files as written."""
     model = planned.model
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
-    if notes := [*expert_counts.changes(model, planned.result), *_left_behind(planned.source.folder)]:
+    if notes := [*expert_counts.changes(model, planned.result), *left_behind(planned.source.folder)]:
         artifacts[0]["notes"] = notes
     artifacts += [
         _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported
@@ -46,11 +46,6 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
         "checks": [row.to_json() for row in outcome.rows],
         "versions": versions(),
     }
-
-
-def _left_behind(folder: Path) -> list[str]:
-    """Files of the source that did not come along."""
-    return [f"{path.name} is a link out of the model's folder, and was not copied." for path in links_elsewhere(folder)]
 
 
 def _calibration(outcome) -> dict:
