@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from compress import integrity
 from compress.artifacts import Artifact, find_artifact, open_artifact
 from compress.errors import InputError
 from compress.inference import sample
@@ -14,7 +15,9 @@ from compress.source import load_tokenizer
 
 def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
     """Yields the generated text piece by piece, without the prompt; ends at an end-of-text token."""
-    artifact = open_artifact(find_artifact(name))
+    path = find_artifact(name)
+    integrity.verify(path)
+    artifact = open_artifact(path)
     tokenizer = load_tokenizer(artifact.folder)
     ids = encode(tokenizer, prompt)
     if not ids:

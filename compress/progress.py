@@ -3,8 +3,10 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from compress import output
+from compress.escaping import printable
 
 Advance = Callable[[int], None]
 
@@ -12,8 +14,8 @@ Advance = Callable[[int], None]
 @contextlib.contextmanager
 def task(description: str, total: int) -> Iterator[Advance]:
     """A bar over `total` steps; the value is called with how many were just done. Writes nothing where no one watches."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = output.console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(description, total=total)
+        bar = progress.add_task(printable(description), total=total)
         yield lambda steps: progress.advance(bar, steps)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress import resources
+from compress import integrity, resources
 from compress.errors import InputError, first_line
 from compress.workspace import MANIFEST
 
@@ -34,6 +34,8 @@ def resolve(name: str, recipe_folder: Path | None = None, *, config_only: bool =
     if local is not None:
         if (local / MANIFEST).is_file() and (local / "checkpoint").is_dir():
             raise InputError(f"model '{name}': an output of apply; its model is {Path(name) / 'checkpoint'}")
+        if not config_only:
+            integrity.verify(local)
         return Source(local.resolve().name, local)
     if not HUB_ID.fullmatch(name):
         raise InputError(f"model '{name}': no such folder, and not a hub id (OWNER/NAME or OWNER/NAME@REVISION)")
@@ -54,9 +56,13 @@ def _download(identifier: str, revision: str | None, wanted: tuple[str, ...]) ->
     return Source(identifier, folder, folder.resolve().name)  # a snapshot folder is named by its commit
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+
+
 def load_tokenizer(folder: Path):
     """The folder's tokenizer; raises InputError where there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    if not has_tokenizer(folder):
         raise InputError(f"{folder}: has no tokenizer files, and the prompts are text")
     from transformers import AutoTokenizer
 

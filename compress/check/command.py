@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
-from compress import prompts, source, strict_yaml
-from compress.artifacts import find_artifact, open_artifact
+from compress import integrity, output, prompts, source, strict_yaml
+from compress.artifacts import Artifact, find_artifact, open_artifact
+from compress.check import genai, tokenizers
 from compress.check import run as check_run
 from compress.check.compare import verdict
 from compress.check.settings import Check
@@ -42,10 +41,13 @@ def _file_limits(path: Path | None) -> dict:
 
 def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
-    path = find_artifact(candidate)
-    original = open_artifact(_baseline_path(baseline), device)
+    path, original_path = find_artifact(candidate), _baseline_path(baseline)
+    original = open_artifact(original_path, device)
     for name in checks.prompts:
         prompts.refuse_unusable(name, original.folder, length=checks.length)
+    for artifact in (original_path, path):
+        integrity.verify(artifact, digests=True)
+    _refuse_unfit(original, path, checks)
     rows, used = check_run.run(original, {_kind(path): path}, checks, seed=seed, device=device)
     result = {
         "schema": 1,
@@ -56,10 +58,18 @@ def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: s
         "checks": [row.to_json() for row in rows],
         "versions": versions(),
     }
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = output.console(stderr=True)
     terminal.show_rows(result["checks"], console)
-    console.print(f"verdict: {result['verdict']}")
+    console.print(f"verdict: {terminal.verdict_words(result)}")
     return result
+
+
+def _refuse_unfit(original: Artifact, path: Path, checks: Check) -> None:
+    """What ships beside the weights decides what users get, too: the tokenizer, and how genai runs the graph."""
+    folder = path if path.is_dir() else path.parent
+    tokenizers.refuse_other(original.folder, folder, text_needed=checks.prompts != ("self",))
+    if path.suffix == ".onnx":
+        genai.refuse_broken(path, open_artifact(path).config)
 
 
 def _baseline_path(name: str) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from compress import strict_json
 from compress.checkpoint.folder import INDEX
 from compress.checkpoint.safetensors_file import DTYPE_NAMES, SafetensorsFile
 from compress.checkpoint.stored import reread
@@ -130,7 +131,7 @@ def write_index(folder: Path, units: tuple[Unit, ...]) -> None:
 
 def write_json(path: Path, value) -> None:
     """Writes beside and renames: a reader never sees half a file."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, strict_json.dumps(value) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
