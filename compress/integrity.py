@@ -69,11 +69,10 @@ def verify(artifact: Path, *, digests: bool = False) -> Verified | None:
 
     Raises InputError naming the file that differs; None where no manifest serves the folder.
     """
-    folder = artifact if artifact.is_dir() else artifact.parent
-    found = _serving(artifact, folder)
+    found = _serving(artifact)
     if found is None:
         return None
-    manifest, entries = found
+    folder, manifest, entries = found
     for name, entry in entries.items():
         _compare_size(folder / name, entry, manifest.path)
     total = sum(entry.bytes for entry in entries.values())
@@ -82,14 +81,18 @@ def verify(artifact: Path, *, digests: bool = False) -> Verified | None:
     return Verified(len(entries), total)
 
 
-def _serving(artifact: Path, folder: Path) -> tuple[Manifest, dict[PurePosixPath, Entry]] | None:
-    """The nearest manifest with files below `folder`, and those files. Links are followed where the given path leads to none."""
-    real = artifact.resolve()
-    for start in dict.fromkeys((folder.absolute(), real if real.is_dir() else real.parent)):
-        for base in (start, *start.parents[:DEPTH]):
+def _serving(artifact: Path) -> tuple[Path, Manifest, dict[PurePosixPath, Entry]] | None:
+    """The artifact's folder, the nearest manifest that lists files in it, and those files.
+
+    Links are followed where the path as it is given leads to no manifest.
+    """
+    for path in (artifact, artifact.resolve()):
+        folder = path if path.is_dir() else path.parent
+        whole = folder.absolute()
+        for base in (whole, *whole.parents[:DEPTH]):
             manifest = manifest_in(base)
-            if manifest and (entries := manifest.below(PurePosixPath(start.relative_to(base)))):
-                return manifest, entries
+            if manifest and (entries := manifest.below(PurePosixPath(whole.relative_to(base)))):
+                return folder, manifest, entries
     return None
 
 

@@ -36,16 +36,22 @@ def _file_limits(path: Path | None) -> dict:
     values = strict_yaml.load(path).data
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of METRIC: VALUE")
+    try:
+        from_flags(Check, limits=values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return values
 
 
 def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, original_path = find_artifact(candidate), _baseline_path(baseline)
+    for artifact in (original_path, path):
+        integrity.verify(artifact)
     original = open_artifact(original_path, device)
     for name in checks.prompts:
         prompts.refuse_unusable(name, original.folder, length=checks.length)
-    for artifact in (original_path, path):
+    for artifact in (original_path, path):  # last: it reads everything
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
     rows, used = check_run.run(original, {_kind(path): path}, checks, seed=seed, device=device)

@@ -25,10 +25,11 @@ def show(report: dict, out: Path) -> None:
 
 
 def verdict_words(result: dict) -> str:
-    """The verdict of a report or a check's result; why, where there is none."""
+    """The verdict of a report or of a check's result, and why, where no row tells."""
     words = result["verdict"].replace("_", " ")
-    measured_only = result["verdict"] == "not_checked" and result["checks"]
-    return f"{words}, no limits were set" if measured_only else words
+    if result["verdict"] == "not_checked" and result["checks"]:
+        return f"{words}, no limits were set"
+    return f"{words}, not every figure is finite" if any(row["value"] is None for row in result["checks"]) else words
 
 
 def value_words(row: dict) -> str:
