@@ -6,7 +6,7 @@ backtick would become markup in a report.
 
 import re
 
-MARKDOWN = re.compile(r"[\\`*\[\]|]")
+MARKDOWN = re.compile(r"[\\`*~\[\]|]|(?<!\w)_|_(?!\w)")
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 

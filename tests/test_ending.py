@@ -81,10 +81,7 @@ def test_a_result_that_could_not_be_written_is_a_failure():
 def test_streams_that_were_never_open_do_no_harm(closed):
     line = f'exec "$@" {closed}'
     assert (
-        subprocess.run(
-            ["sh", "-c", line, "sh", *command("recipes")], capture_output=True, check=False
-        ).returncode
-        == 0
+        subprocess.run(["sh", "-c", line, "sh", *command("recipes")], capture_output=True, check=False).returncode == 0
     )
 
 
