@@ -4,7 +4,7 @@ Heavy packages are imported inside the commands: a misspelt recipe key is refuse
 """
 
 import contextlib
-import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,7 +12,9 @@ from pathlib import Path
 import click
 
 import compress as package
+from compress import signals, streams
 from compress.errors import InputError, WorkError, first_line
+from compress.escaping import printable, without_controls
 
 # waiting threads sleep: where cores are shared, spinning ones take many times as long (set before torch is imported)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,7 +23,15 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 
 
 class Commands(click.Group):
-    """Maps the two error classes, a full disk and Ctrl-C to the contract's exit codes, each with one sentence."""
+    """Maps the two error classes, a full disk, Ctrl-C and signals to the contract's exit codes, each with one sentence."""
+
+    def main(self, *arguments, **options):
+        with signals.raised(), streams.steady():
+            try:
+                return super().main(*arguments, **options)
+            finally:
+                if lost := streams.what_was_lost():
+                    _stop(f"standard output: {lost}", FAILED)
 
     def make_context(self, *arguments, **options):
         with _one_sentence():
@@ -37,15 +47,14 @@ class Commands(click.Group):
             _stop(error, FAILED)
         except MemoryError:
             _stop("out of memory", FAILED)
-        except BrokenPipeError:
-            raise  # the reader of our output went away: click ends quietly
         except OSError as error:
             _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
         except (click.exceptions.Exit, click.ClickException):
             raise
+        except signals.Stopped as stopped:
+            _stop(f"stopped by {stopped.name}{_how_to_go_on(context)}", stopped.exit_code)
         except (KeyboardInterrupt, click.Abort):
-            hint = "; run again with --resume to continue" if context.invoked_subcommand == "apply" else ""
-            _stop(f"interrupted{hint}", INTERRUPTED)
+            _stop(f"interrupted{_how_to_go_on(context)}", INTERRUPTED)
         except Exception as error:  # a defect of ours must not look like a missed limit, which is exit code 1
             if os.environ.get("COMPRESS_TRACEBACK"):
                 raise
@@ -65,8 +74,12 @@ def _one_sentence():
         _stop(f"{error.format_message().rstrip('.')}; see '{command} --help'", BAD_INPUT)
 
 
+def _how_to_go_on(context: click.Context) -> str:
+    return "; run again with --resume to continue" if context.invoked_subcommand == "apply" else ""
+
+
 def _stop(message, code: int):
-    click.echo(f"compress: {message}", err=True)
+    click.echo(f"compress: {printable(message)}", err=True)
     sys.exit(code)
 
 
@@ -133,12 +146,13 @@ def _refuse_missing_device(device: str) -> None:
 @main.command()
 @click.argument("model", metavar="MODEL_OR_ARTIFACT")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-def inspect(model, as_json):
+@click.option("--verify", is_flag=True, help="Read every file and compare its digest with the manifest's.")
+def inspect(model, as_json, verify):
     """Layers, roles, parameters, bytes, experts and state sizes of a model folder, hub id or ONNX artifact."""
-    from compress import inspection
+    from compress import inspection, strict_json
 
-    facts = inspection.inspect(model)
-    click.echo(json.dumps(facts, indent=2) if as_json else inspection.as_text(facts))
+    facts = inspection.inspect(model, verify=verify)
+    click.echo(strict_json.dumps(facts) if as_json else inspection.as_text(facts))
 
 
 @main.command()
@@ -150,7 +164,7 @@ def export(checkpoint, kind, out):
     from compress import exporting
 
     folder = exporting.export_checkpoint(checkpoint, kind, out)
-    click.echo(f"wrote {folder}", err=True)
+    click.echo(printable(f"wrote {folder}"), err=True)
 
 
 @main.command()
@@ -249,12 +263,23 @@ def experts(model, prompts, samples, length, json_file, html_file, device, seed)
     command.write(run.run(run.Job(resolve(model), settings, device, seed)), json_file, html_file)
 
 
+def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter("expected a finite number", context, option)
+    return value
+
+
 @main.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True)
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the most likely token."
+    "--temperature",
+    type=click.FloatRange(0),
+    callback=_finite,
+    default=0.0,
+    show_default=True,
+    help="0 takes the most likely token.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 def run(artifact, prompt, max_tokens, temperature, seed):
@@ -262,12 +287,17 @@ def run(artifact, prompt, max_tokens, temperature, seed):
     from compress import generation
 
     text = _read_stdin() if prompt == "-" else prompt or ""
+    shown = without_controls if sys.stdout.isatty() else str
     for piece in generation.stream_text(artifact, text, max_tokens, temperature, seed):
-        click.echo(piece, nl=False)
+        click.echo(shown(piece), nl=False)
+        if streams.reader_is_gone():
+            return
     click.echo()
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise InputError("the prompt is to come from standard input, which is closed")
     from compress.prompts.text import decode
 
     return decode(sys.stdin.buffer.read(), "the prompt on standard input")

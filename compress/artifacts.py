@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 
+from compress import integrity
 from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
 from compress.checkpoint.folder import file_sha256
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
 from compress.inference import Decoder
 from compress.onnx_session import OnnxDecoder, OnnxSession
-from compress.workspace import MANIFEST
 
 PREFERRED = ("onnxruntime", "onnx", "checkpoint")  # of an output folder: the first that is there
 
@@ -28,8 +28,10 @@ def find_artifact(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    if (path / MANIFEST).is_file():
-        path = next((path / name for name in PREFERRED if (path / name).is_dir()), path)
+    if manifest := integrity.manifest_in(path):
+        path = next((path / name for name in PREFERRED if manifest.lists(name) or (path / name).is_dir()), path)
+        if not path.is_dir():
+            raise InputError(f"{path}: is missing, though {manifest.path} lists it; name another part of the output")
     if (path / "model.onnx").is_file():
         return path / "model.onnx"
     if (path / "config.json").is_file():
@@ -80,14 +82,15 @@ class OnnxArtifact:
     """An exported model.onnx under onnxruntime."""
 
     def __init__(self, path: Path):
-        from exporters.graph.reading import load, model_config
+        from exporters.graph.reading import external_tensors, load, model_config
 
-        self.folder, self._path, self._sha256 = path.parent, path, None
-        _, self.config, _ = model_config(load(path), path)
+        self.folder, self._path, self._sha256, graph = path.parent, path, None, load(path)
+        _, self.config, _ = model_config(graph, path)
+        self._data = {Path(tensor.path) for tensor in external_tensors(graph)}
 
     def sha256(self) -> str:
         if self._sha256 is None:
-            files = sorted(self.folder.glob(self._path.name + "*"))
+            files = sorted(file for file in {self._path, *self._data} if file.is_file())
             self._sha256 = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
         return self._sha256
 

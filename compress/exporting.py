@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from compress import plugins, progress
+from compress import integrity, plugins, progress
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError, WorkError, first_line, nearest
 from compress.workspace import MANIFEST
@@ -22,6 +22,7 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
     out = out or _default_folder(checkpoint.resolve(), kind)
     if out.exists():
         raise InputError(f"{out}: exists already; choose another folder with -o")
+    integrity.verify(checkpoint)
     module = plugins.load(plugins.EXPORTERS, kind)
     export_to(module, kind, module.Options(), Checkpoint(checkpoint, allow_quantized=True), out)
     return out

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from compress import progress
+from compress import integrity, progress
 from compress.artifacts import Artifact, find_artifact, open_artifact
 from compress.end_tokens import end_tokens
 from compress.errors import InputError
@@ -19,7 +19,9 @@ PREFILL_TOKENS = 4096
 
 def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
     """Yields the generated text piece by piece, without the prompt; ends at an end-of-text token."""
-    artifact = open_artifact(find_artifact(name))
+    path = find_artifact(name)
+    integrity.verify(path)
+    artifact = open_artifact(path)
     tokenizer = load_tokenizer(artifact.folder)
     ends = set(end_tokens(artifact.config, artifact.folder, tokenizer))
     refuse_surrogates(prompt, "the prompt")

@@ -218,9 +218,9 @@ class Decoder:
 
 def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
     """Next tokens [B] from logits [B, V]: the most likely at temperature 0, else drawn from softmax(logits / T)."""
-    if temperature == 0:
-        return logits.argmax(-1)
     if not is_finite(logits):
         raise InputError("the model gives logits that are NaN or infinite: no text can be sampled from it")
+    if temperature == 0:
+        return logits.argmax(-1)
     probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

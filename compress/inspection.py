@@ -3,15 +3,34 @@
 import math
 from pathlib import Path
 
-from compress import sizes, source
+from compress import integrity, sizes, source
 from compress.artifacts import find_artifact
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
+from compress.errors import InputError
+from compress.escaping import printable
+from compress.onnx_session import PAST
 
 
-def inspect(name: str) -> dict:
-    """Facts about a local folder, a hub id, an output of `apply` or a model.onnx, ready for JSON."""
+def inspect(name: str, *, verify: bool = False) -> dict:
+    """Facts about a local folder, a hub id, an output of `apply` or a model.onnx, ready for JSON.
+
+    `verify` reads every file of what is named and compares its digest with the manifest's.
+    """
     path = Path(name)
+    verified = {"verified": vars(_verify(path))} if verify else {}
     artifact = find_artifact(path) if path.exists() else source.resolve(name, config_only=True).folder
+    integrity.verify(artifact)
+    return _facts(artifact) | verified
+
+
+def _verify(path: Path) -> integrity.Verified:
+    verified = integrity.verify(path, digests=True)
+    if verified is None:
+        raise InputError(f"{path}: --verify has nothing to compare with; no manifest.json of this tool lists its files")
+    return verified
+
+
+def _facts(artifact: Path) -> dict:
     if artifact.suffix == ".onnx":
         return _onnx_facts(artifact)
     if has_weights(artifact):
@@ -47,7 +66,7 @@ def _onnx_facts(path: Path) -> dict:
     units = list(architecture.layout(config))
     tensors = reading.external_tensors(graph)
     facts = _architecture_facts(architecture, config, values, units)
-    stored = {"weight_bytes": sum(tensor.length for tensor in tensors), "formats": reading.stored_parameters(tensors)}
+    stored = {"weight_bytes": sum(tensor.nbytes for tensor in tensors), "formats": reading.stored_parameters(tensors)}
     return facts | _declared_state_bytes(graph) | stored
 
 
@@ -55,9 +74,10 @@ def _declared_state_bytes(graph) -> dict[str, int]:
     """State bytes of one sequence from the graph's past inputs."""
     totals = {"key": 0, "value": 0, "recurrent_state": 0, "conv_state": 0}
     for value in graph.graph.inputs:
-        if value.name.startswith("past_key_values."):
+        kind = value.name.rsplit(".", 1)[-1]
+        if value.name.startswith(PAST) and kind in totals and value.shape is not None and value.dtype is not None:
             sizes_known = [size for size in value.shape if isinstance(size, int)]
-            totals[value.name.rsplit(".", 1)[1]] += int(math.prod(sizes_known) * value.dtype.itemsize)
+            totals[kind] += int(math.prod(sizes_known) * value.dtype.itemsize)
     return sizes.StateBytes(totals["key"] + totals["value"], totals["recurrent_state"], totals["conv_state"]).to_json()
 
 
@@ -85,6 +105,7 @@ def _layer_facts(architecture, config, index: int) -> dict:
 
 def as_text(facts: dict) -> str:
     """The facts for a terminal."""
+    verified = facts.get("verified")
     kinds = [layer["kind"] + ("+moe" if layer["experts"] > 1 else "") for layer in facts["layers"]]
     lines = [
         f"model_type             {facts['model_type']}",
@@ -97,9 +118,10 @@ def as_text(facts: dict) -> str:
         f"conv_state_bytes       {facts['conv_state_bytes']:,} per sequence",
         f"layers                 {len(kinds)}: {' '.join(kinds)}",
     ]
+    lines += [f"verified               {verified['files']} files, {verified['bytes']:,} bytes"] if verified else []
     lines += [f"stored as {name:<12} {count:,} parameters" for name, count in facts["formats"].items()]
     lines += [f"{role:<22} {count:,}" for role, count in sorted(facts["roles"].items(), key=lambda item: -item[1])]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _expert_range(facts: dict) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from compress import integrity
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError, WorkError, first_line
 from compress.model import HybridModel, Place, Weight, is_finite
@@ -21,6 +22,7 @@ CHECKPOINT, GENERATION = "checkpoint", "generation_config.json"
 def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model in eval mode; see `compress.load`."""
     folder = find_checkpoint(Path(path))
+    integrity.verify(folder)
     checkpoint = Checkpoint(folder, allow_quantized=True)
     model = _empty_model(checkpoint, dtype or torch.float32)
     _fill(model, checkpoint)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def printable(name: str) -> str:
+def as_text(name: str) -> str:
     """The name as text that can be written anywhere: bytes that are no UTF-8 as `\\xNN`."""
     try:
         raw = os.fsencode(name)
@@ -17,7 +17,7 @@ def printable(name: str) -> str:
 
 
 def is_text(path: Path) -> bool:
-    return printable(str(path)) == str(path)
+    return as_text(str(path)) == str(path)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
 from compress.end_tokens import of_generation_config
 from compress.errors import InputError
+from compress.escaping import printable
 from compress.model import HybridModel, Unit
 from compress.onnx_session import LOAD_FACTOR
 from compress.source import Source
@@ -209,13 +210,18 @@ def describe(plan: Plan, out: Path) -> str:
         )
     lines += [f"short     {shortage}" for shortage in shortages(plan, out)]
     if check is None:
-        return "\n".join([*lines, "check     off"])
+        return _as_lines([*lines, "check     off"])
     limits = ", ".join(f"{name} {value:g}" for name, value in check.limits.items()) or "no limits"
     lines += [
         f"check     {', '.join(check.prompts)}: up to {check.samples} windows of {check.length} tokens from each; {limits}",
         f"          needs {plan.check_bytes():,} bytes of cache on disk",
     ]
-    return "\n".join(lines)
+    return _as_lines(lines)
+
+
+def _as_lines(lines: list[str]) -> str:
+    """One line each, whatever characters a name of a model, a folder or a file of prompts holds."""
+    return "\n".join(map(printable, lines))
 
 
 def _size_line(path: Path, size: int, parameters: int) -> str:

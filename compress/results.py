@@ -1,19 +1,17 @@
-"""What commands that measure a model share: which model it was, where the figures go, the terminal they are shown on."""
+"""What commands that measure a model share: which model it was, and where the figures go."""
 
-import json
 import os
-import sys
 from pathlib import Path
 
-from rich.console import Console
+import click
 
+from compress import strict_json
 from compress.checkpoint.writer import write_json
 from compress.errors import InputError
 from compress.model import HybridModel
 from compress.source import Source
 
 STDOUT = "-"
-PLAIN_WIDTH = 140  # of what is not a terminal: files and pipes
 
 
 def refuse_unwritable(json_file: str | None, html_file: str | None = None) -> None:
@@ -30,18 +28,9 @@ def refuse_unwritable(json_file: str | None, html_file: str | None = None) -> No
 def put_json(result: dict, target: str | None) -> None:
     """To a file, to stdout for `-`, or nowhere."""
     if target == STDOUT:
-        json.dump(result, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        click.echo(strict_json.dumps(result))
     elif target is not None:
         write_json(Path(target), result)
-
-
-def console(*, stderr: bool) -> Console:
-    """For tables and sentences; wide enough for a table where no terminal says how wide it is."""
-    found = Console(stderr=stderr, highlight=False, markup=False)
-    if not found.is_terminal:
-        found.width = PLAIN_WIDTH
-    return found
 
 
 def describe(source: Source, model: HybridModel, weights_sha256: str) -> dict:

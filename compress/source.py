@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress import resources
+from compress import integrity, resources
 from compress.checkpoint import companions
 from compress.errors import InputError, first_line
-from compress.paths import printable, with_text_name
+from compress.paths import as_text, with_text_name
 from compress.workspace import MANIFEST
 
 # weights, configuration, tokenizer and papers; never code, never pickles, whatever their names begin with
@@ -40,7 +40,9 @@ def resolve(name: str, recipe_folder: Path | None = None, *, config_only: bool =
     if local is not None:
         if (local / MANIFEST).is_file() and (local / "checkpoint").is_dir():
             raise InputError(f"model '{name}': an output of apply; its model is {Path(name) / 'checkpoint'}")
-        return Source(printable(local.resolve().name), local)
+        if not config_only:
+            integrity.verify(local)
+        return Source(as_text(local.resolve().name), local)
     if not HUB_ID.fullmatch(name):
         raise InputError(f"model '{name}': no such folder, and not a hub id (OWNER/NAME or OWNER/NAME@REVISION)")
     identifier, _, revision = name.partition("@")

@@ -183,7 +183,7 @@ def test_limits_bind_the_rows_over_all_prompts_and_no_others(known):
 
 def test_the_verdict_follows_from_the_limits(known):
     assert verdict([]) == "not_checked"
-    assert verdict(rows_of(known, "first", {})) == "pass"
+    assert verdict(rows_of(known, "first", {})) == "not_checked"
     assert verdict(rows_of(known, "first", {"top1_agreement": 0.0})) == "pass"
     assert verdict(rows_of(known, "first", {"top1_agreement": 0.0, "kl_divergence_mean": 0.0})) == "fail"
 

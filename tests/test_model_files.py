@@ -17,7 +17,7 @@ from compress.checkpoint.folder import INDEX, SINGLE
 from compress.checkpoint.reader import Checkpoint
 from compress.end_tokens import end_tokens
 from compress.onnx_session import OnnxSession
-from compress.paths import printable
+from compress.paths import as_text
 from compress.source import load_tokenizer, resolve
 from exporters.graph import reading
 
@@ -213,7 +213,7 @@ def test_code_that_is_not_shipped_is_not_named(compress_cli, tiny, tmp_path):
     ("plain", "plain"), ("naïve 日本", "naïve 日本"), (os.fsdecode(b"caf\xe9"), r"caf\xe9"), ("a\ud800", r"a\ud800"),
 ])  # fmt: skip
 def test_a_name_is_shown_as_text(name, shown):
-    assert printable(name) == shown
+    assert as_text(name) == shown
 
 
 def test_a_model_in_a_folder_whose_name_is_not_utf_8_works_from_end_to_end(compress_cli, tiny, tmp_path):

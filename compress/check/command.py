@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
-from compress import prompts, source, strict_yaml
-from compress.artifacts import find_artifact, open_artifact
+from compress import integrity, output, prompts, source, strict_yaml
+from compress.artifacts import Artifact, find_artifact, open_artifact
+from compress.check import genai, tokenizers
 from compress.check import run as check_run
 from compress.check.compare import verdict
 from compress.check.settings import Check
 from compress.errors import InputError
-from compress.paths import printable
+from compress.paths import as_text
 from compress.report import terminal
 from compress.report.manifest import versions
 from compress.strict_model import from_flags
@@ -38,29 +37,46 @@ def _file_limits(path: Path | None) -> dict:
     values = strict_yaml.load(path).data
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of METRIC: VALUE")
+    try:
+        from_flags(Check, limits=values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return values
 
 
 def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
-    path = find_artifact(candidate)
-    original = open_artifact(_baseline_path(baseline), device)
+    path, original_path = find_artifact(candidate), _baseline_path(baseline)
+    for artifact in (original_path, path):
+        integrity.verify(artifact)
+    original = open_artifact(original_path, device)
     for name in checks.prompts:
         prompts.refuse_unusable(name, original.folder, length=checks.length)
+    for artifact in (original_path, path):  # last: it reads everything
+        integrity.verify(artifact, digests=True)
+    _refuse_unfit(original, path, checks)
     rows, used = check_run.run(original, {_kind(path): path}, checks, seed=seed, device=device)
     result = {
         "schema": 1,
         "verdict": verdict(rows),
-        "baseline": {"name": printable(baseline), "sha256": original.sha256()},
-        "candidate": printable(str(candidate)),
+        "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
+        "candidate": as_text(str(candidate)),
         "prompts": used,
         "checks": [row.to_json() for row in rows],
         "versions": versions(),
     }
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = output.console(stderr=True)
     terminal.show_rows(result["checks"], console)
-    console.print(f"verdict: {result['verdict']}")
+    console.print(f"verdict: {terminal.verdict_words(result)}")
     return result
+
+
+def _refuse_unfit(original: Artifact, path: Path, checks: Check) -> None:
+    """What ships beside the weights decides what users get, too: the tokenizer, and how genai runs the graph."""
+    folder = path if path.is_dir() else path.parent
+    tokenizers.refuse_other(original.folder, folder, text_needed=checks.prompts != ("self",))
+    if path.suffix == ".onnx":
+        genai.refuse_broken(path, open_artifact(path).config)
 
 
 def _baseline_path(name: str) -> Path:
@@ -69,4 +85,4 @@ def _baseline_path(name: str) -> Path:
 
 
 def _kind(path: Path) -> str:
-    return printable(path.resolve().parent.name) if path.suffix == ".onnx" else "checkpoint"
+    return as_text(path.resolve().parent.name) if path.suffix == ".onnx" else "checkpoint"

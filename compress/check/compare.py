@@ -1,5 +1,6 @@
 """Baseline against candidate over prompt sets: rows of the report, and whether every limit held."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +29,15 @@ class Row:
 
     @property
     def passed(self) -> bool | None:
-        return None if self.limit is None else METRICS[self.metric].holds(self.value, self.limit)
+        return None if self.limit is None else self.is_finite and METRICS[self.metric].holds(self.value, self.limit)
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.value)
 
     def to_json(self) -> dict:
-        return {**self.__dict__, "passed": self.passed}
+        """`value` is None where it is not a number."""
+        return {**self.__dict__, "value": self.value if self.is_finite else None, "passed": self.passed}
 
 
 def compare(
@@ -48,10 +54,10 @@ def compare(
 
 
 def verdict(rows: list[Row]) -> str:
-    """`pass`, `fail`, or `not_checked` where nothing was measured."""
-    if not rows:
-        return "not_checked"
-    return "fail" if any(row.passed is False for row in rows) else "pass"
+    """`fail` where a limit was missed or a metric is not a number, else `pass`; `not_checked` where there was no limit."""
+    if any(row.passed is False or not row.is_finite for row in rows):
+        return "fail"
+    return "pass" if any(row.passed for row in rows) else "not_checked"
 
 
 def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[str, float]) -> list[Row]:

@@ -45,10 +45,11 @@ def score(log_p: torch.Tensor, logits_q: torch.Tensor, targets: torch.Tensor) ->
 
 
 def summarize(scores: Scores) -> dict[str, float]:
-    """Metric name -> value."""
-    return {
-        "perplexity_ratio": float(np.exp(scores.nll_candidate.mean() - scores.nll_baseline.mean())),
-        "kl_divergence_mean": float(scores.kl_divergence.mean()),
-        "kl_divergence_p99": float(np.percentile(scores.kl_divergence, 99)),
-        "top1_agreement": float(scores.same_top1.mean()),
-    }
+    """Metric name -> value; NaN or infinite where the logits of some position are."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {
+            "perplexity_ratio": float(np.exp(scores.nll_candidate.mean() - scores.nll_baseline.mean())),
+            "kl_divergence_mean": float(scores.kl_divergence.mean()),
+            "kl_divergence_p99": float(np.percentile(scores.kl_divergence, 99)),
+            "top1_agreement": float(scores.same_top1.mean()),
+        }

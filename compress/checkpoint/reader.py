@@ -20,13 +20,17 @@ CONFIG_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32"
 def open_config(folder: Path):
     """The architecture module, its validated configuration and config.json itself."""
     path = folder / "config.json"
-    values = read_json(path)
+    return parse_config(read_json(path), str(path))
+
+
+def parse_config(values: dict, source: str):
+    """The same of a config.json that was read already; `source` says where it stood."""
     supported = plugins.names(plugins.ARCHITECTURES)
     model_type = values.get("model_type")
     if model_type not in supported:
-        raise InputError(f"{path}: model_type '{model_type}' is not supported; supported: {', '.join(supported)}")
+        raise InputError(f"{source}: model_type '{model_type}' is not supported; supported: {', '.join(supported)}")
     architecture = plugins.load(plugins.ARCHITECTURES, model_type)
-    return architecture, architecture.parse_config(values, str(path)), values
+    return architecture, architecture.parse_config(values, source), values
 
 
 def has_weights(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from compress import progress
+from compress import progress, strict_json
 from compress.checkpoint import companions
 from compress.checkpoint.companions import companion_files
 from compress.checkpoint.folder import INDEX
@@ -125,7 +125,7 @@ def write_index(folder: Path, units: tuple[Unit, ...]) -> None:
 
 def write_json(path: Path, value) -> None:
     """Writes beside and renames: a reader never sees half a file."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, strict_json.dumps(value) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from compress import results
+from compress import output, results
 from compress.experts import facts
 from compress.experts.layer import DEFAULT_ROUTER
 
@@ -16,13 +16,14 @@ NOTHING = "no expert can be removed: a layer must keep two, and as many as a tok
 
 
 def show(result: dict, *, stderr: bool) -> None:
-    console = results.console(stderr=stderr)
+    console = output.console(stderr=stderr)
     layer = result["layers"][0]
     console.print(f"{result['model']['name']}: its experts on {results.prompts_as_text(result['prompts'])};")
     console.print(f"every MoE layer sends a token to {layer['top_k']} of its {layer['experts']} experts")
     counts = shown([entry["kept"] for entry in result["total"]])
     console.print(_table(result, counts))
-    console.print(MEANING if counts else NOTHING)
+    for line in (MEANING if counts else NOTHING).splitlines():
+        console.print(line)
     if len(counts) < len(result["total"]):
         console.print("The table leaves out some numbers of experts; --json and --html have all.")
     for warning in facts.warnings(result):

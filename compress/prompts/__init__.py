@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from compress.errors import InputError, nearest
-from compress.paths import printable
+from compress.paths import as_text
 from compress.progress import task as progress_task
 from compress.progress import warn
 from compress.prompts import passages, recall, self_text
@@ -53,7 +53,7 @@ def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = 
 def load(name: str, *, purpose: str, tokenizer, model, model_sha256: str, samples: int, length: int, seed: int,
          folder: Path | None = None, progress=None) -> PromptSet:  # fmt: skip
     """At most `samples` windows of `length` tokens. `purpose` (`check` or `calibration`) separates the seeds."""
-    seed = derive_seed(seed, purpose, printable(name))
+    seed = derive_seed(seed, purpose, as_text(name))
     if name == "self":
         windows = self_text.windows(model, model_sha256, samples, length, seed, progress)
     elif name == "recall":
@@ -68,7 +68,7 @@ def load(name: str, *, purpose: str, tokenizer, model, model_sha256: str, sample
         windows = join_and_cut(tokenizer, texts, samples, length, seed)
     if not any(len(window) > 1 for window in windows):
         raise InputError(f"prompts '{name}': not enough text for a single window of 2 tokens")
-    return PromptSet(printable(name), windows)
+    return PromptSet(as_text(name), windows)
 
 
 def load_all(
@@ -80,7 +80,7 @@ def load_all(
 
 def _load_for(model, model_sha256: str, name: str, settings, purpose: str, seed: int, folder: Path | None) -> PromptSet:
     tokenizer = None if name == "self" else load_tokenizer(model.folder)
-    with progress_task(f"prompts: {printable(name)}", settings.samples * settings.length) as advance:
+    with progress_task(f"prompts: {as_text(name)}", settings.samples * settings.length) as advance:
         prompt_set = load(
             name, purpose=purpose, tokenizer=tokenizer, model=model, model_sha256=model_sha256,
             samples=settings.samples, length=settings.length, seed=seed, folder=folder, progress=advance,

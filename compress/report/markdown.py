@@ -1,5 +1,8 @@
 """report.md: the same facts as report.json, for reading."""
 
+from compress.escaping import code, markdown
+from compress.report.terminal import value_words, verdict_words
+
 
 def render(report: dict) -> str:
     """report.json as Markdown."""
@@ -11,8 +14,8 @@ def _headline(report: dict) -> str:
     model, size = report["model"], report["size"]
     ratio = size["candidate_bytes"] / size["baseline_float32_bytes"]
     return (
-        f"# {model['name']}: {report['verdict'].replace('_', ' ')}\n\n"
-        f"{model['parameters']:,} parameters ({model['active_parameters']:,} active), model type `{model['model_type']}`.\n"
+        f"# {markdown(model['name'])}: {verdict_words(report)}\n\n"
+        f"{model['parameters']:,} parameters ({model['active_parameters']:,} active), model type {code(model['model_type'])}.\n"
         f"Weights: {size['baseline_bytes']:,} bytes before, {size['candidate_bytes']:,} after "
         f"({size['bits_per_weight']:.2f} bits per weight of the original, {ratio:.3f} of float32).\n"
     )
@@ -20,10 +23,10 @@ def _headline(report: dict) -> str:
 
 def _artifacts(report: dict) -> str:
     rows = [
-        f"| {a['kind']} | `{a['path']}` | {a['bytes']:,} | {a['graph_bytes']:,} | {a['bits_per_weight']:.2f} |"
+        f"| {a['kind']} | {code(a['path'])} | {a['bytes']:,} | {a['graph_bytes']:,} | {a['bits_per_weight']:.2f} |"
         for a in report["artifacts"]
     ]
-    notes = [f"\n{a['kind']}: {note}" for a in report["artifacts"] for note in a.get("notes", [])]
+    notes = [f"\n{a['kind']}: {markdown(note)}" for a in report["artifacts"] for note in a.get("notes", [])]
     header = [
         "## Artifacts\n",
         "| kind | path | bytes | of which not weights | bits per weight |",
@@ -46,13 +49,13 @@ def _checks(report: dict) -> str:
 def _check_row(row: dict) -> str:
     limit = "" if row["limit"] is None else f"{row['limit']:g}"
     mark = {None: "", True: "held", False: "**missed**"}[row["passed"]]
-    return f"| {row['artifact']} | {row['phase']} | {row['prompts']} | {row['metric']} | {row['value']:.6g} | {limit} | {mark} |"
+    return f"| {row['artifact']} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']} | {value_words(row)} | {limit} | {mark} |"
 
 
 def _prompts(report: dict) -> str:
     used = report.get("prompts", [])
-    lines = [f"- `{p['name']}`: {p['windows']} windows, {p['tokens']:,} tokens\n" for p in used]
-    return "".join(lines + [f"- Warning: `{p['name']}`: {p['warning']}\n" for p in used if "warning" in p])
+    lines = [f"- {code(p['name'])}: {p['windows']} windows, {p['tokens']:,} tokens\n" for p in used]
+    return "".join(lines + [f"- Warning: {code(p['name'])}: {p['warning']}\n" for p in used if "warning" in p])
 
 
 def _passes(report: dict) -> str:
@@ -70,8 +73,10 @@ def _calibration(report: dict) -> list[str]:
     if "calibration" not in report:
         return []
     used = report["calibration"]
-    lines = [f"- Calibrated on {used['tokens']:,} tokens of {', '.join(used['prompts'])} ({used['windows']} windows)."]
-    lines += [f"- Warning: {warning}" for warning in used.get("warnings", [])]
+    lines = [
+        f"- Calibrated on {used['tokens']:,} tokens of {', '.join(map(markdown, used['prompts']))} ({used['windows']} windows)."
+    ]
+    lines += [f"- Warning: {markdown(warning)}" for warning in used.get("warnings", [])]
     if coverage := used.get("expert_coverage"):
         lines.append(f"- Of the experts, the least used one saw {coverage['min_tokens']:,} tokens.")
         if cold := coverage["experts_below_threshold"]:
@@ -119,7 +124,7 @@ def _details(details: dict) -> str:
     if rotated := details.get("rotated"):
         text += f" Stored rotated: {rotated} tensors."
     for name in details.get("rounded_to_nearest", []):
-        text += f" {name} is rounded to nearest: it has no inputs to calibrate with."
+        text += f" {markdown(name)} is rounded to nearest: it has no inputs to calibrate with."
     for entry in details.get("stored_otherwise", []):
         text += (
             f" {entry['tensors']} tensors of {entry['role']} are {entry['stored']}, not {entry['asked']}, "

@@ -5,12 +5,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from compress import output
 from compress.check.compare import ALL
 
 
 def show(report: dict, out: Path) -> None:
     """Human text on stderr."""
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = output.console(stderr=True)
     size = report["size"]
     console.print(
         f"{report['model']['name']}: {size['baseline_bytes']:,} -> {size['candidate_bytes']:,} bytes of weights, "
@@ -20,7 +21,19 @@ def show(report: dict, out: Path) -> None:
     if cold := coverage.get("experts_below_threshold"):
         console.print(f"calibration: {len(cold)} experts {coverage['below_threshold']}")
     show_rows(report["checks"], console)
-    console.print(f"verdict: {report['verdict'].replace('_', ' ')}   {out}/report.md")
+    console.print(f"verdict: {verdict_words(report)}   {out}/report.md")
+
+
+def verdict_words(result: dict) -> str:
+    """The verdict of a report or of a check's result, and why, where no row tells."""
+    words = result["verdict"].replace("_", " ")
+    if result["verdict"] == "not_checked" and result["checks"]:
+        return f"{words}, no limits were set"
+    return f"{words}, not every figure is finite" if any(row["value"] is None for row in result["checks"]) else words
+
+
+def value_words(row: dict) -> str:
+    return "not finite" if row["value"] is None else f"{row['value']:.6g}"
 
 
 def show_rows(rows: list[dict], console: Console) -> None:
@@ -31,5 +44,5 @@ def show_rows(rows: list[dict], console: Console) -> None:
     for row in (row for row in rows if row["prompts"] == ALL):
         limit = "" if row["limit"] is None else f"{row['limit']:g}"
         mark = {None: "", True: "held", False: "missed"}[row["passed"]]
-        table.add_row(row["artifact"], row["phase"], row["metric"], f"{row['value']:.6g}", limit, mark)
+        table.add_row(row["artifact"], row["phase"], row["metric"], value_words(row), limit, mark)
     console.print(table)

@@ -2,11 +2,11 @@
 
 from rich.table import Table
 
-from compress import results
+from compress import output, results
 
 
 def show(result: dict, *, stderr: bool) -> None:
-    console = results.console(stderr=stderr)
+    console = output.console(stderr=stderr)
     used = results.prompts_as_text(result["prompts"])
     console.print(f"{result['model']['name']}: mean KL divergence, nats per token, of quantizing one part at a time")
     console.print(f"on {used}; a figure is the sum over layers, (N) the layer that costs most of it")

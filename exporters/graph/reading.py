@@ -5,8 +5,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from compress import plugins
 from compress.checkpoint.pointers import refuse_pointer
+from compress.checkpoint.reader import parse_config
 from compress.errors import InputError, first_line
 from exporters.graph.builder import FORMAT_KEY
 
@@ -26,9 +26,14 @@ def model_config(model: ir.Model, path: Path):
     """Architecture module, validated configuration and config.json of the checkpoint a graph was exported from."""
     if CONFIG_KEY not in model.metadata_props:
         raise InputError(f"{path}: was not exported by this tool (no '{CONFIG_KEY}' in its metadata)")
-    values = json.loads(model.metadata_props[CONFIG_KEY])
-    architecture = plugins.load(plugins.ARCHITECTURES, values["model_type"])
-    return architecture, architecture.parse_config(values, str(path)), values
+    source = f"{path}: '{CONFIG_KEY}' in its metadata"
+    try:
+        values = json.loads(model.metadata_props[CONFIG_KEY])
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: expected a JSON object")
+    return parse_config(values, source)
 
 
 def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
