@@ -155,9 +155,10 @@ def test_a_number_out_of_range_is_refused_with_its_key_and_line(write, old, new)
 
 
 def test_the_smallest_allowed_check_loads(write):
-    text = changed("samples: 2", "samples: 1").replace("length: 48", "length: 2").replace("1.5", "0")
+    text = changed("samples: 2", "samples: 1").replace("length: 48", "length: 2")
+    text = text.replace("perplexity_ratio: 1.5", "kl_divergence_mean: 0")
     check = load_recipe(str(write(text))).recipe.check
-    assert (check.samples, check.length, check.limits) == (1, 2, {"perplexity_ratio": 0.0})
+    assert (check.samples, check.length, check.limits) == (1, 2, {"kl_divergence_mean": 0.0})
 
 
 @pytest.mark.parametrize("version", ["2", "0", "'one'", "[1]"])
