@@ -106,7 +106,8 @@ def writer(*arguments):
     made.append(1)
     if len(made) == 4:
         Path(sys.argv.pop()).touch()
-        time.sleep(60)
+        for _ in range(600):  # a signal may reach another thread first: this one hears of it when it runs again
+            time.sleep(0.1)
     return real(*arguments)
 
 sweep.ShardWriter = writer
