@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from compress import expert_counts, sizes
+from compress.checkpoint import config_dtype
 from compress.passes.prune_experts import FEW_TOKENS
 from compress.report.manifest import versions
 
@@ -14,7 +15,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
     """Assembles the report from the plan, what was done and the files as written."""
     model = planned.model
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
-    if facts := expert_counts.changes(model, planned.result):
+    if facts := expert_counts.changes(model, planned.result) + config_dtype.changes(model, planned.result):
         artifacts[0]["notes"] = facts
     artifacts += [
         _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported
