@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from compress.checkpoint.safetensors_file import Entry, SafetensorsFile
+from compress.checkpoint.safetensors_file import Entry, SafetensorsFile, no_duplicates
 from compress.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -17,7 +17,7 @@ SINGLE = "model.safetensors"
 def read_json(path: Path) -> dict:
     """A JSON object from a file; raises InputError naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
