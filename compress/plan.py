@@ -207,7 +207,11 @@ def describe(plan: Plan, out: Path) -> str:
         f"model     {plan.source.name} ({model.model_type}), {plan.source_bytes:,} bytes",
         f"          {model.parameters:,} parameters, {active:,} active",
         *(f"pass      {step.name}: {step.options.model_dump_json(exclude_none=True)}" for step in plan.recipe.passes),
-        *(f"note      {step.name}: {said}" for step, notes in zip(plan.recipe.passes, plan.notes, strict=True) for said in notes),
+        *(
+            f"note      {step.name}: {said}"
+            for step, notes in zip(plan.recipe.passes, plan.notes, strict=True)
+            for said in notes
+        ),
         *(f"experts   {fact}" for fact in _expert_changes(plan)),
         *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),

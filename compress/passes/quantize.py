@@ -137,13 +137,21 @@ def _refuse_idle_activations(options: Options, weights, present: set[Role]) -> N
     for role in asked:
         if role not in quantized:
             raise InputError(
-                f"quantize.activation_roles names '{role}', but its weights are not quantized: inputs are rounded with them only"
+                f"quantize.activation_roles names {_as_named(role, present)}, but its weights are not quantized: inputs are "
+                "rounded with them only"
             )
     for role in options.rotate:
         if role not in quantized or options.activation_of(role) == formats.AS_IT_CAME:
             raise InputError(
-                f"quantize.rotate names '{role}', whose inputs are not rounded; add activation_roles: {{{role}: static-int8}}"
+                f"quantize.rotate names {_as_named(role, present)}, whose inputs are not rounded; "
+                f"add activation_roles: {{{role}: static-int8}}"
             )
+
+
+def _as_named(role: Role, present: set[Role]) -> str:
+    """A role as the recipe may have called it."""
+    tied = role == Role.EMBEDDING and Role.LM_HEAD not in present
+    return f"'{role}'{' (lm_head, which is tied to it)' if tied else ''}"
 
 
 def needs_calibration(options: Options) -> bool:
