@@ -129,6 +129,10 @@ class HiddenStates:
         """Block `number`, float32 [b, S, H]."""
         return torch.from_numpy(np.fromfile(self._file(number), dtype=np.float32).reshape(self.shapes[number]))
 
+    def read_all(self) -> Iterator[torch.Tensor]:
+        """Every block in order."""
+        return map(self.read, range(len(self)))
+
     def write(self, number: int, hidden: torch.Tensor) -> None:
         hidden.cpu().numpy().tofile(self._file(number))
 

@@ -11,7 +11,7 @@ from compress import expert_counts, exporting, model_card, plan, plugins, prompt
 from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
-from compress.checkpoint import companions, compressed_tensors, writer
+from compress.checkpoint import companions, compressed_tensors, config_dtype, writer
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
 from compress.plan import PassContext, Plan
@@ -108,7 +108,8 @@ def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torc
 
 def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
     """config.json with its quantization section, the tokenizer and papers of the source, the model card."""
-    config = companions.without_code(planned.result.config_json)
+    restated = config_dtype.restated(planned.result.config_json, planned.model, planned.result)
+    config = companions.without_code(restated)
     section = compressed_tensors.quantization_config(
         weight for unit in planned.units for weight in unit.weights.values()
     )
@@ -117,6 +118,7 @@ def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
     writer.write_json(folder / "config.json", config)
     writer.copy_companions(planned.source.folder, folder)
     facts = expert_counts.changes(planned.model, planned.result)
+    facts += config_dtype.changes(planned.model, planned.result)
     card = model_card.render(
         planned.source.folder, planned.source.name, planned.units, facts, job.recipe.resolved_yaml()
     )

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -66,10 +67,21 @@ class Plan:
     def export_bytes(self) -> dict[str, int]:
         return {s.name: plugins.load(plugins.EXPORTERS, s.name).predict_bytes(self.units) for s in self.recipe.export}
 
+    @cached_property
+    def _fitted(self) -> list[tuple]:
+        """The module of every pass, its options as they apply to this model, and what is different in them."""
+        modules = [(plugins.load(plugins.PASSES, step.name), step.options) for step in self.recipe.passes]
+        return [(module, *passes.fitted(module, options, self.model)) for module, options in modules]
+
     @property
     def modules(self) -> list[tuple]:
-        """The module of every pass, and its options."""
-        return [(plugins.load(plugins.PASSES, step.name), step.options) for step in self.recipe.passes]
+        """The module of every pass, and its options as they apply to this model."""
+        return [(module, options) for module, options, _ in self._fitted]
+
+    @property
+    def notes(self) -> list[tuple[str, ...]]:
+        """For every pass, sentences on what this model makes of its options."""
+        return [said for _, _, said in self._fitted]
 
     @property
     def needs_calibration(self) -> bool:
@@ -198,6 +210,11 @@ def describe(plan: Plan, out: Path) -> str:
         f"model     {plan.source.name} ({model.model_type}), {plan.source_bytes:,} bytes",
         f"          {model.parameters:,} parameters, {active:,} active",
         *(f"pass      {step.name}: {step.options.model_dump_json(exclude_none=True)}" for step in plan.recipe.passes),
+        *(
+            f"note      {step.name}: {said}"
+            for step, notes in zip(plan.recipe.passes, plan.notes, strict=True)
+            for said in notes
+        ),
         *(f"experts   {fact}" for fact in _expert_changes(plan)),
         *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),

@@ -4,7 +4,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
 
 from compress import plugins, resources, strict_yaml
@@ -89,7 +88,7 @@ class LoadedRecipe:
         plain = self.recipe.model_dump(mode="json", exclude_none=True)
         plain["passes"] = [{s.name: s.options.model_dump(mode="json", exclude_none=True)} for s in self.recipe.passes]
         plain["export"] = [{s.name: s.options.model_dump(mode="json", exclude_none=True)} for s in self.recipe.export]
-        return yaml.safe_dump(plain, sort_keys=False)
+        return strict_yaml.dump(plain)
 
 
 def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> LoadedRecipe:

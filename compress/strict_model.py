@@ -35,6 +35,8 @@ def what_was_expected(error: dict) -> str:
         return f"expected a mapping of options, not {error['input']!r:.80}"
     if error["type"] == "tuple_type":
         return f"expected a list, such as [a, b], not {error['input']!r:.80}"
+    if error["type"] == "string_type":
+        return f"expected text, not {error['input']!r:.80}; put it in quotes where it is meant as text"
     message = error["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:]
 

@@ -1,9 +1,11 @@
 """YAML for recipes: plain data with the line of every key, and no surprises.
 
 Duplicate keys, tags, anchors and aliases are refused: each is a way to write a file that means something else
-than it seems to (or, for nested aliases, that grows without bound).
+than it seems to (or, for nested aliases, that grows without bound). So are plain words and numbers that YAML 1.1 and
+1.2, or YAML and people, read differently.
 """
 
+import re
 from pathlib import Path
 
 import yaml
@@ -12,6 +14,32 @@ from compress.errors import InputError
 
 MAX_BYTES, MAX_DEPTH = 1 << 20, 32
 KeyPath = tuple[str | int, ...]
+
+# What plain scalars mean, most specific first. Everything else is text.
+AMBIGUOUS = "ambiguous"  # 0512 is 330, 2:00 is 120, 1_000 is 1000 or text, no is false or text, 2025-11-25 is a date
+MEANINGS = {
+    "tag:yaml.org,2002:null": r"~|null|Null|NULL|",
+    "tag:yaml.org,2002:bool": r"true|True|TRUE|false|False|FALSE",
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)",
+    "tag:yaml.org,2002:float": r"""[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?
+                                 | [-+]?\.(inf|Inf|INF) | \.(nan|NaN|NAN)""",
+    AMBIGUOUS: r"""yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF
+                 | [-+]?0([xX][0-9a-fA-F_]+|[oO][0-7_]+|[bB][01_]+)            # other bases
+                 | [-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9_]+)([eE][-+]?[0-9_]+)?  # leading zeros, underscores
+                 | [-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?                     # base 60
+                 | [0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt\ ].*)?""",
+}
+
+
+def _with_meanings(base: type) -> type:
+    """A loader or dumper that reads, or puts quotes around, plain scalars by MEANINGS."""
+    plain = type(f"Plain{base.__name__}", (base,), {"yaml_implicit_resolvers": {}})
+    for tag, pattern in MEANINGS.items():
+        plain.add_implicit_resolver(tag, re.compile(rf"(?:{pattern})\Z", re.VERBOSE), [None])
+    return plain
+
+
+_Loader, _Dumper = _with_meanings(yaml.SafeLoader), _with_meanings(yaml.SafeDumper)
 
 
 class Document:
@@ -41,7 +69,7 @@ def load(path: Path) -> Document:
 def parse(text: str, source: str) -> Document:
     try:
         _refuse_surprises(text, source)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         lines: dict[KeyPath, int] = {}
         data = None if node is None else _plain(node, (), lines, source)
     except yaml.YAMLError as error:
@@ -52,6 +80,11 @@ def parse(text: str, source: str) -> Document:
     except RecursionError:
         raise InputError(f"{source}: nested too deeply") from None
     return Document(source, data, lines)
+
+
+def dump(plain) -> str:
+    """Plain data as YAML that `parse` reads as the same data."""
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 
 def parse_scalar(text: str, source: str):
@@ -80,10 +113,19 @@ def _plain(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: st
         return _plain_mapping(node, path, lines, source)
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, (*path, i), lines, source) for i, item in enumerate(node.value)]
+    if node.tag == AMBIGUOUS:
+        raise InputError(_other_meaning(node, path, source))
     try:
         return yaml.SafeLoader("").construct_object(node)
     except ValueError:
-        raise InputError(f"{source}:{node.start_mark.line + 1}: '{node.value}' is not a valid value") from None
+        raise InputError(f"{source}:{node.start_mark.line + 1}: '{node.value:.80}' is not a valid value") from None
+
+
+def _other_meaning(node: yaml.ScalarNode, path: KeyPath, source: str) -> str:
+    """Why a plain scalar is refused, and what to write in its place."""
+    where = ": ".join([f"{source}:{node.start_mark.line + 1}", *([".".join(map(str, path))] if path else [])])
+    expected = "true or false" if node.value.isalpha() else "a plain decimal number"
+    return f"{where}: '{node.value:.80}' can mean several things in YAML; write {expected}, or put text in quotes"
 
 
 def _plain_mapping(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int], source: str) -> dict:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from compress import passes, plugins, progress
-from compress.calibration.inputs import HeadInputs, LayerInputs, UnitInputs
+from compress import passes, progress
+from compress.calibration import inputs as calibration_inputs
+from compress.calibration.inputs import LayerInputs, UnitInputs
 from compress.checkpoint import writer
 from compress.checkpoint.writer import ShardWriter
 from compress.inference import HiddenStates, embed_windows
@@ -68,7 +69,8 @@ def report(planned: Plan, swept: Swept) -> list[dict]:
             "seconds": swept.pass_seconds.get(number, swept.seconds),
             "peak_rss_bytes": swept.peak_rss_bytes,
             "details": {
-                **plugins.load(plugins.PASSES, step.name).details(step.options, planned.units, swept.notes[number]),
+                **planned.modules[number][0].details(planned.modules[number][1], planned.units, swept.notes[number]),
+                **({"notes": list(planned.notes[number])} if planned.notes[number] else {}),
                 "layers_reused": swept.reused,
             },
         }
@@ -145,6 +147,7 @@ class _Calibrated:
         self._planned, self._context, self._space, self._swept = planned, context, space, swept
         self._windows, self._folder = windows, space.folder / CALIBRATION
         self._states = HiddenStates(self._folder, windows, planned.model.config.hidden_size)
+        self._folder.mkdir(exist_ok=True)
 
     @torch.inference_mode()
     def __call__(self, number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
@@ -168,13 +171,13 @@ class _Calibrated:
         return shard, lambda: shutil.rmtree(self._states_folder(number), ignore_errors=True)
 
     def _inputs(self, number: int, last: bool, keep) -> UnitInputs | None:
-        """Nothing reaches the embedding but tokens."""
+        """Nothing reaches the embedding but tokens, unless it is the output matrix too."""
         model, device = self._planned.model, self._context.device
         if number == 0:
-            return None
+            return calibration_inputs.of_tied_head(model, self._windows, self._folder / "tied", keep, device)
         entering = self._states.at(self._states_folder(number))
         if last:
-            return HeadInputs(model, entering, keep, device)
+            return calibration_inputs.of_head(model, entering, keep, device)
         return LayerInputs(model, number - 1, entering, self._folder / "layer", keep, device)
 
     def _passes(self, number: int, inputs: UnitInputs | None) -> Unit:
@@ -193,7 +196,7 @@ class _Calibrated:
 
     def _hand_on(self, number: int, unit: Unit, inputs: UnitInputs | None) -> None:
         following = self._states.at(self._states_folder(number + 1))
-        if inputs is None:
+        if number == 0:
             embed_windows(replace(self._planned.model, units=(unit,)), self._windows, following)
         else:
             inputs.leave(unit, following)

@@ -9,11 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from jamba_models import make_jamba
+from jamba_models import load_reference, make_jamba
 from onnx import TensorProto
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import JambaForCausalLM
 
+import compress
 from compress import resources
 from compress.recipe import load_recipe
 
@@ -363,13 +365,60 @@ def test_a_default_of_none_quantizes_only_the_roles_that_are_named(quick):
     assert {name for name, stored_as in formats.items() if stored_as == "int8"} == {"lm_head.weight"}
 
 
-def test_a_role_that_the_model_does_not_have_is_refused(compress_cli, tmp_path):
-    tied = make_jamba(tmp_path / "tied", tie_word_embeddings=True)
-    settings = (*QUICK, "--set", "passes.0.quantize.roles={lm_head: none}")
-    result = compress_cli("apply", "tiny-int8", "-m", tied, "-o", tmp_path / "out", *settings)
-    assert result.exit_code == 2
-    assert "'lm_head'" in result.stderr
-    assert not list(tmp_path.glob("out*"))
+@pytest.mark.parametrize("key", ["roles={experts: int4-g16}", "overrides=[{role: experts, layers: [1], weights: int8}]",
+                                 "activation_roles={experts: dynamic-int8}", "rotate=[experts]"])  # fmt: skip
+def test_a_role_that_the_model_does_not_have_is_said_by_plan_and_report(compress_cli, tmp_path, key):
+    dense = make_jamba(tmp_path / "dense", num_experts=1)
+    settings = (*QUICK, "--set", f"passes.0.quantize.{key}")
+    arguments = ("apply", "tiny-int8", "-m", dense, "-o", tmp_path / "out", *settings)
+    said = f"'experts' is named in {key.partition('=')[0]}, but this model has no tensors of that role"
+    assert said in compress_cli(*arguments, "--dry-run").stdout
+    assert compress_cli(*arguments).exit_code == 0
+    assert said in (tmp_path / "out" / "report.md").read_text()
+    (done,) = read_json(tmp_path / "out" / "report.json")["passes"]
+    assert done["details"]["notes"] == [said]
+
+
+DTYPES = {
+    "all matrices": ({"weights": "bf16"}, torch.float32, {"dtype": "float32"}, {"dtype": "bfloat16"}),
+    "to float16, under the older name": (
+        {"weights": "fp16"}, torch.float32, {"torch_dtype": "float32"}, {"torch_dtype": "float16"}),
+    "both names": (
+        {"weights": "bf16"}, torch.float32, {"dtype": "float32", "torch_dtype": "float32"},
+        {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+    "neither name": ({"weights": "bf16"}, torch.float32, {}, {"dtype": "bfloat16"}),
+    "a wider type": ({"weights": "fp32"}, torch.bfloat16, {"dtype": "bfloat16"}, {"dtype": "float32"}),
+    "two types that neither holds the other": (
+        {"weights": "bf16", "roles": {"lm_head": "fp16"}}, torch.float32, {"dtype": "float32"}, {"dtype": "float32"}),
+    "one beside float32": (
+        {"weights": "bf16", "roles": {"lm_head": "none"}}, torch.float32, {"dtype": "float32"}, {"dtype": "float32"}),
+    "some quantized, which are widened to what was named": (
+        {"weights": "int8", "roles": {"lm_head": "bf16"}}, torch.float32, {"dtype": "float32"}, {"dtype": "float32"}),
+    "all quantized": ({"weights": "int8"}, torch.float32, {"dtype": "float32"}, {"dtype": "float32"}),
+    "nothing": ({"weights": "none"}, torch.bfloat16, {"dtype": "float32"}, {"dtype": "float32"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "dtype", "named", "expected"), DTYPES.values(), ids=list(DTYPES))
+def test_config_names_the_type_that_the_matrices_have(quick, tmp_path, options, dtype, named, expected):
+    model = make_jamba(tmp_path / "source", dtype)
+    config = {k: v for k, v in read_json(model / "config.json").items() if k not in ("dtype", "torch_dtype")}
+    (model / "config.json").write_text(json.dumps(config | named))
+    out = quick("--set", f"passes.0.quantize={json.dumps(options)}", model=model)
+    written = read_json(out / "checkpoint" / "config.json")
+    assert {key: written[key] for key in ("dtype", "torch_dtype") if key in written} == expected
+
+
+def test_the_report_says_that_norms_are_wider_than_the_type_that_config_names_now(quick, tmp_path):
+    model = make_jamba(tmp_path / "source", torch.float32)
+    out = quick("--set", "passes.0.quantize={weights: bf16}", model=model)
+    stored = {n: t.dtype for p in (out / "checkpoint").glob("*.safetensors") for n, t in load_file(p).items()}
+    wide = sum(dtype == torch.float32 for dtype in stored.values())
+    assert JambaForCausalLM.from_pretrained(out / "checkpoint", dtype="auto").lm_head.weight.dtype == torch.bfloat16
+    assert f"{wide} tensors are stored in a wider one" in (out / "report.md").read_text()
+    assert torch.equal(
+        compress.load(out).model.final_layernorm.weight.data, load_reference(model).model.final_layernorm.weight.data
+    )
 
 
 def test_a_model_on_the_command_line_overrides_the_recipe_s(quick, small):
@@ -450,7 +499,7 @@ def test_a_sharded_source_gives_the_same_bytes_as_a_single_file(quick, small, tm
 
 
 PRUNED = ("--set", "export=[]", "--set", "calibration.prompts=[self]", "--set", "calibration.samples=4")
-PRUNED = (*PRUNED, "--set", "calibration.length=37", "--set", "passes.0.prune_experts.keep=2", *QUICK)
+PRUNED = (*PRUNED, "--set", "calibration.length=37", "--set", "passes.0.prune_experts={keep: 2}", *QUICK)
 
 
 @pytest.mark.parametrize("router", ["rescale", "keep_rows"])

@@ -459,6 +459,25 @@ def test_a_config_that_is_no_json_object_is_refused(folder, raw):
     refused(folder, folder / "config.json")
 
 
+def written_twice(path: Path, key: str, value: str) -> None:
+    """The key once more, before the one that is there, which most readers would take."""
+    path.write_text(path.read_text().replace(f'"{key}":', f'"{key}": {value}, "{key}":', 1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_experts_per_tok", "1"), ("model_type", '"jamba"'), ("dtype", '"float16"')]
+)
+def test_a_key_that_config_holds_twice_is_refused_by_name(folder, key, value):
+    written_twice(folder / "config.json", key, value)
+    refused(folder, folder / "config.json", f"'{key}' occurs twice")
+
+
+def test_a_tensor_that_the_index_lists_twice_is_refused(tmp_path):
+    folder = make_jamba(tmp_path / "sharded", shards="100KB")
+    written_twice(folder / INDEX, HEAD, '"model-00001.safetensors"')
+    refused(folder, folder / INDEX, f"'{HEAD}' occurs twice")
+
+
 @pytest.mark.parametrize("depth", [100_000, 990, 900, 500])
 def test_a_deeply_nested_config_value_is_refused(folder, depth):
     path = folder / "config.json"

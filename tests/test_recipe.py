@@ -267,6 +267,67 @@ def test_a_file_that_is_not_plain_data_is_refused_by_name(write, text):
     assert refusal(path).startswith(str(path))
 
 
+SEVERAL_MEANINGS = [
+    ("samples: 2", f"samples: {number}")
+    for number in ("0512", "08", "00", "+007", "0x10", "0X1f", "0o17", "0b11", "1_000", "2:00", "1:30:00", "yes", "off")
+] + [
+    ("perplexity_ratio: 1.5", f"perplexity_ratio: {number}")
+    for number in ("01.5", "1_0.5", "1:30.5", "0512", "1_0e3", "No", "2025-11-25")
+] + [
+    ("model: models/tiny-jamba", f"model: {name}")
+    for name in ("no", "On", "0512", "2025-11-25", "2025-11-25 10:00:00", "1_000", "12:30")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), SEVERAL_MEANINGS, ids=[new for _, new in SEVERAL_MEANINGS])
+def test_a_plain_value_that_yaml_reads_in_several_ways_is_refused_with_its_key_and_line(write, old, new):
+    text = changed(old, new)
+    key, _, value = new.partition(": ")
+    message = refusal(write(text))
+    assert message.startswith(f"{write(text)}:{line_of(text, new)}: ")
+    assert f"{key}: '{value}'" in message and "quotes" in message
+    path = {"samples": "check.samples", "perplexity_ratio": "check.limits.perplexity_ratio"}.get(key, key)
+    assert f"'{value}'" in refusal(write(), f"{path}={value}")
+
+
+def test_such_a_value_inside_a_list_is_refused_with_its_place(write):
+    assert "passes.0.quantize.overrides.0.layers.1: '2:00'" in refusal(
+        write(changed("method: rtn", "overrides: [{role: mlp, layers: [0, 2:00], weights: int8}]"))
+    )
+
+
+@pytest.mark.parametrize("name", ["no", "0512", "08", "2:00", "1_000", "2025-11-25", "1e3", "3.1", "true", "null", "~"])
+def test_such_a_word_in_quotes_is_text_and_stays_text_in_the_resolved_recipe(write, tmp_path, name):
+    loaded = load_recipe(str(write(changed("model: models/tiny-jamba", f"model: '{name}'"))))
+    assert loaded.recipe.model == name
+    (tmp_path / "again.yaml").write_text(loaded.resolved_yaml())
+    assert load_recipe(str(tmp_path / "again.yaml")).recipe.model == name
+
+
+@pytest.mark.parametrize("name", ["3.1", "12", "true", "1e3"])
+def test_a_number_in_the_place_of_text_is_refused_with_advice_to_quote_it(write, name):
+    message = refusal(write(changed("model: models/tiny-jamba", f"model: {name}")))
+    assert ":2: model: expected text" in message and "quotes" in message
+
+
+@pytest.mark.parametrize(("written", "value"), [("1e-3", 0.001), ("1.5E-2", 0.015), (".5", 0.5), ("2", 2.0), ("0.10", 0.1),
+                                                ("1.", 1.0), ("+3.0", 3.0), ("0", 0.0)])  # fmt: skip
+def test_a_decimal_number_is_that_number(write, written, value):
+    recipe = load_recipe(str(write(changed("perplexity_ratio: 1.5", f"perplexity_ratio: {written}")))).recipe
+    assert recipe.check.limits == {"perplexity_ratio": value}
+
+
+def test_a_file_of_limits_is_read_by_the_same_rules(compress_cli, tmp_path, tiny):
+    limits = tmp_path / "limits.yaml"
+    for text, said in (
+        ("kl_divergence_mean: 0512\n", "'0512'"),
+        ("top1_agreement: 1\ntop1_agreement: 0\n", "duplicate key"),
+    ):
+        limits.write_text(text)
+        message = refusals.refusal_of_command(compress_cli("check", tiny, tiny, "--limits", limits))
+        assert said in message and str(limits) in message
+
+
 def test_a_file_that_is_not_text_is_refused(write):
     assert "UTF-8" in refusal(write(RECIPE.encode() + b"\xff\xfe"))
 

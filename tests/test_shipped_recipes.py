@@ -1,24 +1,42 @@
 """Every shipped recipe on the reference model: briefly in every run of the tests, as shipped where `slow` ones are asked for."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from jamba_models import load_reference
+from jamba_models import load_reference, make_jamba
+from refusals import refusal_of_command
 from transformers import JambaForCausalLM
 
 from compress import resources
 from compress.checkpoint.reader import Checkpoint
 from compress.recipe import load_recipe
 
+EMBEDDING = "model.embed_tokens.weight"
 RECIPES = sorted(resources.shipped_recipes())
 CALIBRATED = [name for name in RECIPES if name != "tiny-int8"]
 BRIEF = ("check.samples=2", "check.length=96", "check.prompts=[heldout]")
 BRIEF_CALIBRATION = ("calibration.samples=4", "calibration.length=128", "calibration.prompts=[prose]")
+TWO_WINDOWS = ("calibration.samples=2", "calibration.length=256", "calibration.prompts=[prose]")
+SPREAD = 0.7  # of random weights: see test_jamba_forward.py
+WHOLE_MODEL = {
+    "vocab_size": 2048,
+    "num_hidden_layers": 4,
+    "spread": SPREAD,
+}  # its tokenizer is that of the shipped model
+TIED = WHOLE_MODEL | {"tie_word_embeddings": True, "num_experts": 4, "hidden_size": 64, "num_attention_heads": 4,
+                      "intermediate_size": 96}  # fmt: skip
+# the divergence of such a model's random weights; a table that is rounded for other inputs, or a head whose input is
+# rounded on another grid than its weights, costs ten times as much
+TIED_MOST = {"int8": 0.01, "tiny-int8": 0.01, "int8-w8a8": 0.02, "fp8-dynamic": 0.1, "fp8-static": 0.1, "mixed": 0.1,
+             "int4-gptq": 0.2, "prune-experts": 1.0}  # fmt: skip
 
 
-def apply(compress_cli, name, out, *overrides) -> dict:
+def apply(compress_cli, name, out, *overrides, model=None) -> dict:
     settings = [argument for override in overrides for argument in ("--set", override)]
+    settings += ["-m", model] if model else []
     result = compress_cli("apply", name, "-o", out, *settings)
     assert result.exit_code == 0, result.output
     return json.loads((out / "report.json").read_text())
@@ -55,6 +73,88 @@ def test_the_recipe_that_prunes_leaves_six_of_eight_experts_to_stock_transformer
         whole, smaller = (load_reference(folder)(ids).logits.log_softmax(-1) for folder in (tiny, out / "checkpoint"))
         divergence = float((whole.exp() * (whole - smaller)).sum(-1).mean())
     assert 0 < divergence < 0.1  # 0.015 when this was written; 0.8 with two rows of every router swapped
+
+
+@pytest.fixture(scope="module")
+def make_model(tmp_path_factory, tiny):
+    """A random model with the shipped tokenizer."""
+
+    def make(**changes) -> Path:
+        folder = make_jamba(tmp_path_factory.mktemp("model") / "random", **changes)
+        for path in tiny.glob("*token*"):
+            shutil.copy(path, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tied(make_model) -> Path:
+    return make_model(**TIED)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_on_a_model_whose_embeddings_are_tied(compress_cli, tied, tmp_path, name):
+    calibration = TWO_WINDOWS if name in CALIBRATED else ()
+    report = apply(compress_cli, name, tmp_path / "out", *BRIEF, *calibration, "check.limits={}", model=tied)
+    assert_fits_a_tied_model(name, report, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_in_full_on_a_model_whose_embeddings_are_tied(compress_cli, tied, tmp_path, name):
+    report = apply(compress_cli, name, tmp_path / "out", "check.limits={}", model=tied)
+    assert_fits_a_tied_model(name, report, tmp_path / "out")
+
+
+def assert_fits_a_tied_model(name: str, report: dict, out: Path) -> None:
+    """The divergence is small; the table has the format, and its input the one, that the recipe gives an output matrix."""
+    assert most_divergence(report) < TIED_MOST[name]
+    options = load_recipe(name).recipe.passes[0].options
+    table = Checkpoint(out / "checkpoint", allow_quantized=True).model.unit("embedding").weights[EMBEDDING]
+    if name == "prune-experts":
+        assert table.format == "bf16"
+        assert {(entry["experts"], len(entry["kept"])) for entry in report["passes"][0]["details"]["layers"]} == {
+            (4, 3)
+        }
+        return
+    activation = options.activation_of("lm_head")
+    assert (table.format, table.activation.format if table.activation else "none") == (
+        options.format_of("lm_head"), activation)  # fmt: skip
+    said = "'lm_head' means the embedding" in (out / "report.md").read_text()
+    assert said == ("lm_head" in options.roles)
+    assert "rounded_to_nearest" not in report["passes"][0]["details"]
+
+
+LACKING = {
+    "no experts": {"num_experts": 1},
+    "nothing but experts": {"expert_layer_period": 1, "expert_layer_offset": 0},
+    "no attention": {"attn_layer_period": 50, "attn_layer_offset": 49},
+    "nothing but attention": {"attn_layer_period": 1, "attn_layer_offset": 0},
+    "sizes that no power of two divides": {"hidden_size": 45, "intermediate_size": 55, "mamba_d_state": 5},
+    "no experts, tied": {"num_experts": 1, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("lacking", LACKING.values(), ids=list(LACKING))
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("int8", "fp8-dynamic")])  # as others here
+def test_a_recipe_runs_on_a_model_that_lacks_what_it_names(compress_cli, make_model, tmp_path, name, lacking):
+    """Everything but the check; what is named and not there is said."""
+    model = make_model(**WHOLE_MODEL | {"num_experts": 4} | lacking)
+    calibration = TWO_WINDOWS if name in CALIBRATED else ()
+    settings = [argument for override in ("check=null", *calibration) for argument in ("--set", override)]
+    result = compress_cli("apply", name, "-m", model, "-o", tmp_path / "out", *settings)
+    if name == "prune-experts" and lacking.get("num_experts") == 1:
+        assert "the model has no experts" in refusal_of_command(result)
+        return
+    assert result.exit_code == 0, result.output
+    report = (tmp_path / "out" / "report.md").read_text()
+    roles = {weight.role for weight in Checkpoint(model).model.weights}
+    options = load_recipe(name).recipe.passes[0].options
+    named = {*getattr(options, "roles", ()), *getattr(options, "rotate", ()), *getattr(options, "activation_roles", ())}
+    for role in named - roles - {"lm_head"}:
+        assert f"'{role}' is named in" in report
+    assert ("not rotated" in report) == (name == "int8-w8a8" and "hidden_size" in lacking)
 
 
 @pytest.mark.slow

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import torch
 
+from compress import progress
 from compress.calibration.moments import SAMPLE_ROWS, Moments
 from compress.checkpoint.writer import ShardWriter
-from compress.inference import HiddenStates, LayerWeights
+from compress.inference import HiddenStates, LayerWeights, stream
 from compress.layers import rms_norm
 from compress.model import HybridModel, InputGroup, Unit, Weight
 
 Keep = Callable[[Weight], Weight]  # writes a weight; returns one that reads what was written
 MOMENT_BYTES = 1 << 30  # of second moments collected in one replay
+LOOKUP_SHARE = 0.5  # what the rows of a tied embedding count as looked up, beside what they give as output matrix
 EVERY_TOKEN_ROWS = 1 << 16  # rows that are sent through an expert that routing left without enough of them
 
 
@@ -173,21 +175,21 @@ class LayerInputs:
 
 
 class HeadInputs:
-    """The input of the output matrix: hidden states after the last layer, normalised."""
+    """The input of the output matrix `name`, where the unit has it: hidden states after the last layer, normalised.
+    `final` gives those states, block by block, every time it is called."""
 
-    levels: tuple[tuple[InputGroup, ...], ...]
     prefix = ""
 
-    def __init__(self, model: HybridModel, entering: HiddenStates, keep: Keep, device: str):
-        self._model, self._entering, self.device, self.keep = model, entering, device, keep
-        head = InputGroup((model.architecture.LM_HEAD,))
-        self.levels = ((head,),) if head.names[0] in model.unit("head").weights else ()
+    def __init__(self, model: HybridModel, name: str | None, final: Callable[[], Iterator[torch.Tensor]], keep: Keep,
+                 device: str, own_error: float = 0.0):  # fmt: skip
+        self._model, self._final, self.device, self.keep, self._own_error = model, final, device, keep, own_error
+        self.levels = ((InputGroup((name,)),),) if name else ()
 
     def folds(self):
         return ()
 
     def become(self, model: HybridModel) -> None:
-        """No pass changes which tensors the head has."""
+        """No pass changes which tensors the head, or the embedding, has."""
 
     def full_names(self, group: InputGroup) -> tuple[str, ...]:
         return group.names
@@ -195,14 +197,41 @@ class HeadInputs:
     def moments(
         self, unit: Unit, groups: tuple[InputGroup, ...], wanted: Wanted
     ) -> Iterator[tuple[InputGroup, Moments]]:
-        norm = unit.weights[self._model.architecture.FINAL_NORM].dense().to(self.device)
+        norm = self._model.unit("head").weights[self._model.architecture.FINAL_NORM].dense().to(self.device)
         for group in groups:
-            width = unit.weights[group.names[0]].shape[1]
-            moments = wanted.moments(width, self.device, group.names)
-            for number in range(len(self._entering)):
-                hidden = self._entering.read(number).to(self.device)
-                moments.add(rms_norm(hidden, norm, self._model.config.rms_norm_eps), group.names[0])
+            moments = wanted.moments(unit.weights[group.names[0]].shape[1], self.device, group.names)
+            for hidden in self._final():
+                moments.add(rms_norm(hidden.to(self.device), norm, self._model.config.rms_norm_eps), group.names[0])
+            moments.count_own_error(self._own_error)
             yield group, moments
+
+
+def of_head(model: HybridModel, entering: HiddenStates, keep: Keep, device: str) -> HeadInputs:
+    """What reaches the head; nothing to look at where the output matrix is the embedding."""
+    name = model.architecture.LM_HEAD
+    return HeadInputs(model, name if name in model.unit("head").weights else None, entering.read_all, keep, device)
+
+
+def of_tied_head(
+    model: HybridModel, windows: list[torch.Tensor], folder: Path, keep: Keep, device: str
+) -> HeadInputs | None:
+    """What reaches the embedding as an output matrix; None where it is none.
+
+    It is written first, since every layer is calibrated on what the written table gives, but what reaches it comes last:
+    so the model is run once as it came. docs/quantization.md says how little that differs.
+    """
+    if model.architecture.LM_HEAD in model.unit("head").weights:
+        return None
+
+    def final() -> Iterator[torch.Tensor]:
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = sum(map(len, windows)) * model.config.num_hidden_layers
+        with progress.task("what reaches the output matrix", steps) as advance:
+            for _, hidden in stream(model, windows, folder, device=device, advance=advance):
+                yield hidden
+        shutil.rmtree(folder)
+
+    return HeadInputs(model, model.architecture.EMBEDDING, final, keep, device, LOOKUP_SHARE)
 
 
 UnitInputs = LayerInputs | HeadInputs

@@ -46,6 +46,12 @@ class Moments:
         while sum(map(len, self._rows)) > SAMPLE_ROWS:
             self._rows, self._step = [torch.cat(self._rows)[::2].clone()], 2 * self._step
 
+    def count_own_error(self, share: float) -> None:
+        """Adds inputs that are the same in every direction, of so large a share of the mean: they weigh the error of the
+        matrix itself, beside that of its products."""
+        if self._hessian is not None:
+            self._hessian.diagonal().add_(share * self._hessian.diagonal().mean())
+
     @property
     def hessian(self) -> torch.Tensor:
         return self._mean(self._hessian)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from compress.checkpoint.pointers import refuse_pointer
-from compress.checkpoint.safetensors_file import Entry, SafetensorsFile
+from compress.checkpoint.safetensors_file import Entry, SafetensorsFile, no_duplicates
 from compress.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -19,7 +19,7 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file; raises InputError naming the file."""
     refuse_pointer(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=no_duplicates)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

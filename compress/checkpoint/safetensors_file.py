@@ -86,7 +86,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
 
 def _parse_header(path: Path, raw: bytes, data_start: int, file_size: int) -> dict[str, Entry]:
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: its header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
@@ -97,7 +97,8 @@ def _parse_header(path: Path, raw: bytes, data_start: int, file_size: int) -> di
     return entries
 
 
-def _no_duplicates(pairs):
+def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    """For `json`: a name that occurs twice in an object is an error, of whose values readers disagree which one counts."""
     result = {}
     for name, value in pairs:
         if name in result:

@@ -7,6 +7,11 @@
 - `details(options, units, notes)`: what the report says about it, given the units as they are stored and the notes of
   every layer (an empty list where it is not calibrated).
 
+One whose options name roles may define
+
+- `fitted(options, model)`: the options as they apply to this model, which all of the above are then given, and sentences
+  on what is different from what they say.
+
 One that looks at calibration data defines two more:
 
 - `needs_calibration(options)`: whether this recipe's block does;
@@ -35,6 +40,11 @@ def needs_calibration(module: ModuleType, options) -> bool:
 
 def needs_survey(module: ModuleType, options) -> bool:
     return hasattr(module, "needs_survey") and module.needs_survey(options)
+
+
+def fitted(module: ModuleType, options, model) -> tuple:
+    """A pass's options as they apply to a model, and sentences on what that changes."""
+    return module.fitted(options, model) if hasattr(module, "fitted") else (options, ())
 
 
 def planned(module: ModuleType, options, model, context):

@@ -86,16 +86,6 @@ class Options(Strict):
                 raise KeyedError(role, _always_kept(role))
         return roles
 
-    @field_validator("activation_roles")
-    @classmethod
-    def _only_products(cls, roles: dict) -> dict:
-        if roles.get(Role.EMBEDDING, "none").startswith("static"):
-            raise KeyedError(
-                Role.EMBEDDING,
-                "'embedding' is looked up by token: only a tied output matrix has an input, to round with dynamic scales",
-            )
-        return roles
-
     def format_of(self, role: Role) -> str:
         default = formats.AS_IT_CAME if role in KEPT_BY_DEFAULT else self.weights
         return self.roles.get(role, default)
@@ -110,16 +100,17 @@ class Options(Strict):
         return self.activation_roles.get(role, default)
 
 
+def fitted(options: Options, model) -> tuple[Options, tuple[str, ...]]:
+    """What `lm_head` means where embeddings are tied; without what the model does not have."""
+    from compress.passes import _fitting
+
+    return _fitting.fit(options, model)
+
+
 def requires(options: Options, model) -> None:
-    """Refuses what a recipe names and this model does not have, or would do nothing to."""
+    """Refuses what a recipe names and would do nothing to."""
     weights = list(model.weights)
     present = {weight.role for weight in weights}
-    for key in ("roles", "activation_roles"):
-        absent = sorted(role for role in getattr(options, key) if role not in present)
-        if absent:
-            raise InputError(
-                f"quantize.{key} names '{absent[0]}', but the model has no such tensors; it has: {', '.join(sorted(present))}"
-            )
     _refuse_idle_activations(options, weights, present)
     for number, override in enumerate(options.overrides):
         for part in override.parts():
@@ -146,13 +137,21 @@ def _refuse_idle_activations(options: Options, weights, present: set[Role]) -> N
     for role in asked:
         if role not in quantized:
             raise InputError(
-                f"quantize.activation_roles names '{role}', but its weights are not quantized: inputs are rounded with them only"
+                f"quantize.activation_roles names {_as_named(role, present)}, but its weights are not quantized: inputs are "
+                "rounded with them only"
             )
     for role in options.rotate:
         if role not in quantized or options.activation_of(role) == formats.AS_IT_CAME:
             raise InputError(
-                f"quantize.rotate names '{role}', whose inputs are not rounded; add activation_roles: {{{role}: static-int8}}"
+                f"quantize.rotate names {_as_named(role, present)}, whose inputs are not rounded; "
+                f"add activation_roles: {{{role}: static-int8}}"
             )
+
+
+def _as_named(role: Role, present: set[Role]) -> str:
+    """A role as the recipe may have called it."""
+    tied = role == Role.EMBEDDING and Role.LM_HEAD not in present
+    return f"'{role}'{' (lm_head, which is tied to it)' if tied else ''}"
 
 
 def needs_calibration(options: Options) -> bool:
@@ -183,7 +182,8 @@ def details(options: Options, units, notes: list[dict]) -> dict:
         found["activations"] = _by(activated, lambda weight: weight.activation.format)
     if rotated := sum(weight.rotation is not None for weight in weights):
         found["rotated"] = rotated
-    if options.method == "gptq":  # an embedding is looked up: it has no inputs to compensate for
+    if options.method == "gptq" and any(weight.role == Role.LM_HEAD for weight in weights):
+        # an embedding that no output matrix is tied to is looked up: it has no inputs to compensate for
         found["rounded_to_nearest"] = [w.name for w in weights if w.is_quantized and w.role == Role.EMBEDDING]
     if replaced := _replaced(options, weights):
         found["stored_otherwise"] = replaced

@@ -32,7 +32,7 @@ def equalize(unit: Unit, inputs: UnitInputs, strength: float) -> Unit:
         raise InputError(
             f"tensor '{quantized[0]}' is quantized by an earlier pass: equalize must be in the first that quantizes"
         )
-    magnitudes = _input_magnitudes(unit, inputs)
+    magnitudes = _input_magnitudes(unit, inputs) if inputs.folds() else {}
     for fold in inputs.folds():
         names = [inputs.prefix + name for name in fold.targets]
         known = [magnitudes[name] for name in names if name in magnitudes]

@@ -29,7 +29,7 @@ def lazily(weight: Weight, options, device: str) -> Weight:
         return weight.with_load(asked, lambda rows=None: cast(weight, rows, asked))
     number_format = formats.get(formats.fitting(asked, weight.shape))
     activation = options.activation_of(weight.role)
-    rotation = _rotation(weight) if weight.role in options.rotate else None
+    rotation = rotation_of(weight) if weight.role in options.rotate else None
     rounded = _Rounded(weight, number_format, search_for(number_format, options.clip == "mse"), device, rotation)
     return replace(
         weight.with_load(number_format.name, rounded.load),
@@ -38,15 +38,10 @@ def lazily(weight: Weight, options, device: str) -> Weight:
     )
 
 
-def _rotation(weight: Weight) -> int:
-    """The block of its rotation; one that would rotate nothing to speak of is refused."""
+def rotation_of(weight: Weight) -> int | None:
+    """The block in which its input can be rotated; None where that would rotate nothing to speak of."""
     size = hadamard.block_size(weight.shape[1])
-    if size < LEAST_ROTATION:
-        raise InputError(
-            f"tensor '{weight.name}' has {weight.shape[1]} inputs, which no power of two from {LEAST_ROTATION} on divides: "
-            f"leave '{weight.role}' out of rotate"
-        )
-    return size
+    return size if size >= LEAST_ROTATION else None
 
 
 def cast(weight: Weight, rows: slice | None, format_name: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from compress import expert_counts, sizes
+from compress.checkpoint import config_dtype
 from compress.checkpoint.companions import left_behind
 from compress.passes.prune_experts import FEW_TOKENS
 from compress.report.manifest import versions
@@ -13,9 +14,10 @@ CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.
 
 def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
     """Assembles the report from the plan, what was done and the files as written."""
-    model = planned.model
+    model, result = planned.model, planned.result
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
-    if notes := [*expert_counts.changes(model, planned.result), *left_behind(planned.source.folder)]:
+    notes = expert_counts.changes(model, result) + config_dtype.changes(model, result)
+    if notes := notes + left_behind(planned.source.folder):
         artifacts[0]["notes"] = notes
     artifacts += [
         _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported

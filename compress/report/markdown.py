@@ -123,6 +123,8 @@ def _details(details: dict) -> str:
         text += f" Inputs rounded to {rounded}."
     if rotated := details.get("rotated"):
         text += f" Stored rotated: {rotated} tensors."
+    for note in details.get("notes", []):
+        text += f" Note: {note}."
     for name in details.get("rounded_to_nearest", []):
         text += f" {markdown(name)} is rounded to nearest: it has no inputs to calibrate with."
     for entry in details.get("stored_otherwise", []):

@@ -32,8 +32,8 @@ class Job:
 
 def run(job: Job) -> dict:
     """Refuses what can be refused, measures, and returns what `--json` writes."""
-    options = quantize_options(job.recipe)
     checkpoint = Checkpoint(job.source.folder)
+    options, _ = quantize.fitted(quantize_options(job.recipe), checkpoint.model)
     quantize.requires(options, checkpoint.model)
     check = check_settings(job)
     for name in check.prompts:
