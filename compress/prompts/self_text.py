@@ -1,6 +1,8 @@
 """Text sampled from the model itself: for users without data, and for contexts of any length."""
 
 import hashlib
+import io
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,13 +22,15 @@ def windows(model, model_sha256: str, samples: int, length: int, seed: int, prog
     """
     key = hashlib.sha256(f"{VERSION}/{model_sha256}/{seed}/{samples}/{length}".encode()).hexdigest()[:32]
     path = cache.folder("self-text") / f"{key}.npy"
-    if not path.is_file():
-        ids = np.concatenate(
-            [_batch(model, size, length, seed + i, progress) for i, size in enumerate(_sizes(samples))]
-        )
-        with cache.publish(path) as partial, open(partial, "wb") as file:
-            np.save(file, ids.astype(np.int32))
-    return list(torch.from_numpy(np.load(path)).long())
+
+    def write(file: BinaryIO) -> None:
+        batches = [_batch(model, size, length, seed + i, progress) for i, size in enumerate(_sizes(samples))]
+        buffer = io.BytesIO()  # numpy writes to a real file behind Python's back: a full disk has no errno then
+        np.save(buffer, np.concatenate(batches).astype(np.int32))
+        file.write(buffer.getbuffer())
+
+    with cache.entry(path, write) as file:
+        return list(torch.from_numpy(np.load(file)).long())
 
 
 def _sizes(samples: int) -> list[int]:
