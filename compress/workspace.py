@@ -14,6 +14,7 @@ from compress.errors import InputError
 from compress.locks import LOCK
 from compress.partials import JOURNAL
 
+NOTHING = (LOCK, f"{JOURNAL}.tmp")  # in a work folder, as it was left by a run that came no further than its journal
 CALIBRATION = "calibration"  # hidden states, findings and notes for the report; gone when the output is published
 
 
@@ -46,7 +47,7 @@ class Workspace:
     def begin(self, key: dict) -> None:
         """Empties the folder, or goes on from its journal. `key` is what must not change between the two runs."""
         anew = self._overwrite and not self._resume
-        found = [path for path in self.folder.iterdir() if path.name != LOCK]
+        found = [path for path in self.folder.iterdir() if path.name not in NOTHING]
         if found and not anew:
             self._done = _journal(self.folder, key)
         self._key, self._begun = key, True

@@ -13,7 +13,8 @@ import torch
 
 from compress import cache, progress
 from compress.check.runners import Candidate
-from compress.prompts import PromptSet
+from compress.prompts import PromptSet, self_text
+from compress.prompts.seeds import derive_seed
 
 VERSION = 1  # part of the key: raise it when our forward changes its values
 
@@ -49,6 +50,17 @@ def refuse_full_disk(artifact, model_sha256: str, sets: list[PromptSet]) -> None
     rows = sum(int(_starts(prompt_set)[-1]) for prompt_set in missing)
     need = states + bytes_needed(rows, artifact.config.vocab_size)
     cache.refuse_full_disk(need, "the baseline's log-probabilities and hidden states")
+
+
+def refuse_long_own_text(artifact, model_sha256: str, settings, seed: int) -> None:
+    """The same for text that the model is to write itself, which is as long as asked for: before it is written."""
+    sizes = settings.samples, settings.length
+    if (
+        "self" in settings.prompts
+        and not self_text.path(model_sha256, derive_seed(seed, "check", "self"), *sizes).is_file()
+    ):
+        need = bytes_needed(settings.samples * (settings.length - 1), artifact.config.vocab_size)
+        cache.refuse_full_disk(need, "the baseline's log-probabilities")
 
 
 def compute(reference: Candidate, model_sha256: str, prompt_set: PromptSet) -> Baseline:

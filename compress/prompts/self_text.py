@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -20,8 +21,7 @@ def windows(model, model_sha256: str, samples: int, length: int, seed: int, prog
 
     `model` is an `Artifact`: its `config` names BOS and end of text, its `steps(batch)` generates.
     """
-    key = hashlib.sha256(f"{VERSION}/{model_sha256}/{seed}/{samples}/{length}".encode()).hexdigest()[:32]
-    path = cache.folder("self-text") / f"{key}.npy"
+    cache.folder("self-text")
 
     def write(file: BinaryIO) -> None:
         batches = [_batch(model, size, length, seed + i, progress) for i, size in enumerate(_sizes(samples))]
@@ -29,8 +29,14 @@ def windows(model, model_sha256: str, samples: int, length: int, seed: int, prog
         np.save(buffer, np.concatenate(batches).astype(np.int32))
         file.write(buffer.getbuffer())
 
-    with cache.entry(path, write) as file:
+    with cache.entry(path(model_sha256, seed, samples, length), write) as file:
         return list(torch.from_numpy(np.load(file)).long())
+
+
+def path(model_sha256: str, seed: int, samples: int, length: int) -> Path:
+    """Where the windows are kept."""
+    key = hashlib.sha256(f"{VERSION}/{model_sha256}/{seed}/{samples}/{length}".encode()).hexdigest()[:32]
+    return cache.location("self-text") / f"{key}.npy"
 
 
 def _sizes(samples: int) -> list[int]:
