@@ -37,8 +37,6 @@ def rename(source: Path, target: Path) -> None:
     """Gives a flushed file or folder its final name, for good: the name itself is on disk when this returns."""
     os.replace(source, target)
     sync(target.parent)
-    if source.parent != target.parent:
-        sync(source.parent)
 
 
 def size(path: Path) -> int:
