@@ -13,7 +13,7 @@ CONTENT = "export"  # in the folder that is worked in: what gets the final name
 
 
 def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
-    """Exports to `out`, which must not exist, or be empty, and returns it."""
+    """Exports to `out`, which must not exist, and returns it."""
     kinds = plugins.names(plugins.EXPORTERS)
     if kind not in kinds:
         raise InputError(f"--to {kind}: no such exporter{nearest(kind, kinds)}")
@@ -35,7 +35,7 @@ def _default_folder(checkpoint: Path, kind: str) -> Path:
 
 def _refuse_existing(folder: Path) -> None:
     destination.refuse_unusable(folder)
-    if os.path.lexists(folder) and not destination.is_empty_folder(folder):
+    if os.path.lexists(folder):
         raise InputError(f"{folder}: exists already; choose another folder with -o")
     for partial in partials.of(folder):
         if (partial / CONTENT).is_dir() and partials.is_held(partial):

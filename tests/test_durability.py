@@ -49,7 +49,7 @@ class Disk:
     def refuse_unwritten(self, path: Path) -> None:
         """Bytes of files and names in folders; a lock, and a folder with nothing else, may be lost."""
         for found in (path, *path.rglob("*")):
-            if found.name != ".lock" and not (found.is_dir() and os.listdir(found) == [".lock"]):
+            if found.name != ".lock" and not (found.is_dir() and list(found.iterdir()) == [found / ".lock"]):
                 stat = found.stat()
                 assert (stat.st_ino, stat.st_mtime_ns, stat.st_size) in self.contents, f"{found} is not on disk"
 

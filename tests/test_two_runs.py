@@ -281,8 +281,7 @@ def test_of_two_exports_to_one_place_the_later_is_refused_and_changes_nothing(sm
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
 
-def test_an_empty_folder_is_exported_to(small, tmp_path):
-    (tmp_path / "onnx").mkdir()
+def test_an_export_leaves_nothing_but_itself(small, tmp_path):
     exporting.export_checkpoint(small, "onnx", tmp_path / "onnx")
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
