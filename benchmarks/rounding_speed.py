@@ -56,11 +56,13 @@ def sweep_seconds(source: Path, folder: Path) -> tuple[float, int, float]:
     recipe = folder / "rounding.yaml"
     recipe.write_text(RECIPE)
     job = pipeline.Job(load_recipe(str(recipe)), resolve(str(source)), folder / "rounding")
-    planned, space = pipeline.prepare(job), Workspace(job.out, {}, resume=False, overwrite=True)
-    forget(source)
-    swept = sweep.run(planned, PassContext(job.device, job.seed), space, None)
-    size = sum(path.stat().st_size for path in (space.folder / sweep.CHECKPOINT).iterdir())
-    space.discard()
+    planned = pipeline.prepare(job)
+    with Workspace(job.out, resume=False, overwrite=True) as space:
+        space.begin({})
+        forget(source)
+        swept = sweep.run(planned, PassContext(job.device, job.seed), space, None)
+        size = sum(path.stat().st_size for path in (space.folder / sweep.CHECKPOINT).iterdir())
+        space.discard()
     return swept.seconds, size, swept.peak_rss_bytes / 2**30
 
 

@@ -1,31 +1,46 @@
-"""Results kept between runs: `$COMPRESS_CACHE`, else `~/.cache/compress`. Deleting the folder is always safe."""
+"""Results kept between runs: `$COMPRESS_CACHE`, else `~/.cache/compress`. Deleting the folder is always safe.
+
+Any number of processes, containers and hosts may share it. An entry ends with a digest of its name and its bytes: what
+was cut short, damaged or copied from another entry does not agree with it, and is made again.
+"""
 
 import contextlib
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-import psutil
-
+from compress import files, partials
 from compress.errors import InputError
 
 NEWEST_KEPT = 8  # entries of one kind; older ones are removed when a new one is published
+DIGEST_BYTES = hashlib.sha256().digest_size
+BLOCK_BYTES = 1 << 20
 
 
 def location(kind: str) -> Path:
     """Where entries of one kind go; the folder need not exist yet."""
     base = os.environ.get("COMPRESS_CACHE")
-    return (
-        Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
-    ) / kind
+    if base:
+        return Path(base) / kind
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise InputError(
+            "the cache has no place, since this user has no home folder; set COMPRESS_CACHE to one"
+        ) from None
+    return home / "compress" / kind
 
 
 def folder(kind: str) -> Path:
-    """The folder for entries of one kind, made where it is missing."""
+    """The folder for entries of one kind, made where it is missing; refused where nothing can be written to it."""
     path = location(kind)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise InputError(
             f"{path}: cannot be used as the cache ({error.strerror}); set COMPRESS_CACHE to a writable folder"
@@ -33,20 +48,65 @@ def folder(kind: str) -> Path:
     return path
 
 
+def entry(path: Path, write: Callable[[BinaryIO], None]) -> BinaryIO:
+    """An entry, open for reading from its first byte: as it is kept, or as `write` makes it now.
+
+    It stays readable when another process removes or replaces it.
+    """
+    file = _verified(path)
+    if file is None:
+        with publish(path) as partial:
+            file = open(partial, "w+b")  # noqa: SIM115 - the caller reads from it
+            write(file)
+            _seal(file, path.name)
+    file.seek(0)
+    return file
+
+
+def _verified(path: Path) -> BinaryIO | None:
+    """The entry, open, where its digest agrees."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - returned open
+        size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
+        if size >= 0 and _digest(file, path.name, size) == file.read():
+            os.utime(file.fileno())
+            return file
+    except OSError:
+        return None
+    file.close()
+    return None
+
+
+def _seal(file: BinaryIO, name: str) -> None:
+    digest = _digest(file, name, file.seek(0, os.SEEK_END))
+    file.write(digest)
+    file.flush()
+
+
+def _digest(file: BinaryIO, name: str, size: int) -> bytes:
+    """Of an entry's name and its first `size` bytes, which are read in blocks; what follows them is read next."""
+    found, buffer = hashlib.sha256(name.encode() + b"\0"), memoryview(bytearray(BLOCK_BYTES))
+    file.seek(0)
+    while size and (count := file.readinto(buffer[: min(size, BLOCK_BYTES)])):
+        found.update(buffer[:count])
+        size -= count
+    return found.digest()
+
+
 @contextlib.contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """A name to write under (file or folder); renamed to `path` when the block ends well, removed when it does not."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    """A name to write a file under; it is flushed and renamed to `path` when the block ends well, else removed."""
+    _remove_leftovers(path.parent)
+    with files.writing(path), partials.beside(path) as room:
+        partial = room / path.name
         yield partial
-        _remove(path)
-        os.replace(partial, path)
-    finally:
-        _remove(partial)
-        _remove_leftovers(path.parent)
-    entries = sorted((p for p in path.parent.iterdir() if p.suffix != ".partial"), key=_last_used)
-    for old in entries[:-NEWEST_KEPT]:
-        _remove(old)
+        files.sync(partial)
+        if path.is_dir():
+            partials.remove(path)
+        files.rename(partial, path)
+    kept = [p for p in path.parent.iterdir() if p.suffix != partials.SUFFIX]
+    for old in sorted(kept, key=_last_used)[:-NEWEST_KEPT]:
+        partials.remove(old)
 
 
 def _last_used(path: Path) -> float:
@@ -56,32 +116,17 @@ def _last_used(path: Path) -> float:
         return 0.0
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """What killed processes left: the number in `NAME.PID.partial` is the process that was writing it."""
-    for path in folder.glob("*.partial"):
-        process = path.name.split(".")[-2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def scratch(kind: str) -> Iterator[Path]:
     """A folder for intermediate data, removed at the end."""
-    path = folder("scratch") / f"{kind}.{os.getpid()}.partial"
-    _remove_leftovers(path.parent)
-    _remove(path)
-    path.mkdir()
-    try:
+    target = folder("scratch") / kind
+    _remove_leftovers(target.parent)
+    with files.writing(target.parent), partials.beside(target) as path:
         yield path
-    finally:
-        _remove(path)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    partials.remove_leftovers(folder.glob(f"*{partials.SUFFIX}"))
 
 
 def refuse_full_disk(need: int, what: str) -> None:

@@ -1,15 +1,15 @@
 """One export of a checkpoint folder: `compress export`, and what `apply` does for each exporter of a recipe."""
 
-import shutil
-import tempfile
+import errno
+import os
 from pathlib import Path
 
-from compress import integrity, plugins, progress
+from compress import destination, files, integrity, partials, plugins, progress
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError, WorkError, first_line, nearest
 from compress.workspace import MANIFEST
 
-PARTIAL = ".partial"
+CONTENT = "export"  # in the folder that is worked in: what gets the final name
 
 
 def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
@@ -20,11 +20,11 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint}: no such folder")
     out = out or _default_folder(checkpoint.resolve(), kind)
-    if out.exists():
-        raise InputError(f"{out}: exists already; choose another folder with -o")
+    folder = destination.resolve(out)
+    _refuse_existing(folder)
     integrity.verify(checkpoint)
     module = plugins.load(plugins.EXPORTERS, kind)
-    export_to(module, kind, module.Options(), Checkpoint(checkpoint, allow_quantized=True), out)
+    export_to(module, kind, module.Options(), Checkpoint(checkpoint, allow_quantized=True), folder)
     return out
 
 
@@ -34,17 +34,49 @@ def _default_folder(checkpoint: Path, kind: str) -> Path:
     return base.with_name(f"{base.name}-{kind}")
 
 
+def _refuse_existing(folder: Path) -> None:
+    destination.refuse_unusable(folder)
+    if os.path.lexists(folder):
+        raise InputError(f"{folder}: exists already; choose another folder with -o")
+    for partial in partials.of(folder):
+        if (partial / CONTENT).is_dir() and partials.is_held(partial):
+            raise destination.being_written(folder)
+
+
 def export_to(module, kind: str, options, written: Checkpoint, folder: Path) -> None:
-    """Writes an export beside `folder` and renames it when complete; leaves nothing where it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=PARTIAL, dir=folder.parent))
+    """Writes an export beside `folder`, which is not there or empty, and renames it when it is complete and on disk;
+    leaves nothing where it fails."""
     try:
-        _fill_export(module, kind, options, written, partial)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partials.remove_leftovers(partials.of(folder))
+        partial, lock = partials.make(folder)
+    except OSError as error:
+        raise destination.unwritable(folder, error) from None
+    try:
+        content = partial / CONTENT
+        content.mkdir()
+        with files.writing(folder):
+            _fill_export(module, kind, options, written, content)
+            files.sync_tree(content)
+        _publish(content, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partials.remove(partial)
+        lock.release()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What killed exports left of `folder`, where nobody else can be at work."""
+    for path in (folder, *partials.of(folder)):
+        partials.remove(path)
+
+
+def _publish(content: Path, folder: Path) -> None:
+    try:
+        files.rename(content, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise InputError(f"{folder}: another process wrote it meanwhile, so it is left alone") from None
 
 
 def _fill_export(module, kind: str, options, written: Checkpoint, partial: Path) -> None:

@@ -4,7 +4,6 @@ Both ways touch one layer at a time, and inside it one expert, unless what was r
 """
 
 import copy
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from compress import files
 from compress.errors import InputError
 from compress.layers import rms_norm
 from compress.model import HybridModel, Unit, Weight, is_finite
@@ -134,13 +134,12 @@ class HiddenStates:
         return map(self.read, range(len(self)))
 
     def write(self, number: int, hidden: torch.Tensor) -> None:
-        hidden.cpu().numpy().tofile(self._file(number))
+        with files.writing(self._file(number)), open(self._file(number), "wb") as file:
+            file.write(hidden.contiguous().cpu().numpy().data)
 
     def flush(self) -> None:
         """Makes sure that what was written survives a loss of power: a journal will say that it is there."""
-        for number in range(len(self)):
-            with open(self._file(number), "rb") as file:
-                os.fsync(file.fileno())
+        files.sync_tree(self.folder)
 
     def remove(self, number: int) -> None:
         self._file(number).unlink()

@@ -1,13 +1,12 @@
 """`apply`: recipe -> checkpoint -> exports -> check -> report, on one screen, in the order the data flows."""
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import compress
-from compress import expert_counts, exporting, model_card, plan, plugins, prompts, surveys, sweep, workspace
+from compress import cache, expert_counts, exporting, files, model_card, plan, plugins, prompts, surveys, sweep
 from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
@@ -56,13 +55,24 @@ def prepare(job: Job, *, needs_weights: bool = True) -> Plan:
 
 def apply(job: Job) -> dict:
     """Runs the job and publishes `job.out`; returns the report."""
-    workspace.refuse_existing(job.out, resume=job.resume, overwrite=job.overwrite)
-    planned = prepare(job)
+    with Workspace(job.out, resume=job.resume, overwrite=job.overwrite) as space:
+        planned = prepare(job)
+        _refuse_shortages(job, planned)
+        return _run(job, planned, space)
+
+
+def _refuse_shortages(job: Job, planned: Plan) -> None:
+    """Disk, memory, and a cache that cannot be used: before the work, not after it."""
+    if planned.recipe.check is not None:
+        cache.folder("baseline")
     if found := plan.shortages(planned, job.out):
         raise InputError(found[0])
+
+
+def _run(job: Job, planned: Plan, space: Workspace) -> dict:
     outcome = Outcome(planned.checkpoint.weights_sha256())
     windows = _calibration_windows(job, planned, outcome) if planned.needs_calibration else None
-    space = Workspace(job.out, _key(job, planned, outcome, windows), resume=job.resume, overwrite=job.overwrite)
+    space.begin(_key(job, planned, outcome, windows))
     try:
         planned = surveys.run(planned, PassContext(job.device, job.seed), space, windows)
         _write_checkpoint(job, planned, outcome, space, windows)
@@ -89,6 +99,8 @@ def _key(job: Job, planned: Plan, outcome: Outcome, windows: list[torch.Tensor] 
 def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspace, windows) -> None:
     """Runs the passes and writes shard after shard, then what makes a checkpoint of them."""
     swept = sweep.run(planned, PassContext(job.device, job.seed), space, windows)
+    if swept.written:
+        space.forget([step.name for step in planned.recipe.export])
     folder = space.folder / "checkpoint"
     writer.write_index(folder, planned.units)
     _write_companions(job, planned, folder)
@@ -129,8 +141,7 @@ def _export(step, written: Checkpoint, space: Workspace) -> Exported:
     """One export into its folder; one that an earlier run finished is only described again."""
     module, folder = plugins.load(plugins.EXPORTERS, step.name), space.folder / step.name
     if not space.is_done(step.name):
-        for killed in space.folder.glob(f"{step.name}.*{exporting.PARTIAL}"):
-            shutil.rmtree(killed)
+        exporting.remove_unfinished(folder)
         exporting.export_to(module, step.name, step.options, written, folder)
         space.mark_done(step.name)
     return module.describe(folder)
@@ -157,6 +168,7 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dic
     writer.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
     formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}
     formats |= {exported.kind: exported.formats for exported in outcome.exported}
+    files.sync_tree(space.folder)
     writer.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))
     space.publish()
     return report

@@ -1,5 +1,6 @@
 """What a recipe will do to a model, worked out before any weight is read: formats, sizes, what must fit where."""
 
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from compress import cache, expert_counts, passes, plugins, prompts, sizes
+from compress import cache, destination, expert_counts, files, passes, plugins, prompts, sizes
 from compress.calibration.settings import Calibration
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
@@ -18,7 +19,6 @@ from compress.escaping import printable
 from compress.model import HybridModel, Unit
 from compress.onnx_session import LOAD_FACTOR
 from compress.source import Source
-from compress.workspace import partial_of, tree_bytes
 
 SPARE = 1.02  # room for headers, graph and report beside the weights
 
@@ -157,7 +157,7 @@ def _refuse_shared_prompts(recipe, calibration, recipe_folder: Path) -> None:
 def shortages(plan: Plan, out: Path) -> list[str]:
     """What will not fit: output and baseline on the disks they go to, and an export that is to be checked in memory."""
     output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values()))) + plan.calibration_bytes()
-    needs = [(_existing(out), output - max(0, tree_bytes(partial_of(out))), "the output")]
+    needs = [(_existing(out), output - max(0, files.size(destination.partial_of(out))), "the output")]
     if plan.recipe.check is not None:
         needs.append((_existing(cache.location("baseline")), plan.check_bytes(), "the baseline's log-probabilities"))
     disks: dict[int, list] = {}
@@ -188,8 +188,8 @@ def _memory_shortage(plan: Plan) -> str | None:
 
 
 def _existing(path: Path) -> Path:
-    path = path.resolve()
-    return next(p for p in (path, *path.parents) if p.is_dir())
+    path = Path(os.path.realpath(path))
+    return next(p for p in (path, *path.parents) if os.path.isdir(p))  # noqa: PTH112 - a name may be too long
 
 
 def _expert_changes(plan: Plan) -> list[str]:
@@ -203,6 +203,7 @@ def _expert_changes(plan: Plan) -> list[str]:
 
 def describe(plan: Plan, out: Path) -> str:
     """The plan as text, for --dry-run."""
+    destination.refuse_unusable(destination.resolve(out))
     model, check = plan.model, plan.recipe.check
     active = sizes.active_parameters(model.architecture, model.config, model.units)
     counts = Counter(weight.format for unit in plan.units for weight in unit.weights.values())

@@ -38,6 +38,7 @@ class Swept:
     peak_rss_bytes: int = 0
     notes: dict[int, list[dict]] = field(default_factory=dict)
     reused: int = 0
+    written: int = 0  # units
 
 
 def run(planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor] | None) -> Swept:
@@ -53,6 +54,7 @@ def run(planned: Plan, context: PassContext, space: Workspace, windows: list[tor
                 swept.reused += unit.name.startswith("layer.")
                 advance(sum(weight.parameters for weight in unit.weights.values()))
                 continue
+            swept.written += 1
             publisher.publish(shard, *write(number, space.folder / shard, advance))
     swept.notes = _notes(space.folder / CALIBRATION, len(planned.recipe.passes))
     swept.seconds, swept.peak_rss_bytes = time.monotonic() - began, peak_rss_bytes()
@@ -83,9 +85,9 @@ def _shard(planned: Plan, number: int) -> str:
 
 
 def _finished(planned: Plan, space: Workspace, *, calibrated: bool) -> set[int]:
-    """Units whose shards an earlier run finished. Calibration goes on where the states that enter the next unit are
+    """Units whose shards, and notes, an earlier run finished. Calibration goes on where the states that enter the next unit are
     still there, and begins anew where they are not (a shard was damaged since)."""
-    done = [space.is_done(_shard(planned, number)) for number in range(len(planned.units))]
+    done = [all(map(space.is_done, (*_notes_of(planned, n), _shard(planned, n)))) for n in range(len(planned.units))]
     if not calibrated or all(done):
         return {number for number, is_done in enumerate(done) if is_done}
     first = done.index(False)
@@ -94,6 +96,17 @@ def _finished(planned: Plan, space: Workspace, *, calibrated: bool) -> set[int]:
 
 def _states(number: int) -> str:
     return f"{CALIBRATION}/states.{number}"
+
+
+def _note(place: int, number: int) -> str:
+    """What a pass noted of a unit."""
+    return f"{CALIBRATION}/note-{place}-{number:05d}.json"
+
+
+def _notes_of(planned: Plan, number: int) -> list[str]:
+    """Nothing reaches the embedding, unit 0: nothing is noted of it."""
+    asking = [place for place, step in enumerate(planned.modules) if passes.needs_calibration(*step)]
+    return [_note(place, number) for place in asking] if number else []
 
 
 class _Publisher:
@@ -189,7 +202,8 @@ class _Calibrated:
                 continue
             unit, note = module.calibrate(options, unit, inputs, context)
             inputs.become(self._planned.stages[place + 1])
-            writer.write_json(self._folder / f"note-{place}-{number:05d}.json", note)
+            writer.write_json(self._space.folder / _note(place, number), note)
+            self._space.mark_done(_note(place, number))
             seconds = self._swept.pass_seconds
             seconds[place] = seconds.get(place, 0.0) + time.monotonic() - began
         return unit

@@ -1,99 +1,114 @@
 """The output folder: work happens in `DIR.partial`, finished pieces are noted in a journal, and DIR appears when complete."""
 
+import contextlib
 import json
-import os
-import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+from compress import destination, files, partials
 from compress.checkpoint.writer import write_json
+from compress.claim import PREVIOUS, bring_back, claim, keep_mode
+from compress.destination import MANIFEST as MANIFEST
 from compress.errors import InputError
+from compress.locks import LOCK
+from compress.partials import JOURNAL
 
-MANIFEST, JOURNAL = "manifest.json", "journal.json"
+NOTHING = (LOCK, f"{JOURNAL}.tmp")  # in a work folder, as it was left by a run that came no further than its journal
 CALIBRATION = "calibration"  # hidden states, findings and notes for the report; gone when the output is published
 
 
 class Workspace:
-    """`DIR.partial` with its journal. `key` is what must not change between interruption and resume."""
+    """`DIR.partial` with its journal, locked while the context lasts.
 
-    def __init__(self, out: Path, key: dict, *, resume: bool, overwrite: bool):
-        self.out, self.folder = out, partial_of(out)
-        if overwrite and not resume and self.folder.exists():
-            shutil.rmtree(self.folder)
-        self._key, self._done = key, _journal(self.folder, key) if self.folder.exists() else {}
-        self._lock = threading.Lock()
-        self.folder.mkdir(parents=True, exist_ok=True)
+    Where the context ends before `begin`, everything is as it was; after that the folder stays, to be resumed.
+    """
+
+    def __init__(self, out: Path, *, resume: bool, overwrite: bool):
+        self.out = destination.resolve(out)
+        self.folder = destination.partial_of(out)
+        self._resume, self._overwrite = resume, overwrite
+        self._key: dict = {}
+        self._done: dict[str, dict] = {}
+        self._saving, self._begun = threading.Lock(), False
+
+    def __enter__(self) -> "Workspace":
+        self._claim = claim(self.out, resume=self._resume, overwrite=self._overwrite)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            files.locate(error, self.folder)
+            if not self._begun:
+                self._claim.give_back()
+        finally:
+            self._claim.release()
+
+    def begin(self, key: dict) -> None:
+        """Empties the folder, or goes on from its journal. `key` is what must not change between the two runs."""
+        anew = self._overwrite and not self._resume
+        found = [path for path in self.folder.iterdir() if path.name not in NOTHING]
+        if found and not anew:
+            self._done = _journal(self.folder, key)
+        self._key, self._begun = key, True
+        for path in found if anew else ():
+            partials.remove(path)
         self._save()
 
     def is_done(self, piece: str) -> bool:
-        """Whether a file, or a folder, was finished before: it is noted and its size is what was noted."""
-        return piece in self._done and tree_bytes(self.folder / piece) == self._done[piece]
+        """Whether a file, or a folder, was finished before, and has the bytes that were noted then."""
+        noted, path = self._done.get(piece), self.folder / piece
+        return noted is not None and files.size(path) == noted["bytes"] and files.sha256(path) == noted["sha256"]
 
     def mark_done(self, piece: str) -> None:
-        size = tree_bytes(self.folder / piece)
-        with self._lock:  # shards are published beside the work on the next one
-            self._done[piece] = size
+        path = self.folder / piece
+        noted = {"bytes": files.size(path), "sha256": files.sha256(path)}
+        with self._saving:  # shards are published beside the work on the next one
+            self._done[piece] = noted
             self._save()
+
+    def forget(self, pieces: list[str]) -> None:
+        """What was made from pieces that are made again."""
+        for piece in pieces:
+            self._done.pop(piece, None)
+        self._save()
 
     def publish(self) -> None:
         """Renames the finished folder to its final name, replacing a previous one at the last moment."""
-        previous = self.out.with_name(f"{self.out.name}.previous-{os.getpid()}")
-        if self.out.exists():
-            os.replace(self.out, previous)
-        os.replace(self.folder, self.out)
-        (self.out / JOURNAL).unlink()  # only now: an interruption before the renaming can still be resumed
-        shutil.rmtree(self.out / CALIBRATION, ignore_errors=True)  # nor does the report lose its notes
-        shutil.rmtree(previous, ignore_errors=True)
+        destination.refuse_occupied(self.out, overwrite=self._overwrite, later_run=True)
+        keep_mode(self.out, self.folder)
+        with _made_way(self.out, self.folder / PREVIOUS):
+            files.rename(self.folder, self.out)
+        for name in (JOURNAL, LOCK, CALIBRATION, PREVIOUS):  # only now: until the renaming the run can be resumed
+            partials.remove(self.out / name)
+        files.sync(self.out)
 
     def discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._claim.remove()
 
     def _save(self) -> None:
         write_json(self.folder / JOURNAL, {"key": self._key, "done": self._done})
 
 
-def partial_of(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+@contextlib.contextmanager
+def _made_way(out: Path, previous: Path) -> Iterator[None]:
+    """The output that is replaced steps aside, and comes back where nothing took its place."""
+    if out.exists() and not destination.is_empty_folder(out):
+        files.rename(out, previous)
+    try:
+        yield
+    finally:
+        bring_back(previous, out)
 
 
-def refuse_existing(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """What stands in the way of writing to `out`, before any work."""
-    if not out.name or out.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise InputError(f"{out}: the output needs a folder of its own, not one that holds the working folder")
-    ancestor = next(path for path in out.absolute().parents if path.exists())
-    if not ancestor.is_dir():
-        raise InputError(f"{out}: {ancestor} is a file, not a folder")
-    _refuse_occupied(out, resume=resume, overwrite=overwrite)
-    if partial_of(out).exists() and not (resume or overwrite):
-        raise InputError(
-            f"{partial_of(out)}: an earlier run stopped there; continue it with --resume or begin anew with --overwrite"
-        )
-
-
-def _refuse_occupied(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """--overwrite replaces outputs of this tool and empty folders, nothing else."""
-    if not out.exists():
-        return
-    is_output = (out / MANIFEST).is_file()
-    if not is_output and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"{out}: is not an output of this tool, so it is left alone; choose another folder with -o")
-    if overwrite:
-        return
-    if resume and partial_of(out).exists():
-        raise InputError(
-            f"{out}: holds a complete output already; --resume --overwrite finishes the later run and replaces it"
-        )
-    raise InputError(
-        f"{out}: holds a complete output already; choose another folder with -o or replace it with --overwrite"
-    )
-
-
-def _journal(folder: Path, key: dict) -> dict[str, int]:
+def _journal(folder: Path, key: dict) -> dict[str, dict]:
     """What an earlier run finished; refuses to mix two different jobs."""
     try:
-        journal = json.loads((folder / JOURNAL).read_text())
-        earlier, done = journal["key"], journal["done"]
-    except (OSError, ValueError, KeyError, TypeError):
+        journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        earlier, done = dict(journal["key"]), dict(journal["done"])
+        if not all(isinstance(noted["bytes"], int) and isinstance(noted["sha256"], str) for noted in done.values()):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{folder}: no readable {JOURNAL} in it, so it cannot be resumed; begin anew with --overwrite"
         ) from None
@@ -103,10 +118,3 @@ def _journal(folder: Path, key: dict) -> dict[str, int]:
             f"{folder}: cannot be resumed, {' and '.join(changed)} changed since; begin anew with --overwrite"
         )
     return done
-
-
-def tree_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; -1 where there is nothing."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else -1

@@ -773,6 +773,26 @@ def test_a_calibrated_run_one_of_whose_shards_lost_its_end_is_resumed_to_the_sam
     assert apply(roundable, tmp_path, GPTQ, resume=True).digests == gptq.digests
 
 
+DAMAGED = {
+    "a shard": f"checkpoint/model-00003-of-{SHARDS:05d}.safetensors",
+    "the states that come next": "calibration/states.4/hidden-00000.f32",
+    "a note": "calibration/note-0-00002.json",
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED.values(), ids=list(DAMAGED))
+def test_what_was_calibrated_after_a_damaged_piece_is_made_again(roundable, gptq, tmp_path, damaged):
+    interrupted(roundable, tmp_path, ShardWriter, "publish", 4)
+    path = tmp_path / "out.partial" / damaged
+    data = bytearray(path.read_bytes())
+    data[-len(data) // 3] ^= 1
+    path.write_bytes(data)
+    resumed = apply(roundable, tmp_path, GPTQ, resume=True)
+    assert resumed.digests == gptq.digests
+    assert resumed.details["layers_reused"] == 0
+    assert {**resumed.details, "layers_reused": 0} == {**gptq.details, "layers_reused": 0}
+
+
 def test_a_damaged_model_leaves_nothing_to_resume(tmp_path, random_text):
     def change(tensors):
         tensors["model.layers.1.mamba.in_proj.weight"][0, 0] = float("nan")

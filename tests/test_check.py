@@ -492,15 +492,6 @@ def test_a_configuration_that_changes_the_logits_is_another_baseline(compress_cl
         assert checks(result)["kl_divergence_mean", "prefill"]["value"] == pytest.approx(0, abs=1e-6)
 
 
-def test_what_killed_checks_left_in_the_cache_is_removed(tmp_path, monkeypatch):
-    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
-    dead, alive = (cache.folder("things") / f"x.{pid}.partial" for pid in (1 << 30, os.getpid()))
-    dead.touch(), alive.touch()
-    with cache.publish(cache.folder("things") / "y") as partial:
-        partial.touch()
-    assert (dead.exists(), alive.exists()) == (False, True)
-
-
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(compress_cli, small, tmp_path):
     result = checked(compress_cli, small, small, "--json", tmp_path / "nowhere" / "a.json")
     assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)

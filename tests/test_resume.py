@@ -163,6 +163,73 @@ def test_a_shard_that_lost_its_end_is_written_again(apply, out, monkeypatch, uni
     assert digests(out) == uninterrupted
 
 
+def flip_a_bit(path: Path) -> None:
+    """In the middle of the file: a safetensors header and the size stay as they are."""
+    data = bytearray(path.read_bytes())
+    data[2 * len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_finished_shard_in_which_a_bit_was_flipped_is_written_again(apply, out, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch:
+        stop_after(patch, sweep, "ShardWriter", 4)
+        assert apply().exit_code == 130
+    flip_a_bit(next(out.with_name("out.partial").glob("checkpoint/model-00002-*.safetensors")))
+    assert apply("--resume").exit_code == 0
+    assert layers_reused(out) == 2
+    assert digests(out) == uninterrupted
+
+
+@pytest.mark.parametrize("damaged", ["onnx/model.onnx.data", "onnx/model.onnx", "onnx/genai_config.json"])
+def test_a_finished_export_in_which_a_bit_was_flipped_is_made_again(apply, out, monkeypatch, uninterrupted, damaged):
+    with monkeypatch.context() as patch:
+        stop_after(patch, pipeline.manifest, "build", 0)
+        assert apply().exit_code == 130
+    flip_a_bit(out.with_name("out.partial") / damaged)
+    kept = finished_shards(out)
+    assert apply("--resume").exit_code == 0
+    now = identities(out)
+    assert {name: now[name] for name in kept} == kept
+    assert digests(out) == uninterrupted
+
+
+def test_an_export_of_a_damaged_shard_is_made_again_with_it(apply, out, monkeypatch, uninterrupted):
+    """The bit was flipped before the export read it."""
+    real = pipeline.exporting.export_to
+
+    def damaged(module, kind, options, written, folder):
+        flip_a_bit(written.files.paths[3])
+        return real(module, kind, options, written, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.exporting, "export_to", damaged)
+        stop_after(patch, pipeline.manifest, "build", 0)
+        assert apply().exit_code == 130
+    assert apply("--resume").exit_code == 0
+    assert digests(out) == uninterrupted
+
+
+JOURNALS = {
+    "garbage": lambda text: "\0" * len(text),
+    "cut short": lambda text: text[: len(text) // 2],
+    "not what it should be": lambda text: "[1]",
+    "of a version without digests": lambda text: json.dumps(
+        {**json.loads(text), "done": {name: noted["bytes"] for name, noted in json.loads(text)["done"].items()}}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", JOURNALS.values(), ids=list(JOURNALS))
+def test_a_run_whose_journal_cannot_be_read_is_not_resumed(apply, out, stopped, damage):
+    journal = stopped / "journal.json"
+    journal.write_text(damage(journal.read_text()))
+    before = identities(stopped)
+    result = apply("--resume")
+    assert result.exit_code == 2 and "--overwrite" in result.stderr
+    assert identities(stopped) == before
+    assert apply("--overwrite").exit_code == 0
+
+
 @pytest.fixture
 def stopped(apply, out, monkeypatch) -> Path:
     """The folder of a run that was stopped after three shards."""
@@ -322,6 +389,16 @@ def test_a_complete_survey_is_not_made_again(with_experts, uninterrupted_pruning
     resumed = run_pruning(with_experts, tmp_path, *PRUNINGS["a budget"], resume=True)
     assert resumed.digests == uninterrupted_prunings["a budget"].digests
     assert resumed.details["layers_reused"] == 2
+
+
+def test_findings_of_a_survey_in_which_a_bit_was_flipped_are_made_again(
+    with_experts, uninterrupted_prunings, tmp_path, monkeypatch
+):
+    interrupt_pruning(with_experts, tmp_path, "a budget", LayerInputs, "leave", WALKED + 2)
+    findings = tmp_path / "out.partial" / "calibration" / "survey-0.json"
+    findings.write_text(findings.read_text().replace("3", "4"))
+    resumed = run_pruning(with_experts, tmp_path, *PRUNINGS["a budget"], resume=True)
+    assert resumed.digests == uninterrupted_prunings["a budget"].digests
 
 
 def test_a_pruning_with_another_amount_is_not_resumed(with_experts, tmp_path):

@@ -5,25 +5,29 @@ the values: weights and token ids.
 """
 
 import hashlib
-import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from compress import cache, progress
 from compress.check.runners import Candidate
-from compress.prompts import PromptSet
+from compress.prompts import PromptSet, self_text
+from compress.prompts.seeds import derive_seed
 
 VERSION = 1  # part of the key: raise it when our forward changes its values
 
 
 class Baseline:
-    """Log-probabilities [positions, V] of one prompt set: position t of a window predicts its token t + 1."""
+    """Log-probabilities [positions, V] of one prompt set: position t of a window predicts its token t + 1.
 
-    def __init__(self, path: Path, prompt_set: PromptSet, vocab_size: int):
-        self._starts = _starts(prompt_set)
-        self._file, self._vocab = open(path, "rb"), vocab_size  # noqa: SIM115 - stays open: the cache may drop the name
+    `source` is a file's path, or the open file, which the cache may meanwhile drop the name of.
+    """
+
+    def __init__(self, source: Path | BinaryIO, prompt_set: PromptSet, vocab_size: int):
+        self._starts, self._vocab = _starts(prompt_set), vocab_size
+        self._file = open(source, "rb") if isinstance(source, Path) else source  # noqa: SIM115 - stays open
 
     def log_probs(self, window: int, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start, V] of one window."""
@@ -36,15 +40,36 @@ def bytes_needed(tokens: int, vocab_size: int) -> int:
     return 4 * tokens * vocab_size
 
 
+def refuse_full_disk(artifact, model_sha256: str, sets: list[PromptSet]) -> None:
+    """Says before the work that what is not in the cache yet would not fit beside the hidden states of one set.
+
+    `artifact` is the baseline's; hidden states wait on disk where a checkpoint is computed, the candidate's included.
+    """
+    states = 4 * artifact.config.hidden_size * max(prompt_set.tokens for prompt_set in sets)
+    missing = [s for s in sets if not _path(model_sha256, s).is_file()]
+    rows = sum(int(_starts(prompt_set)[-1]) for prompt_set in missing)
+    need = states + bytes_needed(rows, artifact.config.vocab_size)
+    cache.refuse_full_disk(need, "the baseline's log-probabilities and hidden states")
+
+
+def refuse_long_own_text(artifact, model_sha256: str, settings, seed: int) -> None:
+    """The same for text that the model is to write itself, which is as long as asked for: before it is written."""
+    seed = derive_seed(seed, "check", "self")
+    kept = self_text.path(artifact, model_sha256, seed, settings.samples, settings.length)
+    if "self" in settings.prompts and not kept.is_file():
+        need = bytes_needed(settings.samples * (settings.length - 1), artifact.config.vocab_size)
+        cache.refuse_full_disk(need, "the baseline's log-probabilities")
+
+
 def compute(reference: Candidate, model_sha256: str, prompt_set: PromptSet) -> Baseline:
     """The baseline of one prompt set, from the cache where it is there."""
-    path = cache.folder("baseline") / f"{_key(model_sha256, prompt_set)}.f32"
-    if path.is_file() and path.stat().st_size == bytes_needed(int(_starts(prompt_set)[-1]), reference.vocab_size):
-        os.utime(path)
-    else:
-        with cache.publish(path) as partial:
-            _write(reference, prompt_set, partial)
-    return Baseline(path, prompt_set, reference.vocab_size)
+    cache.folder("baseline")
+    file = cache.entry(_path(model_sha256, prompt_set), lambda file: _write(reference, prompt_set, file))
+    return Baseline(file, prompt_set, reference.vocab_size)
+
+
+def _path(model_sha256: str, prompt_set: PromptSet) -> Path:
+    return cache.location("baseline") / f"{_key(model_sha256, prompt_set)}.f32"
 
 
 def _key(model_sha256: str, prompt_set: PromptSet) -> str:
@@ -54,13 +79,13 @@ def _key(model_sha256: str, prompt_set: PromptSet) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(reference: Candidate, prompt_set: PromptSet, path: Path) -> None:
+def _write(reference: Candidate, prompt_set: PromptSet, file: BinaryIO) -> None:
     starts, row_bytes = _starts(prompt_set), 4 * reference.vocab_size
     total = reference.steps(prompt_set.tokens)
-    with open(path, "wb") as file, progress.task(f"baseline on {prompt_set.name}", total) as advance:
+    with progress.task(f"baseline on {prompt_set.name}", total) as advance:
         for window, start, logits in reference.logits(prompt_set.windows, "prefill", advance):
             file.seek(row_bytes * int(starts[window] + start))
-            torch.log_softmax(logits.float(), dim=-1).numpy().tofile(file)
+            file.write(torch.log_softmax(logits.float(), dim=-1).numpy().data)
 
 
 def _starts(prompt_set: PromptSet) -> np.ndarray:

@@ -14,7 +14,9 @@ def run(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed
         prompt_folder: Path | None = None) -> tuple[list[Row], list[dict]]:  # fmt: skip
     """Compares each artifact (name -> path) with the original. Returns the rows, and what was used of each prompt set."""
     digest = original.sha256()
+    baseline.refuse_long_own_text(original, digest, settings, seed)
     sets = prompts.load_all(original, digest, settings, purpose="check", seed=seed, folder=prompt_folder)
+    baseline.refuse_full_disk(original, digest, sets)
     reference = original.candidate()
     baselines = [(prompt_set, baseline.compute(reference, digest, prompt_set)) for prompt_set in sets]
     rows: list[Row] = []

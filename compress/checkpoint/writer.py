@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from compress import progress, strict_json
+from compress import files, progress, strict_json
 from compress.checkpoint import companions
 from compress.checkpoint.companions import companion_files
 from compress.checkpoint.folder import INDEX
@@ -35,9 +35,10 @@ class ShardWriter:
         self._layout = {name: part for weight in unit.weights.values() for name, part in weight.layout().items()}
         header, self._offsets = _header(self._layout)
         self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by publish
-        self._file.write(header)
-        self._file.truncate(len(header) + sum(part.bytes for part in self._layout.values()))
-        self._file.flush()
+        with files.writing(path):
+            self._file.write(header)
+            self._file.truncate(len(header) + sum(part.bytes for part in self._layout.values()))
+            self._file.flush()
 
     def write(self, weight: Weight, advance: Callable[[int], None] = lambda parameters: None) -> None:
         """Loads, checks and writes a weight in blocks of rows; `advance` hears of every block."""
@@ -48,7 +49,8 @@ class ShardWriter:
                 self._refuse_other_form(name, tensor)
                 first = self._layout[name].rows(rows) or slice(0, 0)
                 row_bytes = tensor.numel() * tensor.element_size() // max(1, tensor.shape[0])
-                _write_at(self._file.fileno(), tensor, self._offsets[name] + first.start * row_bytes)
+                with files.writing(self._path):
+                    _write_at(self._file.fileno(), tensor, self._offsets[name] + first.start * row_bytes)
             advance(math.prod(weight.shape[1:]) * (rows.stop - rows.start))
 
     def write_all(self, unit: Unit, advance: Callable[[int], None] = lambda parameters: None) -> None:
@@ -68,10 +70,11 @@ class ShardWriter:
 
     def publish(self) -> None:
         """Flushes to disk and renames."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self._path)
+        with files.writing(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            files.rename(self._partial, self._path)
 
 
 def write_shard(unit: Unit, path: Path, advance: Callable[[int], None] = lambda parameters: None) -> None:
@@ -130,11 +133,12 @@ def write_json(path: Path, value) -> None:
 
 def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with files.writing(path):
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        files.rename(partial, path)
 
 
 def copy_companions(source: Path, target: Path) -> None:

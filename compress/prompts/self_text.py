@@ -1,6 +1,9 @@
 """Text sampled from the model itself: for users without data, and for contexts of any length."""
 
 import hashlib
+import io
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,15 +23,24 @@ def windows(model, model_sha256: str, samples: int, length: int, seed: int, prog
     `model` is an `Artifact`: its `config` names BOS, it and its `folder` the ends of text, its `steps(batch)` generates.
     """
     ends = end_tokens(model.config, model.folder)
+    cache.folder("self-text")
+
+    def write(file: BinaryIO) -> None:
+        sizes = enumerate(_sizes(samples))
+        batches = [_batch(model, size, length, seed + i, ends, progress) for i, size in sizes]
+        buffer = io.BytesIO()  # numpy writes to a real file behind Python's back: a full disk has no errno then
+        np.save(buffer, np.concatenate(batches).astype(np.int32))
+        file.write(buffer.getbuffer())
+
+    with cache.entry(path(model, model_sha256, seed, samples, length), write) as file:
+        return list(torch.from_numpy(np.load(file)).long())
+
+
+def path(model, model_sha256: str, seed: int, samples: int, length: int) -> Path:
+    """Where the windows are kept."""
+    ends = end_tokens(model.config, model.folder)
     key = hashlib.sha256(f"{VERSION}/{model_sha256}/{seed}/{samples}/{length}/{ends}".encode()).hexdigest()[:32]
-    path = cache.folder("self-text") / f"{key}.npy"
-    if not path.is_file():
-        ids = np.concatenate(
-            [_batch(model, size, length, seed + i, ends, progress) for i, size in enumerate(_sizes(samples))]
-        )
-        with cache.publish(path) as partial, open(partial, "wb") as file:
-            np.save(file, ids.astype(np.int32))
-    return list(torch.from_numpy(np.load(path)).long())
+    return cache.location("self-text") / f"{key}.npy"
 
 
 def _sizes(samples: int) -> list[int]:

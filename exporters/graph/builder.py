@@ -1,6 +1,7 @@
 """A thin builder over onnx-ir: operators as method calls, weights streamed to the data file as they are added."""
 
 import itertools
+import os
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
@@ -36,12 +37,14 @@ class WeightFile:
         step = ALIGN_LARGE if data.nbytes >= LARGE else ALIGN
         self._file.write(b"\0" * (-offset % step))
         offset += -offset % step
-        data.tofile(self._file)
+        self._file.write(data.data)
         return ir.ExternalTensor(
             DATA, offset, data.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._folder
         )
 
     def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
 
 
