@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from compress import passes, plugins, progress
+from compress import parallel, passes, plugins, progress
 from compress.calibration.inputs import HeadInputs, LayerInputs, UnitInputs
 from compress.checkpoint import writer
 from compress.checkpoint.writer import ShardWriter
@@ -39,6 +39,7 @@ class Swept:
     reused: int = 0
 
 
+@parallel.steady()
 def run(planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor] | None) -> Swept:
     """Writes every shard that an earlier run did not finish. `windows` are the calibration tokens, where a pass asks."""
     (space.folder / CHECKPOINT).mkdir(exist_ok=True)
