@@ -104,6 +104,6 @@ def _cuts(tensor: torch.Tensor) -> bool:
     return _threads.get() is not None and tensor.device.type == "cpu"
 
 
-def slices(size: int, most: int) -> list[slice]:
-    """0 .. size in slices of `most`, the last one shorter."""
-    return [slice(start, min(start + most, size)) for start in range(0, size, most)]
+def slices(stop: int, most: int, start: int = 0) -> list[slice]:
+    """start .. stop in slices of `most`, the last one shorter."""
+    return [slice(first, min(first + most, stop)) for first in range(start, stop, most)]

@@ -8,7 +8,7 @@ takes half the multiplications of factoring it, and loses fewer digits.
 
 import torch
 
-from compress.parallel import TILE, each, slices
+from compress import parallel
 
 
 def inverse_factor(matrix: torch.Tensor) -> torch.Tensor | None:
@@ -19,7 +19,7 @@ def inverse_factor(matrix: torch.Tensor) -> torch.Tensor | None:
 
 def _factor(matrix: torch.Tensor) -> bool:
     """L of the matrix L L', in its own lower triangle; the upper one is left as it comes."""
-    for panel in slices(len(matrix), TILE):
+    for panel in parallel.slices(len(matrix), parallel.TILE):
         corner, failed = torch.linalg.cholesky_ex(matrix[panel, panel])
         if failed:
             return False
@@ -30,7 +30,7 @@ def _factor(matrix: torch.Tensor) -> bool:
 
 def _eliminate(matrix: torch.Tensor, panel: slice, corner: torch.Tensor) -> None:
     """The columns of a panel below its corner, and what they leave of the columns after it."""
-    below = [slice(panel.stop + part.start, panel.stop + part.stop) for part in slices(len(matrix) - panel.stop, TILE)]
+    below = parallel.slices(len(matrix), parallel.TILE, panel.stop)
 
     def solve(rows: slice) -> None:
         matrix[rows, panel] = torch.linalg.solve_triangular(corner.T, matrix[rows, panel], upper=True, left=False)
@@ -39,8 +39,8 @@ def _eliminate(matrix: torch.Tensor, panel: slice, corner: torch.Tensor) -> None
         rows, columns = tile
         matrix[tile].addmm_(matrix[rows, panel], matrix[columns, panel].T, alpha=-1)
 
-    each(solve, below)
-    each(subtract, [(rows, columns) for i, rows in enumerate(below) for columns in below[: i + 1]])
+    parallel.each(solve, below)
+    parallel.each(subtract, [(rows, columns) for i, rows in enumerate(below) for columns in below[: i + 1]])
 
 
 def _inverse(upper: torch.Tensor) -> torch.Tensor:
@@ -53,5 +53,5 @@ def _inverse(upper: torch.Tensor) -> torch.Tensor:
         unit[columns].fill_diagonal_(1)
         inverse[reach, columns] = torch.linalg.solve_triangular(upper[reach, reach], unit, upper=True)
 
-    each(solve, slices(len(upper), TILE))
+    parallel.each(solve, parallel.slices(len(upper), parallel.TILE))
     return inverse
