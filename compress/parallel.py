@@ -84,13 +84,13 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def add_moments(total: torch.Tensor, x: torch.Tensor) -> None:
-    """total [K, K] += x' x for x [T, K], in the lower triangle: `mirror` fills the upper one."""
+    """total [K, K] += x' x for x [T, K], in the lower triangle only: `mirror` gives the whole."""
     _add_tiles(total, x, x, [(r, c) for r in slices(len(total), TILE) for c in slices(r.stop, TILE)])
 
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
-    """Its lower triangle [K, K] in the upper one too, in place."""
-    return total.tril_().add_(total.tril(-1).T)
+    """The symmetric matrix [K, K] of that lower triangle."""
+    return total.tril().add_(total.tril(-1).T)
 
 
 def _add_tiles(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tiles: list[tuple[slice, slice]]) -> None:

@@ -124,7 +124,7 @@ def test_second_moments_and_products_add_up_in_tiles(many_pieces, threads, width
             parallel.add_moments(moments, rows)
         for rows, others in zip(x.split(100), y.split(100), strict=True):
             parallel.add_product(cross, rows, others)
-    parallel.mirror(moments)
+    moments = parallel.mirror(moments)
     torch.testing.assert_close(moments.double(), x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(cross.double(), x.double().T @ y.double(), rtol=1e-5, atol=1e-4)
     assert torch.equal(moments, moments.T)
