@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 
-from compress import files
+from compress import files, parallel
 from compress.errors import InputError
 from compress.layers import rms_norm
 from compress.model import HybridModel, Unit, Weight, is_finite
@@ -48,7 +47,7 @@ class LayerWeights:
     def linear(self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self._tap is not None:
             self._tap(name, x)
-        return F.linear(self._unit.weights[self._prefix + name].rounded_input(x), self(name), bias)
+        return parallel.linear(self._unit.weights[self._prefix + name].rounded_input(x), self(name), bias)
 
 
 def layer_weights(model: HybridModel, index: int, device: str, budget: int = CACHE_BYTES) -> LayerWeights:
@@ -82,7 +81,7 @@ class Head:
         self._norm = model.unit("head").weights[model.architecture.FINAL_NORM].dense().to(device)
         self._eps, self._weight, self._device = model.config.rms_norm_eps, head_weight(model), device
         keep = 4 * self._weight.parameters <= budget
-        self._kept = [(rows, self._rows(rows)) for rows in self._weight.row_blocks()] if keep else None
+        self._blocks = [(rows, self._rows(rows) if keep else None) for rows in self._weight.row_blocks()]
 
     def _rows(self, rows: slice) -> torch.Tensor:
         return self._weight.dense(rows).to(self._device)
@@ -91,8 +90,12 @@ class Head:
         hidden = rms_norm(hidden, self._norm, self._eps)
         hidden = self._weight.rounded_input(hidden)
         logits = torch.empty(*hidden.shape[:-1], self._weight.shape[0], device=self._device)
-        for rows, matrix in self._kept or ((rows, self._rows(rows)) for rows in self._weight.row_blocks()):
-            logits[..., rows] = hidden @ matrix.T
+
+        def fill(block: tuple[slice, torch.Tensor | None]) -> None:
+            rows, kept = block
+            logits[..., rows] = hidden @ (self._rows(rows) if kept is None else kept).T
+
+        parallel.each(fill, self._blocks)
         return logits
 
 
@@ -126,8 +129,8 @@ class HiddenStates:
         return other
 
     def read(self, number: int) -> torch.Tensor:
-        """Block `number`, float32 [b, S, H]."""
-        return torch.from_numpy(np.fromfile(self._file(number), dtype=np.float32).reshape(self.shapes[number]))
+        """Block `number`, float32 [b, S, H]; copied, as torch aligns what it allocates: no digit depends on chance."""
+        return torch.from_numpy(np.fromfile(self._file(number), dtype=np.float32)).view(self.shapes[number]).clone()
 
     def read_all(self) -> Iterator[torch.Tensor]:
         """Every block in order."""

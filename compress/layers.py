@@ -27,6 +27,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from compress import parallel
+
 Linear = Callable[[torch.Tensor], torch.Tensor]  # applies one matrix
 SCAN_BLOCK_ELEMENTS = 1 << 22  # float32 elements of [B, chunks, N, channels] worked on at a time (16 MiB)
 
@@ -73,12 +75,12 @@ def selective_scan(x, dt, a, b, c, d, recurrent_state):
     chunk = math.ceil(math.sqrt(length))
     chunks = math.ceil(length / chunk)
     width = max(1, SCAN_BLOCK_ELEMENTS // (batch * chunks * a.shape[0]))
-    outputs, states = [], []
-    for start in range(0, channels, width):
+
+    def scan(start: int):
         block = slice(start, start + width)
-        y, state = _scan_block(x[..., block], dt[..., block], a[:, block], b, c, recurrent_state[..., block], chunk)
-        outputs.append(y)
-        states.append(state)
+        return _scan_block(x[..., block], dt[..., block], a[:, block], b, c, recurrent_state[..., block], chunk)
+
+    outputs, states = zip(*parallel.each(scan, range(0, channels, width)), strict=True)
     return torch.cat(outputs, -1) + d * x, torch.cat(states, -1)
 
 

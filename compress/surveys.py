@@ -5,13 +5,14 @@ import json
 
 import torch
 
-from compress import passes, plan, progress
+from compress import parallel, passes, plan, progress
 from compress.calibration.layers import walk
 from compress.checkpoint import writer
 from compress.plan import PassContext, Plan
 from compress.workspace import CALIBRATION, Workspace
 
 
+@parallel.steady()
 def run(planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor] | None) -> Plan:
     """The plan that knows what surveys found; as it is where no pass asks for one."""
     asking = [place for place, step in enumerate(planned.modules) if passes.needs_survey(*step)]

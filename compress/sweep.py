@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from compress import passes, progress
+from compress import parallel, passes, progress
 from compress.calibration import inputs as calibration_inputs
 from compress.calibration.inputs import LayerInputs, UnitInputs
 from compress.checkpoint import writer
@@ -41,6 +41,7 @@ class Swept:
     written: int = 0  # units
 
 
+@parallel.steady()
 def run(planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor] | None) -> Swept:
     """Writes every shard that an earlier run did not finish. `windows` are the calibration tokens, where a pass asks."""
     (space.folder / CHECKPOINT).mkdir(exist_ok=True)

@@ -34,6 +34,11 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
     return x.T @ x / len(x)
 
 
+def gptq_of(weight: torch.Tensor, hessian: torch.Tensor, number_format, found: torch.Tensor, **options):
+    """GPTQ of one matrix with the scales that were found."""
+    return gptq.quantize(weight, gptq.factor(hessian, **options), number_format, found)
+
+
 def output_error(x: torch.Tensor, weight: torch.Tensor, number_format, quantized) -> float:
     """|| X W' - X W'q ||^2, in float64."""
     return float((x.double() @ (weight - number_format.dequantize(quantized)).double().T).square().sum())
@@ -134,7 +139,7 @@ def test_inputs_without_any_magnitude_do_not_halve_the_scale_of_their_weights():
 def steps_of(weight: list[float], hessian: list[list[float]], **options) -> list[int]:
     """The integers GPTQ chooses for one row with scale 1."""
     number_format = formats.get("int8")
-    found = gptq.quantize(torch.tensor([weight]), torch.tensor(hessian), number_format, torch.ones(1, 1), **options)
+    found = gptq_of(torch.tensor([weight]), torch.tensor(hessian), number_format, torch.ones(1, 1), **options)
     return found.values[0].tolist()
 
 
@@ -193,9 +198,7 @@ def test_gptq_is_repeated_least_squares(name, act_order):
     number_format, inputs = formats.get(name), 160  # more than one block of columns
     weight, x = normal(17, inputs), correlated(400, inputs)
     hessian = hessian_of(x)
-    quantized = gptq.quantize(
-        weight, hessian, number_format, number_format.quantize(weight).scales, act_order=act_order
-    )
+    quantized = gptq_of(weight, hessian, number_format, number_format.quantize(weight).scales, act_order=act_order)
     diagonal = hessian.diagonal().numpy()
     order = np.argsort(-diagonal, kind="stable") if act_order else np.arange(inputs)
     expanded = number_format.expand(quantized.scales, weight.shape).expand(weight.shape).double().numpy()
@@ -236,7 +239,7 @@ def test_gptq_beats_rounding_to_nearest_on_the_layers_output(name, kind, act_ord
     number_format, inputs = formats.get(name), inputs_of(name)
     weight, x = normal(23, inputs), INPUTS[kind](inputs)
     nearest = number_format.quantize(weight)
-    found = gptq.quantize(weight, hessian_of(x), number_format, nearest.scales, act_order=act_order)
+    found = gptq_of(weight, hessian_of(x), number_format, nearest.scales, act_order=act_order)
     assert torch.equal(found.scales, nearest.scales) and found.format == name
     assert found.values.dtype == nearest.values.dtype
     compensated, rounded = (output_error(x, weight, number_format, q) for q in (found, nearest))
@@ -249,7 +252,7 @@ def test_gptq_is_not_worse_than_rounding_for_unusual_weights(name, kind):
     number_format, inputs = formats.get(name), inputs_of(name)
     weight, x = WEIGHTS[kind](inputs), correlated(2 * inputs, inputs)
     nearest = number_format.quantize(weight)
-    found = gptq.quantize(weight, hessian_of(x), number_format, nearest.scales)
+    found = gptq_of(weight, hessian_of(x), number_format, nearest.scales)
     assert torch.isfinite(number_format.dequantize(found)).all()
     assert output_error(x, weight, number_format, found) <= output_error(x, weight, number_format, nearest)
 
@@ -259,11 +262,11 @@ def test_weights_of_an_input_that_is_always_zero_are_rounded_to_nearest(name):
     number_format, inputs = formats.get(name), inputs_of(name)
     weight, x = normal(9, inputs), with_a_silent_input(2 * inputs, inputs)
     nearest = number_format.quantize(weight)
-    found = gptq.quantize(weight, hessian_of(x), number_format, nearest.scales)
+    found = gptq_of(weight, hessian_of(x), number_format, nearest.scales)
     assert torch.equal(found.values[:, 3].float(), nearest.values[:, 3].float())
     others = [j for j in range(inputs) if j != 3]
     if number_format.columns is None:  # without the column the rest comes out the same
-        without = gptq.quantize(weight[:, others], hessian_of(x[:, others]), number_format, nearest.scales)
+        without = gptq_of(weight[:, others], hessian_of(x[:, others]), number_format, nearest.scales)
         # damping follows the mean of the diagonal, which a zero lowers a little
         assert (found.values[:, others].float() != without.values.float()).float().mean() < 0.1
 
@@ -272,7 +275,7 @@ def test_weights_of_an_input_that_is_always_zero_are_rounded_to_nearest(name):
 def test_without_any_input_gptq_is_rounding_to_nearest(name):
     number_format, weight = formats.get(name), normal(9, inputs_of(name))
     nearest = number_format.quantize(weight)
-    found = gptq.quantize(weight, torch.zeros(weight.shape[1], weight.shape[1]), number_format, nearest.scales)
+    found = gptq_of(weight, torch.zeros(weight.shape[1], weight.shape[1]), number_format, nearest.scales)
     assert torch.equal(found.values.float(), nearest.values.float())
 
 
@@ -281,7 +284,7 @@ def test_the_multiple_of_the_hessian_does_not_matter(act_order):
     number_format, weight, x = formats.get("int4-g16"), normal(9, 48), correlated(200, 48)
     given = number_format.quantize(weight).scales
     found = [
-        gptq.quantize(weight, hessian_of(x) * factor, number_format, given, act_order=act_order).values
+        gptq_of(weight, hessian_of(x) * factor, number_format, given, act_order=act_order).values
         for factor in (1.0, 2.0**20, 2.0**-40)
     ]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -292,8 +295,8 @@ def test_act_order_on_permuted_columns_gives_the_permuted_values():
     number_format, weight, x = formats.get("int8"), normal(11, 150), correlated(400, 150)
     given = number_format.quantize(weight).scales
     shuffled = torch.randperm(150, generator=torch.Generator().manual_seed(5))
-    found = gptq.quantize(weight, hessian_of(x), number_format, given).values
-    permuted = gptq.quantize(weight[:, shuffled], hessian_of(x[:, shuffled]), number_format, given).values
+    found = gptq_of(weight, hessian_of(x), number_format, given).values
+    permuted = gptq_of(weight[:, shuffled], hessian_of(x[:, shuffled]), number_format, given).values
     # sums are taken in another order, which may tip a value that lies in the middle, and with it some of its row
     assert (permuted != found[:, shuffled]).float().mean() < 0.02
 
@@ -303,17 +306,17 @@ def test_act_order_uses_the_scale_of_each_columns_own_group():
     number_format, weight = formats.get("int4-g16"), normal(5, 48) * torch.logspace(-2, 2, 48)
     hessian = torch.diag(torch.logspace(1, -1, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(2))])
     nearest = number_format.quantize(weight)
-    assert torch.equal(gptq.quantize(weight, hessian, number_format, nearest.scales).values, nearest.values)
+    assert torch.equal(gptq_of(weight, hessian, number_format, nearest.scales).values, nearest.values)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_weights_and_inputs_of_unusual_size_are_compensated_the_same(size):
     number_format, weight, x = formats.get("int8"), normal(9, 37), correlated(100, 37)
     given = number_format.quantize(weight).scales
-    plain = gptq.quantize(weight, hessian_of(x), number_format, given).values
-    sized = gptq.quantize(weight * size, hessian_of(x), number_format, given * size).values
+    plain = gptq_of(weight, hessian_of(x), number_format, given).values
+    sized = gptq_of(weight * size, hessian_of(x), number_format, given * size).values
     assert (plain != sized).float().mean() < 0.02  # products with a size that is no power of two round differently
-    sized = gptq.quantize(weight, hessian_of(x * size), number_format, given).values
+    sized = gptq_of(weight, hessian_of(x * size), number_format, given).values
     assert (plain != sized).float().mean() < 0.02
 
 
@@ -322,7 +325,7 @@ def test_a_hessian_that_rounding_made_slightly_indefinite_is_damped_until_it_can
     hessian = hessian_of(x) - 0.02 * hessian_of(x).diagonal().mean() * torch.eye(40)  # eigenvalues below zero
     number_format, weight = formats.get("int8"), normal(5, 40)
     nearest = number_format.quantize(weight)
-    found, damped = (gptq.quantize(weight, hessian, number_format, nearest.scales, damping=d) for d in (0.01, 0.1))
+    found, damped = (gptq_of(weight, hessian, number_format, nearest.scales, damping=d) for d in (0.01, 0.1))
     assert torch.equal(found.values, damped.values)
     assert output_error(x, weight, number_format, found) < output_error(x, weight, number_format, nearest)
 
@@ -330,7 +333,7 @@ def test_a_hessian_that_rounding_made_slightly_indefinite_is_damped_until_it_can
 def test_gptq_leaves_weight_and_hessian_as_they_were():
     number_format, weight, hessian = formats.get("int8"), normal(5, 37), hessian_of(correlated(50, 37))
     before = weight.clone(), hessian.clone()
-    gptq.quantize(weight, hessian, number_format, number_format.quantize(weight).scales)
+    gptq_of(weight, hessian, number_format, number_format.quantize(weight).scales)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 

@@ -2,7 +2,9 @@
 
 import torch
 
+from compress import parallel
 from compress.errors import InputError
+from compress.model import is_finite
 from compress.quantization import hadamard
 
 SAMPLE_ROWS = 4096  # rows of the inputs whose magnitudes are kept for the choice of a static range
@@ -25,17 +27,18 @@ class Moments:
         """x [..., K]; `name` is the matrix, for the refusal of inputs that are not finite."""
         rows = x.reshape(-1, x.shape[-1])
         rows = hadamard.rotate(rows, self._rotation) if self._rotation else rows
-        if not bool(torch.isfinite(rows).all()):
+        most = rows.abs().amax(0) if len(rows) else torch.zeros_like(self.absmax)
+        if not is_finite(most):
             raise InputError(
                 f"tensor '{name}': its inputs on the calibration tokens hold NaN or infinity; the model overflows there"
             )
         self._name = name
         self.tokens += len(rows)
-        self.absmax = torch.maximum(self.absmax, rows.abs().amax(0)) if len(rows) else self.absmax
+        self.absmax = torch.maximum(self.absmax, most)
         if self._hessian is None:
             self._square += rows.square().sum(0)
         else:
-            self._hessian.addmm_(rows.T, rows)
+            parallel.add_moments(self._hessian, rows)
         if self._with_sample:
             self._keep_sample(rows)
 
@@ -54,7 +57,7 @@ class Moments:
 
     @property
     def hessian(self) -> torch.Tensor:
-        return self._mean(self._hessian)
+        return self._mean(parallel.mirror(self._hessian))
 
     @property
     def square(self) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from compress import files, progress, strict_json
+from compress import files, parallel, progress, strict_json
 from compress.checkpoint import companions
 from compress.checkpoint.companions import companion_files
 from compress.checkpoint.folder import INDEX
@@ -42,16 +42,24 @@ class ShardWriter:
 
     def write(self, weight: Weight, advance: Callable[[int], None] = lambda parameters: None) -> None:
         """Loads, checks and writes a weight in blocks of rows; `advance` hears of every block."""
-        for rows in weight.row_blocks():
-            stored = weight.load(rows)
-            check_stored(weight, stored)
-            for name, tensor in weight.stored_parts(stored).items():
-                self._refuse_other_form(name, tensor)
-                first = self._layout[name].rows(rows) or slice(0, 0)
-                row_bytes = tensor.numel() * tensor.element_size() // max(1, tensor.shape[0])
-                with files.writing(self._path):
-                    _write_at(self._file.fileno(), tensor, self._offsets[name] + first.start * row_bytes)
+
+        def write(rows: slice) -> None:
+            self._write_rows(weight, rows)
             advance(math.prod(weight.shape[1:]) * (rows.stop - rows.start))
+
+        first, *others = weight.row_blocks()
+        write(first)  # alone: what it finds out for all rows, such as scales, is found by all threads
+        parallel.each(write, others)
+
+    def _write_rows(self, weight: Weight, rows: slice) -> None:
+        stored = weight.load(rows)
+        check_stored(weight, stored)
+        for name, tensor in weight.stored_parts(stored).items():
+            self._refuse_other_form(name, tensor)
+            first = self._layout[name].rows(rows) or slice(0, 0)
+            row_bytes = tensor.numel() * tensor.element_size() // max(1, tensor.shape[0])
+            with files.writing(self._path):
+                _write_at(self._file.fileno(), tensor, self._offsets[name] + first.start * row_bytes)
 
     def write_all(self, unit: Unit, advance: Callable[[int], None] = lambda parameters: None) -> None:
         for weight in unit.weights.values():

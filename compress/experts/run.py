@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compress import cache, expert_counts, progress, prompts, results
+from compress import cache, expert_counts, parallel, progress, prompts, results
 from compress.artifacts import CheckpointArtifact
 from compress.calibration.layers import walk
 from compress.calibration.settings import Calibration
@@ -48,6 +48,7 @@ def run(job: Job) -> dict:
     }
 
 
+@parallel.steady()
 @torch.inference_mode()
 def _surveyed(model: HybridModel, moe: Container[int], windows: list[torch.Tensor], device: str) -> list[dict]:
     """What is found in every MoE layer, in order."""

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from compress import cache
+from compress import cache, parallel
 from compress.end_tokens import end_tokens
 from compress.inference import sample
 from compress.prompts.windows import refuse_foreign_tokens
@@ -47,6 +47,7 @@ def _sizes(samples: int) -> list[int]:
     return [min(BATCH, samples - start) for start in range(0, samples, BATCH)]
 
 
+@parallel.steady()
 def _batch(model, batch: int, length: int, seed: int, ends: list[int], progress) -> np.ndarray:
     """[batch, length] ids. After an end-of-text token comes BOS and a new text."""
     bos = model.config.bos_token_id if model.config.bos_token_id is not None else 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compress import layers
+from compress import layers, parallel
 from compress.calibration.inputs import LayerInputs
 from compress.checkpoint.writer import ShardWriter
 from compress.inference import HiddenStates, LayerWeights
@@ -93,7 +93,7 @@ class Correction:
         for number, span, x in self._rows():
             routed, z = self._multiplied(expert, weights, span, x)
             given = self._given.read(number).to(x.device).flatten(0, 1)
-            given[routed] += z @ change.T
+            given[routed] += parallel.linear(z, change)
             self._candidate.write(number, given.view(self._given.shapes[number]))
         return self._adopt(lambda: self._written(weight, corrected))
 
@@ -107,9 +107,9 @@ class Correction:
             lacking = (self._target.read(number) - self._given.read(number)).to(x.device).flatten(0, 1)[routed]
             weight = self._fit_weights(span)[routed].sqrt()[:, None]
             z = z * weight
-            moments.addmm_(z.T, z)
-            cross.addmm_(z.T, lacking * weight)
-        return _ridge(moments, cross, damping)
+            parallel.add_moments(moments, z)
+            parallel.add_product(cross, z, lacking * weight)
+        return _ridge(parallel.mirror(moments), cross, damping)
 
     def _written(self, weight: Weight, corrected: torch.Tensor) -> Unit:
         new = weight.with_load(weight.format, lambda rows=None: corrected[rows or slice(None)])

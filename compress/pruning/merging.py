@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from compress import parallel
 from compress.calibration.inputs import LayerInputs
 from compress.model import PLAIN_DTYPES, Unit
 from compress.pruning.reconstruction import Kept
@@ -61,8 +62,8 @@ def average(experts: Iterable[Matrices], usage: list[float]) -> Matrices:
 
 def aligned(expert: Matrices, to: Matrices) -> Matrices:
     """An expert with its hidden units in the order in which they are most like those of another."""
-    likeness = sum(_unit_norm(to[p]) @ _unit_norm(expert[p]).T for p in (GATE, UP))
-    likeness = likeness + _unit_norm(to[DOWN]).T @ _unit_norm(expert[DOWN])
+    likeness = sum(parallel.linear(_unit_norm(to[p]), _unit_norm(expert[p])) for p in (GATE, UP))
+    likeness = likeness + parallel.linear(_unit_norm(to[DOWN]).T, _unit_norm(expert[DOWN]).T)
     order = torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
     return {GATE: expert[GATE][order], UP: expert[UP][order], DOWN: expert[DOWN][:, order]}
 

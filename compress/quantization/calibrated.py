@@ -55,8 +55,10 @@ class _Quantizer:
                     unit = unit.replaced(self.inputs.keep(self.planned[name]))
         for group, moments in self.inputs.moments(unit, calibrated, self.wanted) if calibrated else ():
             moments = self._enough(unit, group, moments)
+            factor = self._factor(moments)
             for name in self._names(group):
-                unit = unit.replaced(self.inputs.keep(self._quantized(unit.weights[name], self.planned[name], moments)))
+                found = self._quantized(unit.weights[name], self.planned[name], moments, factor)
+                unit = unit.replaced(self.inputs.keep(found))
         return unit
 
     def _names(self, group: InputGroup) -> list[str]:
@@ -80,18 +82,22 @@ class _Quantizer:
         self.note["experts_from_every_token"].append(entry | used)
         return pooled
 
-    def _quantized(self, weight: Weight, planned: Weight, moments: Moments) -> Weight:
+    def _factor(self, moments: Moments) -> gptq.Factor | None:
+        """What the matrices of a group share, found once."""
+        if self.options.method != "gptq":
+            return None
+        return gptq.factor(moments.hessian, damping=self.options.damping, act_order=self.options.act_order)
+
+    def _quantized(self, weight: Weight, planned: Weight, moments: Moments, factor: gptq.Factor | None) -> Weight:
         """One matrix in its planned format, from its inputs' moments."""
         options, activation = self.options, self._with_range(planned.activation, moments)
-        if options.method != "gptq":
+        if factor is None:
             return replace(planned, activation=activation)
         number_format = formats.get(planned.format)
         dense = rounding.stored_basis(weight, planned.rotation, self.device)
         search = rounding.search_for(number_format, options.clip == "mse", moments.square)
         scales = number_format.join_scales([search(dense)])
-        found = gptq.quantize(
-            dense, moments.hessian, number_format, scales, damping=options.damping, act_order=options.act_order
-        )
+        found = gptq.quantize(dense, factor, number_format, scales)
         return replace(planned, load=_rows_of(found, number_format), activation=activation)
 
     def _with_range(self, activation: Activation | None, moments: Moments) -> Activation | None:

@@ -7,40 +7,57 @@ for the error of those already rounded, as the second moments of the layer's inp
 Scales are fixed beforehand (static groups), so columns may be taken in any order: with `act_order`, by falling H_jj.
 """
 
+from typing import NamedTuple
+
 import torch
 
+from compress import parallel
 from compress.errors import WorkError
 from compress.formats.base import NumberFormat, Quantized
+from compress.quantization import cholesky
 
 BLOCK = 128  # columns whose updates are applied to the rest together
 DOUBLE_COLUMNS = 2048  # more columns are factored in float32, which takes half the time and memory
-ROW_BLOCK_ELEMENTS = 1 << 24  # float32 elements of the matrix worked on at a time
+ROWS = 512  # of the matrix worked on at a time
 MOST_DAMPING = 1.0  # damping is raised tenfold until the Hessian can be factored, up to the mean of its diagonal
 
 
-def quantize(weight: torch.Tensor, hessian: torch.Tensor, number_format: NumberFormat, scales: torch.Tensor, *,
-             damping: float = 0.01, act_order: bool = True) -> Quantized:  # fmt: skip
-    """float32 [N, K], hessian [K, K] (any multiple of X'X), scales of the format -> values chosen for the output's error.
+class Factor(NamedTuple):
+    """What GPTQ needs of the inputs, the same for every matrix they reach: U [K, K], its columns in this order [K]."""
+
+    upper: torch.Tensor
+    order: torch.Tensor
+
+
+def factor(hessian: torch.Tensor, *, damping: float = 0.01, act_order: bool = True) -> Factor:
+    """Of the second moments [K, K] (any multiple of X'X)."""
+    columns = len(hessian)
+    hessian = hessian.double() if columns <= DOUBLE_COLUMNS else hessian
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
+    order = order.to(hessian.device)
+    return Factor(_inverse_factor(hessian[order][:, order], damping).float(), order)
+
+
+def quantize(weight: torch.Tensor, inputs: Factor, number_format: NumberFormat, scales: torch.Tensor) -> Quantized:
+    """float32 [N, K], the factor of its inputs, scales of the format -> values chosen for the output's error.
 
     An input that was always zero has no say: its weights are rounded to nearest and take part in nothing. Rows do not
     depend on each other, so they go in blocks.
     """
-    columns = weight.shape[1]
-    hessian = hessian.double() if columns <= DOUBLE_COLUMNS else hessian
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
-    order = order.to(weight.device)
-    upper = _inverse_factor(hessian[order][:, order], damping).float()
-    step = number_format.rows or weight.shape[0]
-    rows = max(1, ROW_BLOCK_ELEMENTS // (step * columns)) * step
-    values = [
-        _quantize_rows(weight[block], upper, order, number_format, number_format.scales_of(scales, block))
-        for block in (slice(start, min(start + rows, len(weight))) for start in range(0, len(weight), rows))
-    ]
+    step = number_format.rows or len(weight)
+    rows = max(1, ROWS // step) * step
+
+    def quantized(start: int) -> torch.Tensor:
+        block = slice(start, min(start + rows, len(weight)))
+        return _quantize_rows(weight[block], inputs, number_format, number_format.scales_of(scales, block))
+
+    values = parallel.each(quantized, range(0, len(weight), rows))
     return Quantized(torch.cat(values), scales, number_format.name)
 
 
-def _quantize_rows(weight: torch.Tensor, upper: torch.Tensor, order: torch.Tensor, number_format: NumberFormat, scales):
+def _quantize_rows(weight: torch.Tensor, inputs: Factor, number_format: NumberFormat, scales) -> torch.Tensor:
     """The values of some rows, columns in the matrix's own order."""
+    upper, order = inputs
     expanded = number_format.expand(scales, weight.shape).expand(weight.shape)[:, order]
     remaining, rounded = weight[:, order], []
     for start in range(0, weight.shape[1], BLOCK):
@@ -69,10 +86,8 @@ def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     dead = torch.where(diagonal > 0, 0.0, mean)
     while True:
         hessian.diagonal().copy_(diagonal + dead + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
+        upper = cholesky.inverse_factor(hessian)
+        if upper is not None:
             return upper
         if damping >= MOST_DAMPING:
             raise WorkError("the second moments of a matrix's inputs cannot be factored, however much they are damped")

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from compress import parallel
+
 
 def block_size(width: int) -> int:
     """The largest power of two that divides the width of the input."""
@@ -26,4 +28,4 @@ def matrix(size: int) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, size: int) -> torch.Tensor:
     """x [..., K] -> R x, block by block. For a matrix [N, K] it gives W R. Twice is the identity."""
-    return (x.unflatten(-1, (-1, size)) @ matrix(size).to(x.device)).flatten(-2)
+    return parallel.linear(x.unflatten(-1, (-1, size)), matrix(size).to(x.device)).flatten(-2)

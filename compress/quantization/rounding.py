@@ -1,11 +1,12 @@
 """Round to nearest, lazily: a weight that quantizes itself when it is loaded, in blocks of rows."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from compress import formats
+from compress import formats, parallel
 from compress.errors import InputError
 from compress.formats.base import NumberFormat, Quantized
 from compress.model import PLAIN_DTYPES, Weight, is_finite
@@ -71,6 +72,8 @@ class _Rounded:
         self._weight, self._format, self._search, self._device = weight, number_format, search, device
         self._rotation = rotation
         self._scales: torch.Tensor | None = None
+        self._left: set[int] = set()  # where the blocks begin that are still to be rounded with them
+        self._lock = threading.Lock()
 
     def load(self, rows: slice | None = None) -> Quantized:
         blocks = list(self._weight.with_load(self._format.name, self.load).row_blocks())
@@ -78,12 +81,20 @@ class _Rounded:
         if self._format.rows_are_independent or blocks == [rows]:
             dense = self._dense(rows)
             return self._format.quantize(dense, self._format.join_scales([self._search(dense)]))
-        if self._scales is None:
-            self._scales = self._format.join_scales([self._search(self._dense(block)) for block in blocks])
-        found = self._format.scales_of(self._scales, rows)
-        if rows.stop == self._weight.shape[0]:
-            self._scales = None  # the last block: a model's worth of scales must not stay in memory
+        found = self._format.scales_of(self._whole_scales(blocks, rows), rows)
         return self._format.quantize(self._dense(rows), found)
+
+    def _whole_scales(self, blocks: list[slice], rows: slice) -> torch.Tensor:
+        """Those of all rows. They are dropped with the last block: a model's worth of scales must not stay in memory."""
+        with self._lock:
+            if self._scales is None:
+                found = parallel.each(lambda block: self._search(self._dense(block)), blocks)
+                self._scales, self._left = self._format.join_scales(found), {block.start for block in blocks}
+            scales = self._scales
+            self._left -= {start for start in self._left if rows.start <= start < rows.stop}
+            if not self._left:
+                self._scales = None
+            return scales
 
     def _dense(self, rows: slice | None) -> torch.Tensor:
         return stored_basis(self._weight, self._rotation, self._device, rows)

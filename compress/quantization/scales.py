@@ -9,6 +9,7 @@ between inputs, the error of the layer's output (the diagonal of GPTQ's Hessian,
 
 import torch
 
+from compress import parallel
 from compress.formats.base import NumberFormat, blocked
 
 FACTORS = torch.arange(16, 36) / 32  # candidates, as factors of the absmax scale; 30 / 32 puts it at -8 of int4
@@ -19,7 +20,7 @@ def search(weight: torch.Tensor, number_format: NumberFormat, moments: torch.Ten
     """float32 [n, K] (whole blocks), moments [K] or None -> scales, 0 for a block of zeros."""
     step = number_format.rows or weight.shape[0]
     rows = max(1, ROW_BLOCK_ELEMENTS // (step * weight.shape[1])) * step
-    return torch.cat([_search_rows(block, number_format, moments) for block in weight.split(rows)])
+    return torch.cat(parallel.each(lambda block: _search_rows(block, number_format, moments), weight.split(rows)))
 
 
 def _search_rows(weight: torch.Tensor, number_format: NumberFormat, moments: torch.Tensor | None) -> torch.Tensor:
