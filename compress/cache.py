@@ -65,6 +65,8 @@ def entry(path: Path, write: Callable[[BinaryIO], None]) -> BinaryIO:
 
 def _verified(path: Path) -> BinaryIO | None:
     """The entry, open, where its digest agrees."""
+    if not path.is_file():  # opening a named pipe would wait for ever
+        return None
     try:
         file = open(path, "rb")  # noqa: SIM115 - returned open
         size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
