@@ -19,6 +19,7 @@ from compress.model import HybridModel, Unit, Weight, is_finite
 CACHE_BYTES = 512 << 20  # of float32 weights of a layer kept between blocks; beyond that they are read again
 BLOCK_TOKENS = 4096  # tokens whose hidden states are in memory together, in prefill
 DECODE_TOKENS = 32768  # the same in decode, where a step holds one token of each window
+TINY = torch.finfo(torch.float32).tiny  # of temperatures: below it, all the same
 EMBEDDING_ROWS = 256  # rows read together where a few of a large embedding are needed
 
 Advance = Callable[[int], None]
@@ -228,5 +229,7 @@ def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator)
         raise InputError("the model gives logits that are NaN or infinite: no text can be sampled from it")
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    logits = logits.float().cpu()
+    below = logits - logits.amax(-1, keepdim=True)  # 0 at most, so that no temperature makes infinity of it
+    probabilities = torch.softmax(below / max(temperature, TINY), dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

@@ -374,6 +374,13 @@ def test_sampling_at_temperature_zero_takes_the_most_likely_token():
     assert sample(logits, 0, torch.Generator()).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-40, 1e-320])
+def test_sampling_at_any_small_temperature_takes_the_most_likely_token(temperature):
+    """Whatever float32 makes of logits over such a number."""
+    logits = torch.tensor([[0.0, 2.0, 1.0], [500.0, -1.0, 4.0]])
+    assert sample(logits, temperature, torch.Generator()).tolist() == [1, 0]
+
+
 def test_sampling_repeats_with_its_seed_and_follows_the_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     logits = (2.0 * probabilities.log()).expand(20_000, -1)  # temperature 2 undoes the factor

@@ -141,12 +141,16 @@ def write_json(path: Path, value) -> None:
 
 def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
-    with files.writing(path):
-        with open(partial, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        files.rename(partial, path)
+    try:
+        with files.writing(path):
+            with open(partial, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            files.rename(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # it may stand in a user's own folder
+        raise
 
 
 def copy_companions(source: Path, target: Path) -> None:
