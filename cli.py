@@ -123,7 +123,11 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
         return
     report = pipeline.apply(job)
     terminal.show(report, job.out)
-    sys.exit(0 if report["verdict"] in ("pass", "not_checked") else 1)
+    sys.exit(_exit_code(report["verdict"]))
+
+
+def _exit_code(verdict: str) -> int:
+    return 0 if verdict in ("pass", "not_checked") else 1
 
 
 def _model_name(loaded, model: str | None) -> str:
@@ -196,7 +200,7 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
     _refuse_missing_device(device)
     result = command.check(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
-    sys.exit(1 if result["verdict"] == "fail" else 0)
+    sys.exit(_exit_code(result["verdict"]))
 
 
 @main.command()

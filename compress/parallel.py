@@ -14,9 +14,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-PIECE = (
-    1 << 27
-)  # multiplications of a piece of a product, at least: some milliseconds, far more than handing it over takes
+PIECE = 1 << 27  # multiplications of a piece of a product, at least: far more time than handing it over takes
 LEAST_ROWS = 512  # of a piece of a product: fewer would keep the matrix unit waiting for memory
 TILE = 512  # rows and columns of a piece of a matrix that is summed or factored, at most
 
