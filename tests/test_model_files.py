@@ -311,7 +311,9 @@ def test_end_tokens_are_joined_each_once(tiny, tmp_path):
     assert end_tokens(config, model, load_tokenizer(model)) == [2, 5, 9]
 
 
-@pytest.mark.parametrize("given, expected", [(2, [2]), (None, [2]), (7, [2, 7]), ([], [2]), (-1, [2])])
+@pytest.mark.parametrize(
+    "given, expected", [(2, [2]), (None, [2]), (7, [2, 7]), ([], [2]), (-1, [2]), ([2048, 7], [2, 7])]
+)
 def test_a_generation_config_may_name_one_end_token_or_none(tiny, tmp_path, given, expected):
     model = changed_copy(tiny, tmp_path / "model", generation_config={"eos_token_id": given})
     assert end_tokens(Checkpoint(tiny).model.config, model) == expected
