@@ -4,6 +4,7 @@ Heavy packages are imported inside the commands: a misspelt recipe key is refuse
 """
 
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -48,7 +49,8 @@ class Commands(click.Group):
         except MemoryError:
             _stop("out of memory", FAILED)
         except OSError as error:
-            _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
+            code = BAD_INPUT if error.errno == errno.ENAMETOOLONG else FAILED  # only a user can have given such a name
+            _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", code)
         except (click.exceptions.Exit, click.ClickException):
             raise
         except signals.Stopped as stopped:
@@ -161,7 +163,7 @@ def inspect(model, as_json, verify):
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", "kind", required=True, help="The exporter: onnx.")
+@click.option("--to", "kind", default="onnx", show_default=True, help="The exporter: onnx.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default CHECKPOINT-KIND.")
 def export(checkpoint, kind, out):
     """Export one CHECKPOINT folder."""

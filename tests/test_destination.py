@@ -314,3 +314,19 @@ def test_the_longest_name_a_work_folder_can_have_is_used(apply, tmp_path):
     """255 bytes are a name's limit; while it is made, the work folder's is 17 longer than the output's."""
     assert apply(to=tmp_path / ("x" * 238)).exit_code == 0
     assert len(refusal_of_command(apply(to=tmp_path / ("x" * 239)))) > 239
+
+
+LONG = "a" * 300
+NAMED = {
+    "a recipe": ("apply", LONG),
+    "an artifact": ("inspect", LONG),
+    "a prompt in an artifact's place": ("run", LONG, "hi"),
+    "a baseline": ("check", LONG, LONG),
+    "a result": ("check", ".", ".", "--json", LONG),
+    "a checkpoint": ("export", LONG),
+}
+
+
+@pytest.mark.parametrize("arguments", NAMED.values(), ids=list(NAMED))
+def test_a_name_that_no_file_can_have_is_bad_input(compress_cli, arguments):
+    assert "File name too long" in refusal_of_command(compress_cli(*arguments))
