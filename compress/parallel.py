@@ -87,8 +87,8 @@ def add_moments(total: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix [K, K] of that lower triangle."""
-    return total.tril().add_(total.tril(-1).T)
+    """The symmetric matrix [K, K] of that lower triangle, in its own place: it may be the largest there is."""
+    return total.tril_().add_(total.tril(-1).T)
 
 
 def _add_tiles(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tiles: list[tuple[slice, slice]]) -> None:
