@@ -316,6 +316,24 @@ def test_the_longest_name_a_work_folder_can_have_is_used(apply, tmp_path):
     assert len(refusal_of_command(apply(to=tmp_path / ("x" * 239)))) > 239
 
 
+def test_a_folder_of_another_tool_with_a_manifest_of_its_own_is_never_replaced(apply, tmp_path):
+    extension = tmp_path / "extension"
+    extension.mkdir()
+    (extension / "manifest.json").write_text('{"manifest_version": 3, "name": "theirs", "files": []}')
+    for flags in ((), ("--overwrite",), ("--resume", "--overwrite")):
+        assert "not an output of this tool" in refusal_of_command(apply(*flags, to=extension))
+    assert [path.name for path in tmp_path.iterdir()] == ["extension"] and "theirs" in (
+        extension / "manifest.json"
+    ).read_text()
+
+
+def test_a_damaged_output_of_this_tool_is_replaced(apply, tmp_path):
+    out = tmp_path / "out"
+    assert apply(to=out).exit_code == 0
+    (out / "manifest.json").write_text("{")
+    assert apply("--overwrite", to=out).exit_code == 0
+
+
 LONG = "a" * 300
 NAMED = {
     "a recipe": ("apply", LONG),
