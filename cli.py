@@ -4,6 +4,7 @@ Heavy packages are imported inside the commands: a misspelt recipe key is refuse
 """
 
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -48,7 +49,8 @@ class Commands(click.Group):
         except MemoryError:
             _stop("out of memory", FAILED)
         except OSError as error:
-            _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
+            code = BAD_INPUT if error.errno == errno.ENAMETOOLONG else FAILED  # only a user can have given such a name
+            _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", code)
         except (click.exceptions.Exit, click.ClickException):
             raise
         except signals.Stopped as stopped:
@@ -123,7 +125,11 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
         return
     report = pipeline.apply(job)
     terminal.show(report, job.out)
-    sys.exit(0 if report["verdict"] in ("pass", "not_checked") else 1)
+    sys.exit(_exit_code(report["verdict"]))
+
+
+def _exit_code(verdict: str) -> int:
+    return 0 if verdict in ("pass", "not_checked") else 1
 
 
 def _model_name(loaded, model: str | None) -> str:
@@ -157,7 +163,7 @@ def inspect(model, as_json, verify):
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", "kind", required=True, help="The exporter: onnx.")
+@click.option("--to", "kind", default="onnx", show_default=True, help="The exporter: onnx.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default CHECKPOINT-KIND.")
 def export(checkpoint, kind, out):
     """Export one CHECKPOINT folder."""
@@ -196,7 +202,7 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
     _refuse_missing_device(device)
     result = command.check(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
-    sys.exit(1 if result["verdict"] == "fail" else 0)
+    sys.exit(_exit_code(result["verdict"]))
 
 
 @main.command()

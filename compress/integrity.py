@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from compress import progress
 from compress.checkpoint.folder import file_sha256, read_json
 from compress.errors import InputError
-from compress.workspace import MANIFEST
 
+MANIFEST = "manifest.json"
 RECIPE = "recipe.resolved.yaml"  # stands beside every manifest of ours; other tools have files named manifest.json too
 DEPTH = 3  # folders above an artifact in which its manifest is looked for
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -62,6 +62,14 @@ def manifest_in(folder: Path) -> Manifest | None:
     if is_output or {"schema", "files", "tensors"} <= values.keys():
         return Manifest(path, _entries(values.get("files"), path))
     return None
+
+
+def is_output(folder: Path) -> bool:
+    """Whether `apply` made the folder, be it damaged since."""
+    try:
+        return manifest_in(folder) is not None
+    except InputError:
+        return True
 
 
 def verify(artifact: Path, *, digests: bool = False) -> Verified | None:

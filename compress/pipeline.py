@@ -127,7 +127,7 @@ def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
     )
     if section:
         config["quantization_config"] = section
-    writer.write_json(folder / "config.json", config)
+    writer.write_config(folder, config)
     writer.copy_companions(planned.source.folder, folder)
     facts = expert_counts.changes(planned.model, planned.result)
     facts += config_dtype.changes(planned.model, planned.result)
