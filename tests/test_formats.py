@@ -305,6 +305,7 @@ RANGES = {
     "a range of 15": torch.logspace(0, 1.176, 101)[None] * 7e-4,
     "just a byte": torch.tensor([[255.0, 16.0, 17.5, 128.0]]) * 2.0**-12,
     "a power of two": torch.tensor([[1.0, 0.5, 0.25]]),
+    "256 of a power of two beside an odd number of it": torch.tensor([[256.0, 129.0, 131.0]]) * 2.0**-12,
     "rounds up to 256 steps": torch.tensor([[255.9, 200.0]]) * 2.0**-9,
     "a range of 100": torch.logspace(0, 2, 101)[None] * 1e-3,
     "one outlier, ten thousand times": torch.cat([normal(1, 99).abs() * 0.1 + 1, torch.tensor([[1e4]])], 1) * 1e-3,

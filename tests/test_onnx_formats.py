@@ -428,6 +428,29 @@ def test_scales_too_wide_for_a_byte_are_stored_in_two(tmp_path, number_format):
     assert np.array_equal(exported_scales(tmp_path / "model.onnx", scale), weight.load().scales.T.numpy())
 
 
+def scaled_as_asked(number_format: str, scales: torch.Tensor) -> Weight:
+    """A matrix [8, two groups] whose scales are the given ones, [8, 2], as a checkpoint may bring them."""
+    kind, shape = formats.get(number_format), (8, 2 * formats.get(number_format).columns)
+    stored = kind.quantize(random_matrix(shape, wide=False) * kind.expand(scales, shape) * 40, scales)
+    return Weight("w", Role.MLP, shape, number_format, lambda rows=None: stored)
+
+
+@pytest.mark.parametrize("most", [255.0, 256.0, 128.0])
+@pytest.mark.parametrize("number_format", ["int8-g32", "int4-g16"])
+def test_scales_at_the_end_of_a_bytes_range_are_the_stored_ones(tmp_path, number_format, most):
+    """256 steps beside 129 of them do not fit a byte, nor half as many of twice the size: they take two bytes."""
+    scales = torch.tensor([[most, 129.0]] + [[100.0, 7.0]] * 7) * 2.0**-12
+    weight, ids = scaled_as_asked(number_format, scales), np.arange(8).reshape(2, 4)
+    x = make_inputs(weight.shape[1])
+    product = run_graph(tmp_path, x, 8, lambda graph, value: blocks.linear(graph, value, weight))
+    assert_product(product, torch.from_numpy(x), weight)
+    scale = initializers(tmp_path / "model.onnx")["w_scale"]
+    assert np.array_equal(exported_scales(tmp_path / "model.onnx", scale), scales.T.numpy())
+    assert (scale.data_type == onnx.TensorProto.BFLOAT16) == (most == 256)
+    rows = run_graph(tmp_path, ids, 1, lambda graph, value: flattened(graph, Table(graph, weight).lookup(value)))
+    assert np.array_equal(rows.reshape(8, -1), weight.dense().numpy())
+
+
 def expected_bits(weight: Weight) -> int:
     """Of one value; the README's table of formats in a line."""
     return {"int4": 4, "int8": 8, "fp8": 8, "bf16": 16, "fp16": 16, "fp32": 32}[weight.format.partition("-")[0]]
