@@ -136,6 +136,24 @@ def attention(query, key, value, mask: torch.Tensor | None):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None], enable_gqa=True)
 
 
+def router_logits(x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """x [..., H], router [R, H] -> [..., R], equal where rows are.
+
+    Summed in float64: a float32 product sums some columns in another order than others, so that equal rows differ in the
+    last bit and a tie is decided by noise. The router is so small that this takes no time.
+    """
+    return F.linear(x.double(), router.double()).to(x.dtype)
+
+
+def choose_experts(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """logits [..., E] -> the numbers of the top_k largest, [..., top_k], of equal ones the lower number first.
+
+    So ONNX defines its TopK. torch.topk leaves the order of equals open. Logits decide, not their softmax, in which other
+    ones become equal.
+    """
+    return logits.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+
+
 def gates(logits: torch.Tensor, top_k: int, experts: int) -> torch.Tensor:
     """Softmax over all rows of the router, then the top-k of the experts, not renormalised (Jamba).
 
@@ -143,8 +161,8 @@ def gates(logits: torch.Tensor, top_k: int, experts: int) -> torch.Tensor:
     denominator) -> [..., E], zero for experts a token does not go to.
     """
     probabilities = torch.softmax(logits, dim=-1)[..., :experts]
-    weights, chosen = torch.topk(probabilities, top_k, dim=-1)
-    return torch.zeros_like(probabilities).scatter_(-1, chosen, weights)
+    chosen = choose_experts(logits[..., :experts], top_k)
+    return torch.zeros_like(probabilities).scatter_(-1, chosen, probabilities.gather(-1, chosen))
 
 
 def moe(x: torch.Tensor, gates: torch.Tensor, expert: Callable[[int, torch.Tensor], torch.Tensor],

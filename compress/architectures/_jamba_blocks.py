@@ -1,4 +1,5 @@
-"""MoE feed-forwards of transformers' Jamba in the sizes that pruning left, for `compress.load`.
+"""MoE feed-forwards of transformers' Jamba in the sizes that pruning left, and with our choice between equal experts, for
+`compress.load`.
 
 Its modelling code takes one number of experts from the configuration and gives every router as many rows.
 """
@@ -8,9 +9,11 @@ import copy
 import torch
 from transformers.models.jamba.modeling_jamba import JambaSparseMoeBlock, JambaTopKRouter
 
+from compress import layers
 
-class KeptRowsRouter(JambaTopKRouter):
-    """A router that still has the rows of experts that were removed, after those of the experts that are there."""
+
+class Router(JambaTopKRouter):
+    """A router that may still have the rows of experts that were removed, after those of the experts that are there."""
 
     def __init__(self, config, rows: int):
         super().__init__(config)
@@ -19,12 +22,13 @@ class KeptRowsRouter(JambaTopKRouter):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[tokens, H] -> logits [tokens, R], then weights and numbers of the experts chosen, [tokens, top-k] each.
 
-        As the class above it, but only the first E are chosen from: the others count in the denominator.
+        As the class above it, but of equal experts the lower number is chosen, and only the first E are chosen from: the
+        others count in the denominator.
         """
-        logits = torch.nn.functional.linear(hidden_states, self.weight)
-        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)[:, : self.num_experts]
-        weights, chosen = torch.topk(probabilities, self.top_k, dim=-1)
-        return logits, weights.to(hidden_states.dtype), chosen
+        logits = layers.router_logits(hidden_states, self.weight)
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        chosen = layers.choose_experts(logits[:, : self.num_experts], self.top_k)
+        return logits, probabilities.gather(-1, chosen).to(hidden_states.dtype), chosen
 
 
 def replace(model, index: int, experts: int, rows: int) -> None:
@@ -32,7 +36,6 @@ def replace(model, index: int, experts: int, rows: int) -> None:
     config = copy.deepcopy(model.config)
     config.num_experts = experts
     block = JambaSparseMoeBlock(config)
-    if rows != experts:
-        block.router = KeptRowsRouter(config, rows)
+    block.router = Router(config, rows)
     block.experts.config = model.config  # where it looks up how experts are computed, which a user may set later
     model.model.layers[index].feed_forward = block.to(model.dtype)

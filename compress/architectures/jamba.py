@@ -144,13 +144,12 @@ def transformers_place(config: JambaConfig, name: str) -> Place:
 
 
 def fit_transformers(config: JambaConfig, model) -> None:
-    """Gives transformers' empty model the feed-forwards that pruning left, where its own class makes others."""
+    """Gives transformers' empty model the feed-forwards that pruning left, and routers that choose as ours do."""
     from compress.architectures import _jamba_blocks  # imports transformers' modelling code, which only this needs
 
     for index in range(config.num_hidden_layers):
-        experts, rows = num_experts(config, index), router_rows(config, index)
-        if experts > 1 and (experts, rows) != (config.num_experts, config.num_experts):
-            _jamba_blocks.replace(model, index, experts, rows)
+        if num_experts(config, index) > 1:
+            _jamba_blocks.replace(model, index, num_experts(config, index), router_rows(config, index))
 
 
 def input_groups(config: JambaConfig, index: int) -> LayerGroups:
@@ -215,7 +214,7 @@ def feed_forward(config: JambaConfig, index: int, weights: Weights, hidden, only
 
 def router_logits(weights: Weights, x):
     """x [..., H] -> [..., R]: what decides which experts a token goes to."""
-    return F.linear(x, weights(ROUTER))
+    return layers.router_logits(x, weights(ROUTER))
 
 
 def feed_forward_input(config: JambaConfig, weights: Weights, hidden):

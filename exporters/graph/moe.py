@@ -20,8 +20,7 @@ def moe(graph: Graph, x: ir.Value, router: ir.Value, router_rows: int, experts: 
     """
     hidden = experts[0][0].shape[1]
     rows = graph.reshape(x, -1, hidden)
-    probabilities = _probabilities(graph, graph.op("MatMul", rows, router), router_rows, len(experts))
-    gates, chosen = graph.op("TopK", probabilities, graph.constant([top_k]), outputs=2, axis=-1)
+    gates, chosen = _choose(graph, graph.op("MatMul", rows, router), router_rows, len(experts), top_k)
     order, counts = _sorted_by_expert(graph, graph.reshape(chosen, -1), len(experts))
     token = graph.op("Div", order, graph.constant(top_k))
     parts = graph.op("Split", graph.op("Gather", rows, token, axis=0), counts, outputs=len(experts), axis=0)
@@ -33,15 +32,18 @@ def moe(graph: Graph, x: ir.Value, router: ir.Value, router_rows: int, experts: 
     return graph.op("Reshape", weighted, graph.op("Shape", x))
 
 
-def _probabilities(graph: Graph, logits: ir.Value, router_rows: int, experts: int) -> ir.Value:
-    """Softmax over all rows of the router, not renormalised over fewer: logits [tokens, R] -> [tokens, E].
+def _choose(graph: Graph, logits: ir.Value, router_rows: int, experts: int, top_k: int):
+    """logits [tokens, R] -> gates and numbers of the experts chosen, [tokens, top_k] each.
 
-    The experts' rows come first. Rows after them, of experts that were removed, count in the denominator only.
+    Chosen by logits, as `layers.choose_experts` does: of equal ones TopK takes the lower number. The gates are a softmax
+    over all rows of the router, not renormalised over fewer. The experts' rows come first. Rows after them, of experts
+    that were removed, count in the denominator only.
     """
     probabilities = graph.op("Softmax", logits, axis=-1)
-    if router_rows == experts:
-        return probabilities
-    return graph.op("Slice", probabilities, graph.constant([0]), graph.constant([experts]), graph.constant([1]))
+    if router_rows != experts:
+        logits = graph.op("Slice", logits, graph.constant([0]), graph.constant([experts]), graph.constant([1]))
+    _, chosen = graph.op("TopK", logits, graph.constant([top_k]), outputs=2, axis=-1)
+    return graph.op("GatherElements", probabilities, chosen, axis=-1), chosen
 
 
 def _sorted_by_expert(graph: Graph, chosen: ir.Value, experts: int):
