@@ -352,8 +352,9 @@ def nodes_of(path: Path) -> list[onnx.NodeProto]:
 
 def initializers(path: Path) -> dict[str, onnx.TensorProto]:
     """Those in the data file."""
-    graph = onnx.load(path, load_external_data=False).graph
-    return {t.name: t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    graphs = all_graphs(onnx.load(path, load_external_data=False).graph)
+    tensors = (tensor for graph in graphs for tensor in graph.initializer)
+    return {t.name: t for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL}
 
 
 def place(tensor: onnx.TensorProto) -> SimpleNamespace:

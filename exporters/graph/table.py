@@ -40,7 +40,7 @@ class Table:
     def lookup(self, ids: ir.Value) -> ir.Value:
         """ids [B, S] -> float32 [B, S, H]."""
         width = self._weight.shape[1]
-        rows = rotated(self._graph, self._dense(self._graph.reshape(ids, -1)), width, self._weight.rotation)  # back
+        rows = rotated(self._graph, self._dense(self._graph.reshape(ids, -1)), self._weight.rotation)  # back
         size = self._graph.constant([width])
         return self._graph.op("Reshape", rows, self._graph.op("Concat", self._graph.op("Shape", ids), size, axis=0))
 
