@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jamba_models import make_jamba
-from onnx_graphs import all_graphs
+from onnx_graphs import all_graphs, assert_shapes_are_inferred
 from safetensors import safe_open
 
 from compress import formats, pipeline
@@ -571,3 +571,31 @@ def test_an_input_that_several_matrices_share_is_rounded_once(rounded_to):
         is not None
     )
     assert sum(node.op_type == "QuantizeLinear" for node in nodes_of(rounded_to.path)) == groups
+
+
+def test_onnxruntimes_symbolic_shape_inference_knows_every_shape(rounded_to, monkeypatch):
+    assert_shapes_are_inferred(rounded_to.path, monkeypatch)
+
+
+def test_onnxruntimes_symbolic_shape_inference_knows_every_shape_of_stored_weights(stored_as, monkeypatch):
+    assert_shapes_are_inferred(stored_as.path, monkeypatch)
+
+
+def test_no_product_has_two_dequantized_fp8_sides(rounded_to):
+    """onnxruntime before 1.32 makes a product of whole numbers of them, and then refuses it."""
+    nodes, weights = nodes_of(rounded_to.path), initializers(rounded_to.path)
+    widened = {n.output[0]: n.input[0] for n in nodes if n.op_type == "DequantizeLinear"}
+    for left, right in (node.input for node in nodes if node.op_type == "MatMul"):
+        if left in widened and right in widened:
+            assert weights[widened[right]].data_type != onnx.TensorProto.FLOAT8E4M3FN
+
+
+def test_no_product_of_a_rotation_has_weights_on_its_left(tmp_path):
+    """onnxruntime before 1.32 refuses them there where no row is on the right: an expert that no token chose."""
+    weight = make_weight("int8", (24, 96), make_activation("static-int8"), hadamard.block_size(96))
+    run_graph(tmp_path, make_inputs(96), 24, lambda graph, value: blocks.linear(graph, value, weight))
+    reached, products = {"x"}, [n for n in nodes_of(tmp_path / "model.onnx") if n.op_type == "MatMul"]
+    for node in nodes_of(tmp_path / "model.onnx"):
+        if reached & set(node.input):
+            reached |= set(node.output)
+    assert len(products) == 3 and all(node.input[0] in reached for node in products)

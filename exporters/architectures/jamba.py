@@ -11,7 +11,7 @@ from exporters.graph.attention import attention, causal_bias
 from exporters.graph.builder import Graph, declare, rename
 from exporters.graph.mamba import causal_conv, selective_scan, token_mask
 from exporters.graph.moe import moe
-from exporters.graph.stored import matrix, plain
+from exporters.graph.stored import matrix, plain, widened
 from exporters.graph.table import Table
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -97,7 +97,9 @@ class JambaGraph:
         x = blocks.silu(graph, x)
         dt, b, c = self._time_step_and_matrices(weights, x)
         sizes = config.mamba_d_state, config.d_inner
-        y, state = selective_scan(graph, x, dt, lambda body: _decay(body, weights), b, c, past[1], sizes)
+        a_log = weights("mamba.A_log")
+        stored = graph.weight(a_log.name, a_log.format, torch.t(a_log.load(None)))
+        y, state = selective_scan(graph, x, dt, lambda body: _decay(body, stored), b, c, past[1], sizes)
         y = graph.op("Add", y, graph.op("Mul", x, plain(graph, weights("mamba.D"))))
         y = graph.op("Mul", y, blocks.silu(graph, gate))
         return blocks.linear(graph, y, weights("mamba.out_proj.weight"), bias("out_proj")), (conv_state, state)
@@ -139,9 +141,9 @@ class JambaGraph:
         return blocks.linear(graph, hidden, weights[jamba.LM_HEAD])
 
 
-def _decay(graph: Graph, weights: "_Named") -> ir.Value:
-    """A = -exp(A_log), transposed: [N, D]."""
-    return graph.op("Neg", graph.op("Exp", plain(graph, weights("mamba.A_log"), torch.t)))
+def _decay(body: Graph, a_log: ir.Value) -> ir.Value:
+    """A = -exp(A_log), [N, D]."""
+    return body.op("Neg", body.op("Exp", widened(body, a_log)))
 
 
 class _Named:

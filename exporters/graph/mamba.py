@@ -43,9 +43,9 @@ def causal_conv(graph: Graph, x, conv_state, real, weight, bias: ir.Value | None
 def selective_scan(graph: Graph, x, dt, a: Callable[[Graph], ir.Value], b, c, recurrent_state, sizes: tuple[int, int]):
     """h = exp(dt a) h + dt x b;  y = c . h   over time. x, dt [B, S, D]; a [N, D]; b, c [B, S, N]; state [B, N, D].
 
-    The state is laid out [N, D]: on CPU two to three times as fast as [D, N], since D is the long dimension. `a` adds
-    itself to the body of the Scan: OpenVINO refuses a body that takes a value from outside, and one that hands it on as
-    a state copies it at every step. `sizes` are N and D.
+    The state is laid out [N, D]: on CPU two to three times as fast as [D, N], since D is the long dimension. `a` is
+    computed in the body of the Scan: OpenVINO refuses a body that takes more than stored weights from outside, and one
+    that hands it on as a state copies it at every step. `sizes` are N and D.
     """
     row, column = graph.constant([2]), graph.constant([3])
     fed = [
