@@ -30,8 +30,9 @@ def find_artifact(path: Path) -> Path:
         raise InputError(f"{path}: no such file or folder")
     if (path / MANIFEST).is_file():
         path = next((path / name for name in PREFERRED if (path / name).is_dir()), path)
-    if (path / "model.onnx").is_file():
-        return path / "model.onnx"
+    for name in ("model.onnx", "onnx/model.onnx"):  # the second is where Transformers.js looks
+        if (path / name).is_file():
+            return path / name
     if (path / "config.json").is_file():
         return path
     raise InputError(f"{path}: neither an output of apply, nor a checkpoint folder, nor a folder with a model.onnx")
@@ -82,12 +83,13 @@ class OnnxArtifact:
     def __init__(self, path: Path):
         from exporters.graph.reading import load, model_config
 
-        self.folder, self._path, self._sha256 = path.parent, path, None
+        is_js = path.with_name(f"{path.name}_data").is_file()  # then the tokenizer is one folder up
+        self.folder, self._path, self._sha256 = path.parent.parent if is_js else path.parent, path, None
         _, self.config, _ = model_config(load(path), path)
 
     def sha256(self) -> str:
         if self._sha256 is None:
-            files = sorted(self.folder.glob(self._path.name + "*"))
+            files = sorted(self._path.parent.glob(self._path.name + "*"))
             self._sha256 = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
         return self._sha256
 

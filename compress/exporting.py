@@ -2,18 +2,21 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from compress import plugins, progress
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError, WorkError, first_line, nearest
+from compress.recipe import override_key
+from compress.strict_model import from_flags
 from compress.workspace import MANIFEST
 
 PARTIAL = ".partial"
 
 
-def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
-    """Exports to `out`, which must not exist, and returns it."""
+def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: Iterable[str] = ()) -> Path:
+    """Exports to `out`, which must not exist, and returns it. `overrides` are options of the exporter, KEY=VALUE."""
     kinds = plugins.names(plugins.EXPORTERS)
     if kind not in kinds:
         raise InputError(f"--to {kind}: no such exporter{nearest(kind, kinds)}")
@@ -23,8 +26,16 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
     if out.exists():
         raise InputError(f"{out}: exists already; choose another folder with -o")
     module = plugins.load(plugins.EXPORTERS, kind)
-    export_to(module, kind, module.Options(), Checkpoint(checkpoint, allow_quantized=True), out)
+    options = _options(module, overrides)
+    export_to(module, kind, options, Checkpoint(checkpoint, allow_quantized=True), out)
     return out
+
+
+def _options(module, overrides: Iterable[str]):
+    data: dict = {}
+    for override in overrides:
+        override_key(data, override)
+    return from_flags(module.Options, **data)
 
 
 def _default_folder(checkpoint: Path, kind: str) -> Path:

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from compress import sizes, source
+from compress import sizes, source, state_names
 from compress.artifacts import find_artifact
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 
@@ -55,9 +55,9 @@ def _declared_state_bytes(graph) -> dict[str, int]:
     """State bytes of one sequence from the graph's past inputs."""
     totals = {"key": 0, "value": 0, "recurrent_state": 0, "conv_state": 0}
     for value in graph.graph.inputs:
-        if value.name.startswith("past_key_values."):
+        if state_names.is_past(value.name):
             sizes_known = [size for size in value.shape if isinstance(size, int)]
-            totals[value.name.rsplit(".", 1)[1]] += int(math.prod(sizes_known) * value.dtype.itemsize)
+            totals[state_names.kind_of(value.name)] += int(math.prod(sizes_known) * value.dtype.itemsize)
     return sizes.StateBytes(totals["key"] + totals["value"], totals["recurrent_state"], totals["conv_state"]).to_json()
 
 

@@ -31,7 +31,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` means: itself, or that of an output folder of `apply`."""
-    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
+    if path.suffix == ".onnx" or any((path / name).is_file() for name in ("model.onnx", "onnx/model.onnx_data")):
         raise InputError(f"{path}: an ONNX model; only checkpoint folders can be loaded as a transformers model")
     if not path.is_dir():
         raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")

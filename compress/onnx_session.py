@@ -7,6 +7,7 @@ import onnxruntime as ort
 import psutil
 import torch
 
+from compress import state_names
 from compress.errors import InputError, first_line
 
 LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
@@ -29,7 +30,7 @@ class OnnxSession:
         inputs = {value.name: value for value in self._session.get_inputs()}
         if not {"input_ids", "attention_mask"} <= inputs.keys():
             raise InputError(f"{path}: not a decoder this tool exports; expected inputs input_ids and attention_mask")
-        self.past = {name: value for name, value in inputs.items() if name.startswith("past_key_values.")}
+        self.past = {name: value for name, value in inputs.items() if state_names.is_past(name)}
         self.vocab_size = int(self._session.get_outputs()[0].shape[-1])
 
     def start(self, batch: int) -> "Generation":
@@ -41,7 +42,7 @@ class Generation:
 
     def __init__(self, session: ort.InferenceSession, past: dict, batch: int):
         self._session, self._batch, self._seen = session, batch, np.ones((batch, 0), np.int64)
-        self._outputs = ["logits", *(name.replace("past_key_values", "present") for name in past)]
+        self._outputs = ["logits", *(state_names.present_of(name) for name in past)]
         self._state = {name: ort.OrtValue.ortvalue_from_numpy(_empty(value, batch)) for name, value in past.items()}
 
     def step(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
@@ -77,7 +78,7 @@ def _empty(value, batch: int) -> np.ndarray:
 def _refuse_too_large(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    size = path.stat().st_size + sum(p.stat().st_size for p in path.parent.glob(path.name + ".data"))
+    size = path.stat().st_size + sum(p.stat().st_size for p in path.parent.glob(path.name + "[._]data"))
     available = psutil.virtual_memory().available
     if size * LOAD_FACTOR > available:
         raise InputError(

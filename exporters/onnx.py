@@ -1,6 +1,7 @@
 """`onnx`: one portable graph for prefill and decode, in standard operators of opset 21, beside its weights.
 
-Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `decoder`) and the tokenizer's files.
+Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `decoder`) and the tokenizer's files; with
+`layout: transformers.js` onnx/model.onnx, onnx/model.onnx_data, config.json and the tokenizer's files.
 """
 
 import json
@@ -12,12 +13,14 @@ from compress import formats, plugins
 from compress.strict_model import Strict
 from exporters import Exported
 
-MODEL = "model.onnx"
+MODEL, DATA = "model.onnx", "model.onnx.data"
+GENAI, JS = "genai", "transformers.js"
 IR_VERSION = 10  # the one that came with opset 21
 
 
 class Options(Strict):
     opset: Literal[21] = 21
+    layout: Literal["genai", "transformers.js"] = GENAI
 
 
 def predict_bytes(units) -> int:
@@ -36,6 +39,13 @@ def _predict_bytes(weight) -> int:
     return values + scale_bytes * math.prod(number_format.scales_shape(weight.shape))
 
 
+def runtimes(model, options: Options) -> list:
+    """Which runtimes take what will be written."""
+    from compress.runtimes import of_onnx
+
+    return of_onnx(model, "onnx", options.layout)
+
+
 def export(checkpoint, folder: Path, options: Options, advance) -> None:
     """Writes the artifact of an opened checkpoint into an empty folder, one weight in memory at a time."""
     import onnx
@@ -43,26 +53,37 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
 
     import compress
     from compress.checkpoint.writer import copy_companions, write_json
-    from exporters.graph import genai, reading
+    from exporters.graph import genai, reading, transformers_js
     from exporters.graph.builder import Graph, WeightFile
 
-    weights = WeightFile(folder)
+    is_js = options.layout == JS
+    path = folder / (transformers_js.MODEL if is_js else MODEL)
+    path.parent.mkdir(exist_ok=True)
+    weights = WeightFile(path.parent, transformers_js.DATA if is_js else DATA)
     architecture = plugins.load("exporters.architectures", checkpoint.config["model_type"])
     graph = architecture.build(checkpoint.model, Graph(weights, options.opset), advance)
     weights.close()
+    if is_js:
+        transformers_js.rename_states(graph)
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="compress", producer_version=compress.__version__)
     model.metadata_props[reading.CONFIG_KEY] = json.dumps(checkpoint.config, sort_keys=True)
-    ir.save(model, folder / MODEL)
-    onnx.checker.check_model(folder / MODEL, full_check=True)
-    write_json(folder / "genai_config.json", genai.config(checkpoint.model, MODEL))
+    ir.save(model, path)
+    onnx.checker.check_model(path, full_check=True)
     copy_companions(checkpoint.folder, folder)
+    if is_js:
+        write_json(folder / "config.json", transformers_js.config(checkpoint))
+    else:
+        write_json(folder / "genai_config.json", genai.config(checkpoint.model, MODEL))
 
 
 def describe(folder: Path) -> Exported:
     """What an exported folder holds, read from model.onnx itself."""
-    from exporters.graph import reading
+    from exporters.graph import reading, transformers_js
 
-    tensors = reading.external_tensors(reading.load(folder / MODEL))
-    files = (MODEL, MODEL + ".data", "genai_config.json")
+    main, files = MODEL, (MODEL, DATA, "genai_config.json")
+    if not (folder / MODEL).is_file():
+        main = transformers_js.MODEL
+        files = (main, f"onnx/{transformers_js.DATA}", "config.json")
+    tensors = reading.external_tensors(reading.load(folder / main))
     weight_bytes = sum(tensor.length for tensor in tensors)
-    return Exported("onnx", MODEL, files, weight_bytes, reading.stored_formats(tensors))
+    return Exported("onnx", main, files, weight_bytes, reading.stored_formats(tensors))

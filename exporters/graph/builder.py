@@ -8,7 +8,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-DATA = "model.onnx.data"
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 20  # large weights begin on a page so that a runtime can map them
 FLOAT, FP8 = np.float32, ir.DataType.FLOAT8E4M3FN.numpy()  # of constants
 FORMAT_KEY = "format"  # metadata of a stored weight: its number format, which its type alone does not tell
@@ -26,8 +25,9 @@ DTYPES = {
 class WeightFile:
     """The external data of one model, written in the order weights are added; nothing stays in memory."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._file = folder, open(folder / DATA, "wb")  # noqa: SIM115 - closed by the exporter
+    def __init__(self, folder: Path, name: str = "model.onnx.data"):
+        self._folder, self._name = folder, name
+        self._file = open(folder / name, "wb")  # noqa: SIM115 - closed by the exporter
 
     def add(self, name: str, tensor: torch.Tensor, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
         """Appends the tensor's bytes; `dtype` and `shape` say what they are (which packed INT4 values do not show)."""
@@ -38,7 +38,7 @@ class WeightFile:
         offset += -offset % step
         data.tofile(self._file)
         return ir.ExternalTensor(
-            DATA, offset, data.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._folder
+            self._name, offset, data.nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._folder
         )
 
     def close(self) -> None:
