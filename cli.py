@@ -165,11 +165,14 @@ def inspect(model, as_json, verify):
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--to", "kind", default="onnx", show_default=True, help="The exporter: onnx.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default CHECKPOINT-KIND.")
-def export(checkpoint, kind, out):
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set an option of the exporter: layout=genai."
+)
+def export(checkpoint, kind, out, overrides):
     """Export one CHECKPOINT folder."""
     from compress import exporting
 
-    folder = exporting.export_checkpoint(checkpoint, kind, out)
+    folder = exporting.export_checkpoint(checkpoint, kind, out, overrides)
     click.echo(printable(f"wrote {folder}"), err=True)
 
 

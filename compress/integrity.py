@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from compress import progress
 from compress.checkpoint.folder import file_sha256, read_json
 from compress.errors import InputError
+from compress.onnx_layouts import folder_of
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.resolved.yaml"  # stands beside every manifest of ours; other tools have files named manifest.json too
@@ -95,7 +96,7 @@ def _serving(artifact: Path) -> tuple[Path, Manifest, dict[PurePosixPath, Entry]
     Links are followed where the path as it is given leads to no manifest.
     """
     for path in (artifact, artifact.resolve()):
-        folder = path if path.is_dir() else path.parent
+        folder = folder_of(path)
         whole = folder.absolute()
         for base in (whole, *whole.parents[:DEPTH]):
             manifest = manifest_in(base)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from compress import integrity
+from compress import integrity, onnx_layouts
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError, WorkError, first_line
 from compress.model import HybridModel, Place, Weight, is_finite
@@ -33,7 +33,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` means: itself, or that of an output folder of `apply`."""
-    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
+    if path.suffix == ".onnx" or onnx_layouts.find(path):
         raise InputError(f"{path}: an ONNX model; only checkpoint folders can be loaded as a transformers model")
     if not path.is_dir():
         raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")

@@ -4,13 +4,12 @@ from pathlib import Path
 
 from compress.checkpoint.folder import read_json
 from compress.errors import InputError
-
-NAME = "genai_config.json"
+from compress.onnx_layouts import GENAI
 
 
 def refuse_broken(model: Path, config) -> None:
     """Raises InputError where the file is there and is damaged, or belongs to another model than `config` is of."""
-    path = model.parent / NAME
+    path = model.parent / GENAI.config
     if not path.is_file():
         return
     section = _mapping(read_json(path), "model", path)
