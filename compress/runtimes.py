@@ -32,6 +32,10 @@ class Runtime:
     def to_json(self) -> dict:
         return asdict(self)
 
+    @property
+    def title(self) -> str:
+        return self.name if self.minimum is None else f"{self.name} {self.minimum}"
+
 
 def of(model: HybridModel, exports: Iterable) -> list[Runtime]:
     """For a model as it will be stored, and the exports of a recipe (each with `name` and `options`). An exporter that
@@ -41,6 +45,17 @@ def of(model: HybridModel, exports: Iterable) -> list[Runtime]:
         tell = getattr(plugins.load(plugins.EXPORTERS, step.name), "runtimes", lambda *_: [])
         found += tell(model, step.options)
     return found
+
+
+def as_lines(found: list[Runtime]) -> list[str]:
+    """One for each artifact, such as `onnx: onnxruntime 1.19, openvino 2026.4; not transformers.js: WHY`."""
+    lines = []
+    for artifact in dict.fromkeys(runtime.artifact for runtime in found):
+        rows = [runtime for runtime in found if runtime.artifact == artifact]
+        taken = ", ".join(runtime.title for runtime in rows if runtime.loads)
+        refused = "".join(f"; not {runtime.name}: {runtime.why}" for runtime in rows if not runtime.loads)
+        lines.append(f"{artifact}: {taken}{refused}")
+    return lines
 
 
 def of_checkpoint(model: HybridModel) -> list[Runtime]:

@@ -89,3 +89,18 @@ def test_layers_that_differ_stop_stock_transformers(tmp_path, small, pruning):
 def test_layers_pruned_alike_do_not(tmp_path, small):
     folder = prune(small, tmp_path / "pruned", Pruning({1: (0, 2), 4: (1, 2)}))
     assert runtimes.of_checkpoint(Checkpoint(folder).model)[0].loads
+
+
+def test_the_dry_run_and_the_report_say_which_runtimes_load_what(compress_cli, small, tmp_path):
+    arguments = ("apply", "tiny-int8", "-m", small, "-o", tmp_path / "out", "--set", "check=null")
+    rotated = ("--set", "passes.0.quantize={weights: int8, activations: dynamic-int8, rotate: [mlp]}")
+    planned = compress_cli(*arguments, "--dry-run", *rotated).stdout
+    assert "loads in  checkpoint: compress.load; not transformers: matrices are stored rotated" in planned
+    assert "loads in  onnx: onnxruntime 1.19, onnxruntime-genai 0.18, openvino 2026.4" in planned
+    assert compress_cli(*arguments, *rotated).exit_code == 0
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["runtimes"]
+    assert [(row["artifact"], row["name"], row["loads"]) for row in rows] == [
+        ("checkpoint", "transformers", False), ("checkpoint", "compress.load", True), ("onnx", "onnxruntime", True),
+        ("onnx", "onnxruntime-genai", True), ("onnx", "openvino", True),
+    ]  # fmt: skip
+    assert all((row["why"] is None) == row["loads"] for row in rows)
