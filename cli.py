@@ -12,17 +12,17 @@ from pathlib import Path
 import click
 
 import compress as package
-from compress import signals, streams
+from compress import signals, streams, usage
 from compress.errors import InputError, WorkError, first_line
 from compress.escaping import printable, without_controls
 
 # waiting threads sleep: where cores are shared, spinning ones take many times as long (set before torch is imported)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+MISSED, BAD_INPUT, FAILED, INTERRUPTED = 1, 2, 3, 130
 
 
-class Commands(click.Group):
+class Commands(usage.Helpful):
     """Maps the two error classes, a full disk, Ctrl-C and signals to the contract's exit codes, each with one sentence."""
 
     def main(self, *arguments, **options):
@@ -83,15 +83,20 @@ def _stop(message, code: int):
     sys.exit(code)
 
 
-@click.group(cls=Commands)
-@click.version_option(package.__version__, prog_name="compress")
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package.__version__, "-V", "--version", prog_name="compress")
 def main():
     """Compress hybrid SSM-Transformer-MoE language models, export them, and check what ships."""
 
 
 @main.command()
-@click.argument("recipe")
-@click.option("-m", "--model", help="Local folder or hub id (id@revision pins one); overrides the recipe's.")
+@click.argument("recipe", shell_complete=usage.recipes)
+@click.option(
+    "-m",
+    "--model",
+    shell_complete=usage.files,
+    help="Local folder or hub id (id@revision pins one); overrides the recipe's.",
+)
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default out/RECIPE_NAME.")
 @click.option(
     "--set",
@@ -123,7 +128,7 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
         return
     report = pipeline.apply(job)
     terminal.show(report, job.out)
-    sys.exit(0 if report["verdict"] in ("pass", "not_checked") else 1)
+    sys.exit(0 if report["verdict"] in terminal.GOOD else MISSED)
 
 
 def _model_name(loaded, model: str | None) -> str:
@@ -144,7 +149,7 @@ def _refuse_missing_device(device: str) -> None:
 
 
 @main.command()
-@click.argument("model", metavar="MODEL_OR_ARTIFACT")
+@click.argument("model", metavar="MODEL_OR_ARTIFACT", shell_complete=usage.files)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @click.option("--verify", is_flag=True, help="Read every file and compare its digest with the manifest's.")
 def inspect(model, as_json, verify):
@@ -157,10 +162,10 @@ def inspect(model, as_json, verify):
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", "kind", required=True, help="The exporter: onnx.")
+@click.option("--to", "kind", default="onnx", show_default=True, help="The exporter.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default CHECKPOINT-KIND.")
 def export(checkpoint, kind, out):
-    """Export one CHECKPOINT folder."""
+    """Export one CHECKPOINT: its folder, or an output folder of apply."""
     from compress import exporting
 
     folder = exporting.export_checkpoint(checkpoint, kind, out)
@@ -168,7 +173,7 @@ def export(checkpoint, kind, out):
 
 
 @main.command()
-@click.argument("baseline")
+@click.argument("baseline", shell_complete=usage.files)
 @click.argument("candidate", type=click.Path(path_type=Path))
 @click.option(
     "--prompts", multiple=True, help="heldout, recall, self or a .txt/.jsonl file; may be repeated. Default: heldout."
@@ -196,12 +201,17 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
     _refuse_missing_device(device)
     result = command.check(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
-    sys.exit(1 if result["verdict"] == "fail" else 0)
+    sys.exit(MISSED if result["verdict"] == "fail" else 0)
 
 
 @main.command()
-@click.argument("recipe")
-@click.option("-m", "--model", help="Local folder or hub id (id@revision pins one); overrides the recipe's.")
+@click.argument("recipe", shell_complete=usage.recipes)
+@click.option(
+    "-m",
+    "--model",
+    shell_complete=usage.files,
+    help="Local folder or hub id (id@revision pins one); overrides the recipe's.",
+)
 @click.option(
     "--format", "formats", multiple=True, metavar="FORMAT", help="May be repeated. Default: those the recipe names."
 )
@@ -232,7 +242,7 @@ def sensitivity(recipe, model, formats, samples, length, json_file, html_file, d
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", shell_complete=usage.files)
 @click.option(
     "--prompts", multiple=True, help="prose, recall, self or a .txt/.jsonl file; may be repeated. Default: prose."
 )
@@ -304,7 +314,7 @@ def _read_stdin() -> str:
 
 
 @main.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=usage.recipe_names)
 def recipes(name):
     """List the shipped recipes with a line each; with NAME print it."""
     from compress import resources
@@ -315,6 +325,21 @@ def recipes(name):
             click.echo(f"{stem:<16} {first_line.lstrip('# ')}")
     else:
         click.echo(resources.shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@main.command()
+@click.argument("name", required=False, shell_complete=usage.documents)
+def docs(name):
+    """List the README and the documents it links to; with NAME print one."""
+    from compress import resources
+
+    if name is not None:
+        click.echo(resources.document(name).read_text(encoding="utf-8"), nl=False)
+        return
+    for stem, path in resources.documents().items():
+        title = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        click.echo(f"{stem:<16} {title.lstrip('# ')}")
+    click.echo(printable(f"in {resources.folder('docs').parent}"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from compress.prompts.windows import encode, refuse_foreign_tokens, too_long
 from compress.source import load_tokenizer
 
 PREFILL_TOKENS = 4096
+FEW = 0.01  # of the parameters: norms and the like, which every artifact keeps in another type
 
 
 def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
@@ -32,7 +33,7 @@ def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, se
     if warning := too_long(len(ids) + max_tokens, artifact.config):
         progress.warn(f"prompt and --max-tokens: {warning}")
     tokens = stream_tokens(artifact, ids, max_tokens, temperature, seed)
-    yield from _readable(tokenizer, _until(tokens, ends))
+    yield from _readable(tokenizer, _until(_announced(tokens, f"{path} ({_what(artifact)})"), ends))
 
 
 def stream_tokens(artifact: Artifact, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
@@ -45,6 +46,21 @@ def stream_tokens(artifact: Artifact, ids: list[int], max_tokens: int, temperatu
         yield token
         if remaining > 1:
             logits = step(torch.tensor([[token]]))
+
+
+def _announced(tokens: Iterator[int], what: str) -> Iterator[int]:
+    """Says what is running once it does: what cannot run is one sentence, of its refusal."""
+    for place, token in enumerate(tokens):
+        if place == 0:
+            progress.note(what)
+        yield token
+
+
+def _what(artifact: Artifact) -> str:
+    """`int4-g32, int8, onnxruntime`: the formats of all but a few parameters, the widest spread first, and the runtime."""
+    total = sum(artifact.formats.values())
+    ordered = sorted(artifact.formats, key=artifact.formats.get, reverse=True)
+    return ", ".join([*(name for name in ordered if artifact.formats[name] >= FEW * total), artifact.runtime])
 
 
 def _until(tokens: Iterator[int], ends: set[int]) -> Iterator[int]:
