@@ -31,13 +31,18 @@ def task(description: str, total: int) -> Iterator[Advance]:
 
 
 @contextlib.contextmanager
-def stages(names: Sequence[str]) -> Iterator[None]:
-    """Tasks within are shown as "3 of 7: name" where they are the next, or a later one, of `names`."""
+def stages(names: Sequence[str], *, quiet_until: str) -> Iterator[None]:
+    """Tasks within are shown as "3 of 7: name" where they are the next, or a later one, of `names`.
+
+    A log gets its first lines when the stage `quiet_until` is done, or after a minute: what is refused before that is
+    refused with one sentence and nothing else.
+    """
     global _running
     with _bar() as bar:
-        _running = _Stages(names, bar)
+        _running = _Stages(names, bar, quiet_until)
         try:
             yield
+            _running.say()
         finally:
             _running = None
 
@@ -69,8 +74,9 @@ def _bar() -> Progress:
 class _Stages:
     """A run through named stages, on one bar."""
 
-    def __init__(self, names: Sequence[str], bar: Progress):
+    def __init__(self, names: Sequence[str], bar: Progress, quiet_until: str):
         self._names, self._passed, self._bar = list(names), 0, bar
+        self._quiet, self._unsaid = self._names.index(quiet_until), []  # how many stages are quiet, their lines
         self._row: TaskID | None = None
         self._is_logged, self._told = bar.disable or not sys.stdout.isatty(), time.monotonic()
 
@@ -90,14 +96,20 @@ class _Stages:
 
         yield advance
         if number:
-            self._log(f"{label}: done in {_minutes(began)}")
+            self._log(f"{label}: done in {_minutes(began)}", later=number <= self._quiet)
         else:
             self._bar.remove_task(row)
 
     def tell(self, sentence: str) -> None:
         if not self._bar.disable:
             self._bar.console.print(sentence)
-        self._log(sentence)
+        self._log(sentence, later=True)
+
+    def say(self) -> None:
+        """The lines that waited."""
+        if self._is_logged and self._unsaid:
+            print(*self._unsaid, sep="\n", flush=True)
+        self._unsaid.clear()
 
     def _number(self, name: str) -> int | None:
         """The place, from 1, of a stage that is still to come; those before it were not needed."""
@@ -115,10 +127,12 @@ class _Stages:
             self._row = row
         return row
 
-    def _log(self, line: str) -> None:
-        self._told = time.monotonic()
-        if self._is_logged:
-            print(printable(line), flush=True)
+    def _log(self, line: str, *, later: bool = False) -> None:
+        """A line of the log, after those that waited; or one that waits."""
+        self._unsaid.append(printable(line))
+        if not later:
+            self._told = time.monotonic()
+            self.say()
 
 
 _running: _Stages | None = None

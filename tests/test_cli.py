@@ -220,7 +220,8 @@ def test_a_missed_limit_exits_1_and_keeps_everything(compress_cli, small, tmp_pa
     result = compress_cli(*arguments, "check.limits={kl_divergence_mean: 0}")
     assert result.exit_code == MISSED, result.output
     assert json.loads((out / "report.json").read_text())["verdict"] == "fail"
-    assert "fail" in result.stderr
+    assert "verdict: fail" in result.stdout
+    assert "verdict: fail" in result.stderr, "the reason of an exit code that is not 0, beside the log"
     assert "\x1b" not in result.output, "no colours where no terminal is"
     for name in ("manifest.json", "checkpoint/config.json", "onnx/model.onnx", "report.md"):
         assert (out / name).is_file()
@@ -312,7 +313,8 @@ def test_an_exporter_that_fails_exits_3_and_publishes_nothing(quick, monkeypatch
     monkeypatch.setattr(onnx_exporter, "export", fail)
     result = quick()
     assert not (tmp_path / "out").exists()
-    expect_refusal(result, FAILED)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (FAILED, 1)
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["1 of 2"], "what was done before"
 
 
 def test_ctrl_c_exits_130_and_resume_finishes(quick, monkeypatch, tmp_path):
