@@ -10,6 +10,7 @@ from compress.artifacts import Artifact, find_artifact, open_artifact
 from compress.end_tokens import end_tokens
 from compress.errors import InputError
 from compress.inference import sample
+from compress.paths import as_text
 from compress.prompts.text import refuse_surrogates
 from compress.prompts.windows import encode, refuse_foreign_tokens, too_long
 from compress.source import load_tokenizer
@@ -33,7 +34,9 @@ def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, se
     if warning := too_long(len(ids) + max_tokens, artifact.config):
         progress.warn(f"prompt and --max-tokens: {warning}")
     tokens = stream_tokens(artifact, ids, max_tokens, temperature, seed)
-    yield from _readable(tokenizer, _until(_announced(tokens, f"{path} ({_what(artifact)})"), ends))
+    if path not in (name, name / "model.onnx"):  # one of several in an output folder
+        tokens = _announced(tokens, f"{as_text(str(path))} ({_what(artifact)})")
+    yield from _readable(tokenizer, _until(tokens, ends))
 
 
 def stream_tokens(artifact: Artifact, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:

@@ -71,7 +71,7 @@ def apply(job: Job) -> dict:
     with Workspace(job.out, resume=job.resume, overwrite=job.overwrite) as space:
         planned = prepare(job)
         _refuse_shortages(job, planned)
-        with progress.stages(stages.of(planned), quiet_until=stages.COMPRESSING):
+        with progress.stages(stages.of(planned)):
             return _run(job, planned, space)
 
 

@@ -16,6 +16,7 @@ from compress.escaping import printable
 
 Advance = Callable[[int], None]
 EVERY = 60.0  # seconds after which a log hears of a stage that still runs
+SILENCE = 15.0  # seconds for which its lines wait: what fails this early ends with one sentence and nothing else
 
 
 @contextlib.contextmanager
@@ -31,15 +32,11 @@ def task(description: str, total: int) -> Iterator[Advance]:
 
 
 @contextlib.contextmanager
-def stages(names: Sequence[str], *, quiet_until: str) -> Iterator[None]:
-    """Tasks within are shown as "3 of 7: name" where they are the next, or a later one, of `names`.
-
-    A log gets its first lines when the stage `quiet_until` is done, or after a minute: what is refused before that is
-    refused with one sentence and nothing else.
-    """
+def stages(names: Sequence[str]) -> Iterator[None]:
+    """Tasks within are shown as "3 of 7: name" where they are the next, or a later one, of `names`."""
     global _running
     with _bar() as bar:
-        _running = _Stages(names, bar, quiet_until)
+        _running = _Stages(names, bar)
         try:
             yield
             _running.say()
@@ -74,9 +71,9 @@ def _bar() -> Progress:
 class _Stages:
     """A run through named stages, on one bar."""
 
-    def __init__(self, names: Sequence[str], bar: Progress, quiet_until: str):
+    def __init__(self, names: Sequence[str], bar: Progress):
         self._names, self._passed, self._bar = list(names), 0, bar
-        self._quiet, self._unsaid = self._names.index(quiet_until), []  # how many stages are quiet, their lines
+        self._began, self._unsaid = time.monotonic(), []
         self._row: TaskID | None = None
         self._is_logged, self._told = bar.disable or not sys.stdout.isatty(), time.monotonic()
 
@@ -96,14 +93,14 @@ class _Stages:
 
         yield advance
         if number:
-            self._log(f"{label}: done in {_minutes(began)}", later=number <= self._quiet)
+            self._log(f"{label}: done in {_minutes(began)}")
         else:
             self._bar.remove_task(row)
 
     def tell(self, sentence: str) -> None:
         if not self._bar.disable:
             self._bar.console.print(sentence)
-        self._log(sentence, later=True)
+        self._log(sentence)
 
     def say(self) -> None:
         """The lines that waited."""
@@ -127,11 +124,10 @@ class _Stages:
             self._row = row
         return row
 
-    def _log(self, line: str, *, later: bool = False) -> None:
-        """A line of the log, after those that waited; or one that waits."""
+    def _log(self, line: str) -> None:
         self._unsaid.append(printable(line))
-        if not later:
-            self._told = time.monotonic()
+        self._told = time.monotonic()
+        if self._told - self._began >= SILENCE:
             self.say()
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from interruptions import stop_after
-from refusals import refusal_of_command
 
 import cli
 from compress import progress, sweep
@@ -82,10 +81,16 @@ def test_what_the_cache_has_is_no_stage_and_the_numbers_go_on(apply):
     assert [number for number, *_ in counted] == [1, 2, 3, 5, 6, 7, 8]
 
 
-def test_what_is_refused_before_anything_was_written_says_one_sentence(compress_cli, small, tmp_path):
+@pytest.mark.parametrize(("silence", "lines"), [(60.0, 0), (0.0, 1)])
+def test_what_fails_early_says_one_sentence_and_later_its_log_too(
+    compress_cli, small, tmp_path, monkeypatch, silence, lines
+):
+    monkeypatch.setattr(progress, "SILENCE", silence)
     (tmp_path / "recipe.yaml").write_text(CALIBRATED.replace("samples: 8", "samples: 2"))
     result = compress_cli("apply", tmp_path / "recipe.yaml", "-m", small, "-o", tmp_path / "out")
-    assert "too few" in refusal_of_command(result)
+    assert result.exit_code == 2
+    assert "too few" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert len(stages(result.stdout)) == len(result.stdout.splitlines()) == lines
 
 
 def test_a_long_stage_is_told_of_in_between(apply, monkeypatch):
@@ -102,7 +107,8 @@ def test_a_long_stage_is_told_of_in_between(apply, monkeypatch):
 
 def test_lines_are_written_when_they_are_said(monkeypatch, tmp_path):
     """A run that is killed leaves them in its log."""
-    with open(tmp_path / "log", "w") as log, progress.stages(["one", "two"], quiet_until="one"):
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
+    with open(tmp_path / "log", "w") as log, progress.stages(["one", "two"]):
         monkeypatch.setattr(sys, "stdout", log)
         with progress.task("one", 1) as advance:
             advance(1)
@@ -148,7 +154,7 @@ def test_a_terminal_shows_one_bar_and_no_lines(monkeypatch):
     with open(terminal, "w") as file:
         for name in ("stdout", "stderr"):
             monkeypatch.setattr(sys, name, file)
-        with progress.stages(["one", "two"], quiet_until="one"):
+        with progress.stages(["one", "two"]):
             for name in ("reading", "one", "two"):
                 with progress.task(name, 1) as advance, progress.task("a part", 1):
                     advance(1)
