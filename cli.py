@@ -13,17 +13,17 @@ from pathlib import Path
 import click
 
 import compress as package
-from compress import signals, streams
+from compress import signals, streams, usage
 from compress.errors import InputError, WorkError, first_line
 from compress.escaping import printable, without_controls
 
 # waiting threads sleep: where cores are shared, spinning ones take many times as long (set before torch is imported)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+MISSED, BAD_INPUT, FAILED, INTERRUPTED = 1, 2, 3, 130
 
 
-class Commands(click.Group):
+class Commands(usage.Helpful):
     """Maps the two error classes, a full disk, Ctrl-C and signals to the contract's exit codes, each with one sentence."""
 
     def main(self, *arguments, **options):
@@ -85,15 +85,20 @@ def _stop(message, code: int):
     sys.exit(code)
 
 
-@click.group(cls=Commands)
-@click.version_option(package.__version__, prog_name="compress")
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package.__version__, "-V", "--version", prog_name="compress")
 def main():
     """Compress hybrid SSM-Transformer-MoE language models, export them, and check what ships."""
 
 
 @main.command()
-@click.argument("recipe")
-@click.option("-m", "--model", help="Local folder or hub id (id@revision pins one); overrides the recipe's.")
+@click.argument("recipe", shell_complete=usage.recipes)
+@click.option(
+    "-m",
+    "--model",
+    shell_complete=usage.files,
+    help="Local folder or hub id (id@revision pins one); overrides the recipe's.",
+)
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default out/RECIPE_NAME.")
 @click.option(
     "--set",
@@ -125,11 +130,7 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
         return
     report = pipeline.apply(job)
     terminal.show(report, job.out)
-    sys.exit(_exit_code(report["verdict"]))
-
-
-def _exit_code(verdict: str) -> int:
-    return 0 if verdict in ("pass", "not_checked") else 1
+    sys.exit(0 if report["verdict"] in terminal.GOOD else MISSED)
 
 
 def _model_name(loaded, model: str | None) -> str:
@@ -150,7 +151,7 @@ def _refuse_missing_device(device: str) -> None:
 
 
 @main.command()
-@click.argument("model", metavar="MODEL_OR_ARTIFACT")
+@click.argument("model", metavar="MODEL_OR_ARTIFACT", shell_complete=usage.files)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @click.option("--verify", is_flag=True, help="Read every file and compare its digest with the manifest's.")
 def inspect(model, as_json, verify):
@@ -163,13 +164,13 @@ def inspect(model, as_json, verify):
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", "kind", default="onnx", show_default=True, help="The exporter: onnx.")
+@click.option("--to", "kind", default="onnx", show_default=True, help="The exporter.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default CHECKPOINT-KIND.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set an option of the exporter: layout=genai."
 )
 def export(checkpoint, kind, out, overrides):
-    """Export one CHECKPOINT folder."""
+    """Export one CHECKPOINT: its folder, or an output folder of apply."""
     from compress import exporting
 
     folder = exporting.export_checkpoint(checkpoint, kind, out, overrides)
@@ -177,7 +178,7 @@ def export(checkpoint, kind, out, overrides):
 
 
 @main.command()
-@click.argument("baseline")
+@click.argument("baseline", shell_complete=usage.files)
 @click.argument("candidate", type=click.Path(path_type=Path))
 @click.option(
     "--prompts", multiple=True, help="heldout, recall, self or a .txt/.jsonl file; may be repeated. Default: heldout."
@@ -199,18 +200,24 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
     from compress import results
     from compress.check import command
+    from compress.report import terminal
 
     settings = command.settings(prompts, limits, limits_file, samples, length)
     results.refuse_unwritable(json_file)
     _refuse_missing_device(device)
     result = command.check(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
-    sys.exit(_exit_code(result["verdict"]))
+    sys.exit(0 if result["verdict"] in terminal.GOOD else MISSED)
 
 
 @main.command()
-@click.argument("recipe")
-@click.option("-m", "--model", help="Local folder or hub id (id@revision pins one); overrides the recipe's.")
+@click.argument("recipe", shell_complete=usage.recipes)
+@click.option(
+    "-m",
+    "--model",
+    shell_complete=usage.files,
+    help="Local folder or hub id (id@revision pins one); overrides the recipe's.",
+)
 @click.option(
     "--format", "formats", multiple=True, metavar="FORMAT", help="May be repeated. Default: those the recipe names."
 )
@@ -241,7 +248,7 @@ def sensitivity(recipe, model, formats, samples, length, json_file, html_file, d
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", shell_complete=usage.files)
 @click.option(
     "--prompts", multiple=True, help="prose, recall, self or a .txt/.jsonl file; may be repeated. Default: prose."
 )
@@ -313,7 +320,7 @@ def _read_stdin() -> str:
 
 
 @main.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=usage.recipe_names)
 def recipes(name):
     """List the shipped recipes with a line each; with NAME print it."""
     from compress import resources
@@ -324,6 +331,21 @@ def recipes(name):
             click.echo(f"{stem:<16} {first_line.lstrip('# ')}")
     else:
         click.echo(resources.shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@main.command()
+@click.argument("name", required=False, shell_complete=usage.documents)
+def docs(name):
+    """List the README and the documents it links to; with NAME print one."""
+    from compress import resources
+
+    if name is not None:
+        click.echo(resources.document(name).read_text(encoding="utf-8"), nl=False)
+        return
+    for stem, path in resources.documents().items():
+        title = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        click.echo(f"{stem:<16} {title.lstrip('# ')}")
+    click.echo(printable(f"in {resources.folder('docs').parent}"))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from compress import destination, files, integrity, partials, plugins, progress
-from compress.checkpoint.reader import Checkpoint
+from compress import destination, files, integrity, partials, plugins, progress, stages
+from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.errors import InputError, WorkError, first_line, nearest
 from compress.recipe import override_key
 from compress.strict_model import from_flags
@@ -20,8 +20,7 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: 
     kinds = plugins.names(plugins.EXPORTERS)
     if kind not in kinds:
         raise InputError(f"--to {kind}: no such exporter{nearest(kind, kinds)}")
-    if not checkpoint.is_dir():
-        raise InputError(f"{checkpoint}: no such folder")
+    checkpoint = find_checkpoint(checkpoint)
     out = out or _default_folder(checkpoint.resolve(), kind)
     folder = destination.resolve(out)
     _refuse_existing(folder)
@@ -91,7 +90,7 @@ def _publish(content: Path, folder: Path) -> None:
 
 
 def _fill_export(module, kind: str, options, written: Checkpoint, partial: Path) -> None:
-    with progress.task(f"exporting {kind}", written.model.parameters) as advance:
+    with progress.task(stages.exporting(kind), written.model.parameters) as advance:
         try:
             module.export(written, partial, options, advance)
         except (InputError, WorkError, OSError):

@@ -49,11 +49,11 @@ def _config_facts(folder: Path) -> dict:
 def _checkpoint_facts(folder: Path) -> dict:
     checkpoint = Checkpoint(folder, allow_quantized=True)
     model = checkpoint.model
-    formats: dict[str, int] = {}
-    for weight in model.weights:
-        formats[weight.format] = formats.get(weight.format, 0) + weight.parameters
     facts = _architecture_facts(model.architecture, model.config, checkpoint.config, model.units)
-    return facts | {"weight_bytes": sizes.stored_bytes(model.units), "formats": formats}
+    return facts | {
+        "weight_bytes": sizes.stored_bytes(model.units),
+        "formats": sizes.parameters_by_format(model.weights),
+    }
 
 
 def _onnx_facts(path: Path) -> dict:

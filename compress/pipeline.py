@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import compress
-from compress import cache, exporting, files, plan, plugins, prompts, surveys, sweep
+from compress import cache, exporting, files, plan, plugins, progress, prompts, stages, surveys, sweep
 from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
@@ -58,7 +58,8 @@ def apply(job: Job) -> dict:
     with Workspace(job.out, resume=job.resume, overwrite=job.overwrite) as space:
         planned = prepare(job)
         _refuse_shortages(job, planned)
-        return _run(job, planned, space)
+        with progress.stages(stages.of(planned)):
+            return _run(job, planned, space)
 
 
 def _refuse_shortages(job: Job, planned: Plan) -> None:
@@ -138,6 +139,8 @@ def _export(step, written: Checkpoint, space: Workspace) -> Exported:
         exporting.remove_unfinished(folder)
         exporting.export_to(module, step.name, step.options, written, folder)
         space.mark_done(step.name)
+    else:
+        progress.tell(f"reused from the earlier run: the export {step.name}")
     return module.describe(folder)
 
 

@@ -10,6 +10,22 @@ from compress.errors import InputError, nearest
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+    def idle(self) -> set[str]:
+        """Keys that change nothing as the others stand, beside those that hold nothing."""
+        return set()
+
+    def in_force(self) -> dict:
+        """The keys that have an effect, as plain data: what a plan shows."""
+        return _without_nothing(self.model_dump(mode="json", exclude=self.idle()))
+
+
+def _without_nothing(plain):
+    """Plain data without what is empty."""
+    if isinstance(plain, dict):
+        kept = {key: _without_nothing(value) for key, value in plain.items()}
+        return {key: value for key, value in kept.items() if value not in (None, {}, [])}
+    return [_without_nothing(value) for value in plain] if isinstance(plain, list) else plain
+
 
 class KeyedError(ValueError):
     """A validator's refusal of one key of a mapping, so that the sentence can name that key's line."""

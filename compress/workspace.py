@@ -31,6 +31,7 @@ class Workspace:
         self._key: dict = {}
         self._done: dict[str, dict] = {}
         self._saving, self._begun = threading.Lock(), False
+        self.is_resumed = False  # whether it goes on from an earlier run's journal; known once it has begun
 
     def __enter__(self) -> "Workspace":
         self._claim = claim(self.out, resume=self._resume, overwrite=self._overwrite)
@@ -49,7 +50,7 @@ class Workspace:
         anew = self._overwrite and not self._resume
         found = [path for path in self.folder.iterdir() if path.name not in NOTHING]
         if found and not anew:
-            self._done = _journal(self.folder, key)
+            self._done, self.is_resumed = _journal(self.folder, key), True
         self._key, self._begun = key, True
         for path in found if anew else ():
             partials.remove(path)
