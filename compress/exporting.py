@@ -10,7 +10,6 @@ from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.errors import InputError, WorkError, first_line, nearest
 from compress.recipe import override_key
 from compress.strict_model import from_flags
-from compress.workspace import MANIFEST
 
 CONTENT = "export"  # in the folder that is worked in: what gets the final name
 
@@ -40,7 +39,7 @@ def _options(module, overrides: Iterable[str]):
 
 def _default_folder(checkpoint: Path, kind: str) -> Path:
     """Beside the checkpoint, or beside the finished output it is part of, which stays as its manifest lists it."""
-    base = checkpoint.parent if (checkpoint.parent / MANIFEST).is_file() else checkpoint
+    base = checkpoint.parent if integrity.is_output(checkpoint.parent) else checkpoint
     return base.with_name(f"{base.name}-{kind}")
 
 

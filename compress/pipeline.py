@@ -13,12 +13,13 @@ from compress.check.compare import Row, verdict
 from compress.checkpoint import companions, compressed_tensors, config_dtype, writer
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
+from compress.integrity import MANIFEST
 from compress.plan import PassContext, Plan
 from compress.recipe import LoadedRecipe
 from compress.report import build as report_build
 from compress.report import manifest, markdown, model_card
 from compress.source import Source
-from compress.workspace import MANIFEST, Workspace
+from compress.workspace import Workspace
 from exporters import Exported
 
 

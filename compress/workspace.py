@@ -10,7 +10,6 @@ from compress import destination, files, partials
 from compress.checkpoint.writer import write_json
 from compress.claim import PREVIOUS, bring_back, claim, keep_mode
 from compress.errors import InputError
-from compress.integrity import MANIFEST as MANIFEST
 from compress.locks import LOCK
 from compress.partials import JOURNAL
 

@@ -11,8 +11,8 @@ from compress.checkpoint import companions, compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
-from compress.destination import MANIFEST
 from compress.errors import InputError
+from compress.integrity import is_output
 from compress.model import PLAIN_FORMATS, HybridModel, Spec, Unit, UnitSpec, Weight, is_finite
 
 CHECKPOINT = "checkpoint"  # in an output folder of `apply`
@@ -45,7 +45,7 @@ def find_checkpoint(path: Path) -> Path:
         raise InputError(f"{path}: an ONNX model; expected a checkpoint folder, or an output folder of apply")
     if not path.is_dir():
         raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
-    if (path / MANIFEST).is_file() and (path / CHECKPOINT).is_dir():
+    if is_output(path) and (path / CHECKPOINT).is_dir():
         return path / CHECKPOINT
     if (path / "config.json").is_file():
         return path

@@ -7,9 +7,10 @@ from pathlib import Path
 import compress
 from compress.checkpoint.folder import file_sha256
 from compress.claim import PREVIOUS
+from compress.integrity import MANIFEST
 from compress.locks import LOCK
 from compress.partials import JOURNAL
-from compress.workspace import CALIBRATION, MANIFEST
+from compress.workspace import CALIBRATION
 
 PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "optimum", "numpy")
 
