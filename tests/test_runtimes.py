@@ -2,6 +2,7 @@
 tests/compilers, and tests/test_load.py for stock transformers."""
 
 import json
+from pathlib import Path
 
 import pytest
 from jamba_models import make_jamba
@@ -104,3 +105,13 @@ def test_the_dry_run_and_the_report_say_which_runtimes_load_what(compress_cli, s
         ("onnx", "onnxruntime-genai", True), ("onnx", "openvino", True),
     ]  # fmt: skip
     assert all((row["why"] is None) == row["loads"] for row in rows)
+
+
+@pytest.mark.parametrize("name", resources.shipped_recipes())
+def test_the_readme_says_what_is_computed(tiny, name):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+    by_artifact = {"checkpoint": [], "onnx": []}
+    for runtime in rows(name, tiny).values():
+        by_artifact[runtime.artifact] += [runtime.title] if runtime.loads else []
+    assert line.endswith(f"| {'; '.join(', '.join(titles) for titles in by_artifact.values())} |")
