@@ -4,6 +4,7 @@ Heavy packages are imported inside the commands: a misspelt recipe key is refuse
 """
 
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -48,7 +49,8 @@ class Commands(usage.Helpful):
         except MemoryError:
             _stop("out of memory", FAILED)
         except OSError as error:
-            _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", FAILED)
+            code = BAD_INPUT if error.errno == errno.ENAMETOOLONG else FAILED  # only a user can have given such a name
+            _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", code)
         except (click.exceptions.Exit, click.ClickException):
             raise
         except signals.Stopped as stopped:
@@ -164,11 +166,14 @@ def inspect(model, as_json, verify):
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--to", "kind", default="onnx", show_default=True, help="The exporter.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default CHECKPOINT-KIND.")
-def export(checkpoint, kind, out):
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set an option of the exporter: layout=genai."
+)
+def export(checkpoint, kind, out, overrides):
     """Export one CHECKPOINT: its folder, or an output folder of apply."""
     from compress import exporting
 
-    folder = exporting.export_checkpoint(checkpoint, kind, out)
+    folder = exporting.export_checkpoint(checkpoint, kind, out, overrides)
     click.echo(printable(f"wrote {folder}"), err=True)
 
 
@@ -195,13 +200,14 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
     from compress import results
     from compress.check import command
+    from compress.report import terminal
 
     settings = command.settings(prompts, limits, limits_file, samples, length)
     results.refuse_unwritable(json_file)
     _refuse_missing_device(device)
     result = command.check(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
-    sys.exit(MISSED if result["verdict"] == "fail" else 0)
+    sys.exit(0 if result["verdict"] in terminal.GOOD else MISSED)
 
 
 @main.command()

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from compress import integrity, sizes
+from compress import integrity, onnx_layouts, sizes
 from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
 from compress.checkpoint.folder import file_sha256
 from compress.checkpoint.reader import Checkpoint
@@ -32,8 +32,8 @@ def find_artifact(path: Path) -> Path:
         path = next((path / name for name in PREFERRED if manifest.lists(name) or (path / name).is_dir()), path)
         if not path.is_dir():
             raise InputError(f"{path}: is missing, though {manifest.path} lists it; name another part of the output")
-    if (path / "model.onnx").is_file():
-        return path / "model.onnx"
+    if graph := onnx_layouts.find(path):
+        return graph
     if (path / "config.json").is_file():
         return path
     raise InputError(f"{path}: neither an output of apply, nor a checkpoint folder, nor a folder with a model.onnx")
@@ -92,7 +92,7 @@ class OnnxArtifact:
     def __init__(self, path: Path):
         from exporters.graph.reading import external_tensors, load, model_config, stored_parameters
 
-        self.folder, self._path, self._sha256, graph = path.parent, path, None, load(path)
+        self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, load(path)
         _, self.config, _ = model_config(graph, path)
         tensors = external_tensors(graph)
         self._data, self.formats = {Path(tensor.path) for tensor in tensors}, stored_parameters(tensors)

@@ -12,12 +12,13 @@ KEY = "eos_token_id"
 def end_tokens(config, folder: Path, tokenizer=None) -> list[int]:
     """Ids, each once: of the validated configuration, of the folder's generation config, of the tokenizer where one is given.
 
+    Those that are not in the model's vocabulary are left out: it cannot give them, and no runtime accepts them.
     Raises InputError for a generation config that cannot be read.
     """
     given = _listed(config.eos_token_id) + of_generation_config(folder)
     if tokenizer is not None:
         given += _listed(tokenizer.eos_token_id)
-    return list(dict.fromkeys(token for token in given if token >= 0))
+    return list(dict.fromkeys(token for token in given if 0 <= token < config.vocab_size))
 
 
 def of_generation_config(folder: Path) -> list[int]:

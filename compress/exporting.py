@@ -2,18 +2,21 @@
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from compress import destination, files, integrity, partials, plugins, progress, stages
 from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.errors import InputError, WorkError, first_line, nearest
+from compress.recipe import override_key
+from compress.strict_model import from_flags
 from compress.workspace import MANIFEST
 
 CONTENT = "export"  # in the folder that is worked in: what gets the final name
 
 
-def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
-    """Exports to `out`, which must not exist, and returns it."""
+def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: Iterable[str] = ()) -> Path:
+    """Exports to `out`, which must not exist, and returns it. `overrides` are options of the exporter, KEY=VALUE."""
     kinds = plugins.names(plugins.EXPORTERS)
     if kind not in kinds:
         raise InputError(f"--to {kind}: no such exporter{nearest(kind, kinds)}")
@@ -23,8 +26,16 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
     _refuse_existing(folder)
     integrity.verify(checkpoint)
     module = plugins.load(plugins.EXPORTERS, kind)
-    export_to(module, kind, module.Options(), Checkpoint(checkpoint, allow_quantized=True), folder)
+    options = _options(module, overrides)
+    export_to(module, kind, options, Checkpoint(checkpoint, allow_quantized=True), folder)
     return out
+
+
+def _options(module, overrides: Iterable[str]):
+    data: dict = {}
+    for override in overrides:
+        override_key(data, override)
+    return from_flags(module.Options, **data)
 
 
 def _default_folder(checkpoint: Path, kind: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from compress import cache, destination, expert_counts, files, passes, plugins, prompts, sizes, strict_yaml
+from compress import cache, destination, expert_counts, files, passes, plugins, prompts, runtimes, sizes, strict_yaml
 from compress.calibration.settings import Calibration
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
@@ -220,6 +220,7 @@ def describe(plan: Plan, out: Path) -> str:
         *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
+        *(f"loads in  {line}" for line in runtimes.as_lines(runtimes.of(plan.result, plan.recipe.export))),
     ]
     if plan.needs_calibration:
         asked = plan.calibration

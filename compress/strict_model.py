@@ -64,6 +64,8 @@ def from_flags(model: type[Strict], **values) -> Strict:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in key_path(first))
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"unknown key '{key}'{nearest(key, list(model.model_fields))}") from None
         raise InputError(f"{key}: {what_was_expected(first)}") from None
 
 

@@ -112,9 +112,9 @@ def _note(place: int, number: int) -> str:
 
 
 def _notes_of(planned: Plan, number: int) -> list[str]:
-    """Nothing reaches the embedding, unit 0: nothing is noted of it."""
+    """Nothing is noted of an embedding, unit 0, that is no output matrix: nothing reaches it."""
     asking = [place for place, step in enumerate(planned.modules) if passes.needs_calibration(*step)]
-    return [_note(place, number) for place in asking] if number else []
+    return [_note(place, number) for place in asking] if number or planned.model.config.tie_word_embeddings else []
 
 
 class _Publisher:

@@ -9,8 +9,8 @@ from pathlib import Path
 from compress import destination, files, partials
 from compress.checkpoint.writer import write_json
 from compress.claim import PREVIOUS, bring_back, claim, keep_mode
-from compress.destination import MANIFEST as MANIFEST
 from compress.errors import InputError
+from compress.integrity import MANIFEST as MANIFEST
 from compress.locks import LOCK
 from compress.partials import JOURNAL
 
@@ -95,6 +95,7 @@ class Workspace:
 def _made_way(out: Path, previous: Path) -> Iterator[None]:
     """The output that is replaced steps aside, and comes back where nothing took its place."""
     if out.exists() and not destination.is_empty_folder(out):
+        partials.remove(previous)  # one that stepped aside for a run that was killed; another has its place by now
         files.rename(out, previous)
     try:
         yield

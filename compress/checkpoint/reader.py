@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from compress import plugins, progress
+from compress import onnx_layouts, plugins, progress
 from compress.checkpoint import companions, compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
@@ -41,7 +41,7 @@ def has_weights(folder: Path) -> bool:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` means: itself, or that of an output folder of `apply`."""
-    if path.suffix == ".onnx" or ((path / "model.onnx").is_file() and not has_weights(path)):
+    if path.suffix == ".onnx" or (onnx_layouts.find(path) and not has_weights(path)):
         raise InputError(f"{path}: an ONNX model; expected a checkpoint folder, or an output folder of apply")
     if not path.is_dir():
         raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
