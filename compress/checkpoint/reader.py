@@ -11,8 +11,8 @@ from compress.checkpoint import companions, compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
-from compress.destination import MANIFEST
 from compress.errors import InputError
+from compress.integrity import MANIFEST
 from compress.model import PLAIN_FORMATS, HybridModel, Spec, Unit, UnitSpec, Weight, is_finite
 
 CHECKPOINT = "checkpoint"  # in an output folder of `apply`
