@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from compress import integrity, progress
+from compress import integrity, onnx_layouts, progress
 from compress.artifacts import Artifact, find_artifact, open_artifact
 from compress.end_tokens import end_tokens
 from compress.errors import InputError
@@ -34,7 +34,7 @@ def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, se
     if warning := too_long(len(ids) + max_tokens, artifact.config):
         progress.warn(f"prompt and --max-tokens: {warning}")
     tokens = stream_tokens(artifact, ids, max_tokens, temperature, seed)
-    if path not in (name, name / "model.onnx"):  # one of several in an output folder
+    if path not in (name, onnx_layouts.find(name)):  # one of several in an output folder
         tokens = _announced(tokens, f"{as_text(str(path))} ({_what(artifact)})")
     yield from _readable(tokenizer, _until(tokens, ends))
 

@@ -4,12 +4,14 @@ In a wheel they are package data under `compress/data/`; in a checkout they are 
 """
 
 import difflib
+import re
 from pathlib import Path
 
 from compress.errors import InputError, nearest
 
 _PACKAGE = Path(__file__).resolve().parent
 SUFFIXES = (".yaml", ".yml")  # of recipes
+VERSION = re.compile(rb"^version\s*:", re.MULTILINE)
 
 
 def folder(name: str) -> Path:
@@ -72,7 +74,7 @@ def _in_folder(path: Path) -> str:
     """What a folder may have been meant as: a model, which is given with -m, or the one recipe beside it or in it."""
     if (path / "config.json").is_file():
         return f"; a model is given with -m, as in 'compress apply tiny-int8 -m {path}'"
-    found = _same_name(path) or _recipe_files(path)
+    found = _same_name(path) or [file for file in _recipe_files(path) if _says_version(file)]
     return f"; did you mean '{found[0]}'?" if len(found) == 1 else ""
 
 
@@ -86,6 +88,14 @@ def _meant(name: str) -> str:
 def _same_name(path: Path) -> list[Path]:
     names = {path.name, path.stem if path.suffix.lower() in SUFFIXES else path.name}
     return [file for file in _recipe_files(path.parent) if file.stem in names]
+
+
+def _says_version(file: Path) -> bool:
+    """Whether it looks like a recipe, and not like a file of limits."""
+    try:
+        return VERSION.search(file.read_bytes()[:4096]) is not None
+    except OSError:
+        return False
 
 
 def _recipe_files(folder: Path) -> list[Path]:

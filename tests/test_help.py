@@ -158,6 +158,7 @@ def test_a_folder_is_called_a_folder(compress_cli, folder, command, given):
 def test_the_one_recipe_in_a_folder_is_suggested(compress_cli, folder):
     (folder / "deep").mkdir()
     (folder / "deep" / "own.yml").write_text(RECIPE)
+    (folder / "deep" / "limits.yaml").write_text("kl_divergence_mean: 0.01\n")
     assert "did you mean 'deep/own.yml'?" in refusal_of_command(compress_cli("apply", "deep"))
 
 
