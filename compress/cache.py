@@ -66,6 +66,8 @@ def entry(path: Path, write: Callable[[BinaryIO], None]) -> BinaryIO:
 
 def _verified(path: Path) -> BinaryIO | None:
     """The entry, open, where its digest agrees."""
+    if not path.is_file():  # opening a named pipe would wait for ever
+        return None
     with contextlib.suppress(OSError), contextlib.ExitStack() as closing:
         file = closing.enter_context(open(path, "rb"))
         size = os.fstat(file.fileno()).st_size - DIGEST_BYTES

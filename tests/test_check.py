@@ -406,6 +406,10 @@ BAD_LIMITS = {
     "kl_divergence_mean=-1": "kl_divergence_mean",
     "kl_divergence_mean=nan": "kl_divergence_mean",
     "kl_divergence_mean=inf": "kl_divergence_mean",
+    "kl_divergence_mean=1_0": "'1_0' can mean several things",
+    "kl_divergence_mean=0512": "'0512' can mean several things",
+    "kl_divergence_mean=true": "METRIC=VALUE",
+    "top1_agreement=1.0000001": "no value can reach 1.0000001",
 }
 
 

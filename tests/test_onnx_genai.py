@@ -189,3 +189,17 @@ def test_genai_config_leaves_out_special_tokens_a_model_does_not_have(tmp_path):
     assert model["eos_token_id"] == [2, 5]
     assert not {"bos_token_id", "pad_token_id"} & model.keys()
     assert len(genai_greedy(genai.Model(str(out)), np.array([[7, 8, 9]]), 3)[0]) >= 1
+
+
+def test_ids_that_are_no_tokens_are_not_told_to_genai_and_our_own_artifact_passes_the_check(tmp_path, compress_cli):
+    """-1 stands for none; a padding token beyond the vocabulary is what a tokenizer was given and the model was not."""
+    source = make_jamba(tmp_path / "source", num_hidden_layers=3)
+    for file in ("config.json", "generation_config.json"):
+        values = json.loads((source / file).read_text())
+        ids = {"pad_token_id": 67, "eos_token_id": [2, 67, -1]}
+        (source / file).write_text(json.dumps(values | ids))
+    out = exporting.export_checkpoint(source, "onnx", tmp_path / "onnx")
+    model = config_of(out)["model"]
+    assert (model["eos_token_id"], model.get("pad_token_id")) == (2, None)
+    result = compress_cli("check", source, out, "--prompts", "self", "--samples", 1, "--length", 8)
+    assert result.exit_code == 0, result.output

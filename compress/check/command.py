@@ -12,7 +12,7 @@ from compress.errors import InputError
 from compress.paths import as_text
 from compress.report import terminal
 from compress.report.manifest import versions
-from compress.strict_model import from_flags
+from compress.strict_model import from_flags, no_truth_value
 
 
 def settings(
@@ -24,10 +24,11 @@ def settings(
 
 
 def _limit(text: str) -> tuple[str, float]:
+    """Numbers mean what they mean in a file of limits."""
     metric, _, value = text.partition("=")
     try:
-        return metric, float(value)
-    except ValueError:
+        return metric, float(no_truth_value(strict_yaml.parse_scalar(value, f"--limit {metric}")))
+    except (TypeError, ValueError):
         raise InputError(f"--limit {text}: expected METRIC=VALUE, such as kl_divergence_mean=0.01") from None
 
 

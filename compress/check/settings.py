@@ -50,7 +50,7 @@ class Check(Strict):
             if limit > METRICS[name].most:
                 raise KeyedError(
                     name,
-                    f"no value can reach {limit:g}: it is a {METRICS[name].meaning}, so {METRICS[name].most:g} at most",
+                    f"no value can reach {limit:.15g}: it is a {METRICS[name].meaning}, so {METRICS[name].most:g} at most",
                 )
             if name == "perplexity_ratio" and limit == 0:
                 raise KeyedError(name, "no value can be as low as 0; a ratio of 1 is an unchanged perplexity")

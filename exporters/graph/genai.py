@@ -42,7 +42,7 @@ def config(checkpoint) -> dict:
 
 
 def _special_tokens(config, ends: list[int]) -> dict:
-    """The ids that are set; genai refuses null."""
+    """The ids that are set to a token; genai refuses null, and some models write -1 for none or name one they do not have."""
     ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id")}
-    ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
-    return {name: value for name, value in ids.items() if value is not None}
+    found = {name: value for name, value in ids.items() if value is not None and 0 <= value < config.vocab_size}
+    return found | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
