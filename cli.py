@@ -119,7 +119,7 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
     loaded = load_recipe(recipe, overrides)
     name = _model_name(loaded, model)
     _refuse_missing_device(device)
-    from compress import pipeline, plan
+    from compress import pipeline, plan, progress
     from compress.report import terminal
     from compress.source import resolve
 
@@ -128,7 +128,8 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
     if dry_run:
         click.echo(plan.describe(pipeline.prepare(job, needs_weights=False), job.out))
         return
-    report = pipeline.apply(job)
+    with progress.logged():
+        report = pipeline.apply(job)
     terminal.show(report, job.out)
     sys.exit(0 if report["verdict"] in terminal.GOOD else MISSED)
 

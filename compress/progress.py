@@ -1,7 +1,8 @@
 """How far the work is: a bar with an estimate on a terminal's stderr; of `apply`, plain lines for a log; and warnings.
 
-A command that has stages names them beforehand. They share one bar, each with its number, and where the bar or stdout is
-no terminal, a line on stdout says what was finished and in which time. Everything else is silent where no one watches.
+A command that has stages names them beforehand. They share one bar, each with its number. Where the bar or stdout is no
+terminal, and the command asks for it (`logged`), a line on stdout says what was finished and in which time. Everything
+else is silent where no one watches, a program that calls us included.
 """
 
 import contextlib
@@ -44,6 +45,17 @@ def stages(names: Sequence[str]) -> Iterator[None]:
             _running = None
 
 
+@contextlib.contextmanager
+def logged() -> Iterator[None]:
+    """Stages within write lines to stdout where no bar tells of them."""
+    global _logs
+    _logs = True
+    try:
+        yield
+    finally:
+        _logs = False
+
+
 def tell(sentence: str) -> None:
     """What is worth knowing between stages; nothing where there are none."""
     if _running is not None:
@@ -75,7 +87,7 @@ class _Stages:
         self._names, self._passed, self._bar = list(names), 0, bar
         self._began, self._unsaid = time.monotonic(), []
         self._row: TaskID | None = None
-        self._is_logged, self._told = bar.disable or not sys.stdout.isatty(), time.monotonic()
+        self._is_logged, self._told = _logs and (bar.disable or not sys.stdout.isatty()), time.monotonic()
 
     @contextlib.contextmanager
     def task(self, name: str, total: int) -> Iterator[Advance]:
@@ -132,6 +144,7 @@ class _Stages:
 
 
 _running: _Stages | None = None
+_logs = False
 
 
 def _minutes(began: float) -> str:

@@ -11,8 +11,10 @@ import pytest
 from interruptions import stop_after
 
 import cli
-from compress import progress, sweep
+from compress import pipeline, progress, sweep
 from compress.check import run as check_run
+from compress.recipe import load_recipe
+from compress.source import resolve
 from compress.workspace import Workspace
 
 STAGE = re.compile(r"(\d+) of (\d+): (.+): done in \d+\.\d minutes")
@@ -108,7 +110,7 @@ def test_a_long_stage_is_told_of_in_between(apply, monkeypatch):
 def test_lines_are_written_when_they_are_said(monkeypatch, tmp_path):
     """A run that is killed leaves them in its log."""
     monkeypatch.setattr(progress, "SILENCE", 0.0)
-    with open(tmp_path / "log", "w") as log, progress.stages(["one", "two"]):
+    with open(tmp_path / "log", "w") as log, progress.logged(), progress.stages(["one", "two"]):
         monkeypatch.setattr(sys, "stdout", log)
         with progress.task("one", 1) as advance:
             advance(1)
@@ -221,3 +223,10 @@ def test_a_resumed_run_says_that_nothing_was_finished(apply, monkeypatch):
 
 def test_a_run_that_begins_says_nothing_of_reuse(apply):
     assert reused(apply()) == reused(apply("--overwrite")) == []
+
+
+def test_a_program_that_calls_us_hears_nothing(small, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
+    loaded = load_recipe("tiny-int8", ("check=null",))
+    pipeline.apply(pipeline.Job(loaded, resolve(str(small)), tmp_path / "out"))
+    assert capfd.readouterr() == ("", "")
