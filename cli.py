@@ -3,8 +3,6 @@
 Heavy packages are imported inside the commands: a misspelt recipe key is refused without loading torch.
 """
 
-import contextlib
-import errno
 import math
 import os
 import sys
@@ -13,76 +11,22 @@ from pathlib import Path
 import click
 
 import compress as package
-from compress import signals, streams, usage
-from compress.errors import InputError, WorkError, first_line
+from compress import streams, usage
+from compress.errors import InputError
 from compress.escaping import printable, without_controls
+from compress.exits import MISSED, Commands
 
 # waiting threads sleep: where cores are shared, spinning ones take many times as long (set before torch is imported)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-MISSED, BAD_INPUT, FAILED, INTERRUPTED = 1, 2, 3, 130
-
-
-class Commands(usage.Helpful):
-    """Maps the two error classes, a full disk, Ctrl-C and signals to the contract's exit codes, each with one sentence."""
-
-    def main(self, *arguments, **options):
-        with signals.raised(), streams.steady():
-            try:
-                return super().main(*arguments, **options)
-            finally:
-                if lost := streams.what_was_lost():
-                    _stop(f"standard output: {lost}", FAILED)
-
-    def make_context(self, *arguments, **options):
-        with _one_sentence():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, context: click.Context):
-        try:
-            with _one_sentence():
-                return super().invoke(context)
-        except InputError as error:
-            _stop(error, BAD_INPUT)
-        except WorkError as error:
-            _stop(error, FAILED)
-        except MemoryError:
-            _stop("out of memory", FAILED)
-        except OSError as error:
-            code = BAD_INPUT if error.errno == errno.ENAMETOOLONG else FAILED  # only a user can have given such a name
-            _stop(f"{error.filename or 'input/output'}: {error.strerror or error}", code)
-        except (click.exceptions.Exit, click.ClickException):
-            raise
-        except signals.Stopped as stopped:
-            _stop(f"stopped by {stopped.name}{_how_to_go_on(context)}", stopped.exit_code)
-        except (KeyboardInterrupt, click.Abort):
-            _stop(f"interrupted{_how_to_go_on(context)}", INTERRUPTED)
-        except Exception as error:  # a defect of ours must not look like a missed limit, which is exit code 1
-            if os.environ.get("COMPRESS_TRACEBACK"):
-                raise
-            where = f"{type(error).__name__}: {first_line(error)}"
-            _stop(f"internal error, {where}; COMPRESS_TRACEBACK=1 shows where, please report it", FAILED)
-
-
-@contextlib.contextmanager
-def _one_sentence():
-    """A usage error is bad input like any other: one sentence, not click's several lines."""
-    try:
-        yield
-    except click.exceptions.NoArgsIsHelpError:
-        raise
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "compress"
-        _stop(f"{error.format_message().rstrip('.')}; see '{command} --help'", BAD_INPUT)
-
-
-def _how_to_go_on(context: click.Context) -> str:
-    return "; run again with --resume to continue" if context.invoked_subcommand == "apply" else ""
-
-
-def _stop(message, code: int):
-    click.echo(f"compress: {printable(message)}", err=True)
-    sys.exit(code)
+MODEL = click.option(
+    "-m",
+    "--model",
+    shell_complete=usage.files,
+    help="Local folder or hub id (id@revision pins one); overrides the recipe's.",
+)
+DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -93,12 +37,7 @@ def main():
 
 @main.command()
 @click.argument("recipe", shell_complete=usage.recipes)
-@click.option(
-    "-m",
-    "--model",
-    shell_complete=usage.files,
-    help="Local folder or hub id (id@revision pins one); overrides the recipe's.",
-)
+@MODEL
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default out/RECIPE_NAME.")
 @click.option(
     "--set",
@@ -107,8 +46,8 @@ def main():
     metavar="KEY=VALUE",
     help="Override a recipe key, such as passes.0.quantize.weights=int8.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@DEVICE
+@SEED
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Validate and print the plan with predicted sizes; write nothing.")
@@ -194,8 +133,8 @@ def export(checkpoint, kind, out, overrides):
 @click.option("--limits", "limits_file", type=click.Path(path_type=Path), help="YAML file of METRIC: VALUE.")
 @click.option("--samples", type=int, default=48, show_default=True, help="Windows from each prompt set, at most.")
 @click.option("--length", type=int, default=512, show_default=True, help="Tokens in a window.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@SEED
+@DEVICE
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
 def check(baseline, candidate, prompts, limits, limits_file, samples, length, seed, device, json_file):
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
@@ -213,12 +152,7 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
 
 @main.command()
 @click.argument("recipe", shell_complete=usage.recipes)
-@click.option(
-    "-m",
-    "--model",
-    shell_complete=usage.files,
-    help="Local folder or hub id (id@revision pins one); overrides the recipe's.",
-)
+@MODEL
 @click.option(
     "--format", "formats", multiple=True, metavar="FORMAT", help="May be repeated. Default: those the recipe names."
 )
@@ -228,8 +162,8 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
 @click.option("--length", type=click.IntRange(2, 1_048_576), help="Tokens in a window; default the recipe's.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures as JSON; - for stdout.")
 @click.option("--html", "html_file", metavar="FILE", help="Write a heat map as one HTML file.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@DEVICE
+@SEED
 def sensitivity(recipe, model, formats, samples, length, json_file, html_file, device, seed):
     """Measure what quantizing each layer's roles costs, alone and in every format that RECIPE names."""
     from compress.recipe import load_recipe
@@ -263,8 +197,8 @@ def sensitivity(recipe, model, formats, samples, length, json_file, html_file, d
 @click.option("--length", type=click.IntRange(2, 1_048_576), default=512, show_default=True, help="Tokens in a window.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the figures as JSON; - for stdout.")
 @click.option("--html", "html_file", metavar="FILE", help="Write plots and tables as one HTML file.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@DEVICE
+@SEED
 def experts(model, prompts, samples, length, json_file, html_file, device, seed):
     """Survey the experts of MODEL (a folder or hub id): load, scores, likeness, and what pruning would lose."""
     from compress.calibration.settings import Calibration
@@ -298,7 +232,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     show_default=True,
     help="0 takes the most likely token.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@SEED
 def run(artifact, prompt, max_tokens, temperature, seed):
     """Stream text from a checkpoint or an ONNX artifact; PROMPT - reads standard input."""
     from compress import generation
