@@ -30,7 +30,7 @@ def conv_operator(graph, x, conv_state, real, weight, bias, width):
 
 
 def session(form, folder: Path) -> ort.InferenceSession:
-    weights = WeightFile(folder)
+    weights = WeightFile(folder / "model.onnx.data")
     graph, random = Graph(weights, 21), np.random.default_rng(0)
     inputs = [
         declare("x", ir.DataType.FLOAT, ["B", "S", CHANNELS]),

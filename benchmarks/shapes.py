@@ -63,7 +63,7 @@ def make(shape: str, folder: Path) -> Path:
             writer.write_shard(unit, folder / writer.shard_name(number, len(units)), advance)
     writer.write_index(folder, tuple(units))
     writer.copy_companions(resources.folder("models") / "tiny-jamba", folder)
-    writer.write_json(folder / "config.json", config)
+    writer.write_config(folder, config)
     return folder
 
 

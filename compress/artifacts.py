@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from compress import integrity
+from compress import integrity, onnx_layouts, sizes
 from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
 from compress.checkpoint.folder import file_sha256
 from compress.checkpoint.reader import Checkpoint
@@ -32,8 +32,8 @@ def find_artifact(path: Path) -> Path:
         path = next((path / name for name in PREFERRED if manifest.lists(name) or (path / name).is_dir()), path)
         if not path.is_dir():
             raise InputError(f"{path}: is missing, though {manifest.path} lists it; name another part of the output")
-    if (path / "model.onnx").is_file():
-        return path / "model.onnx"
+    if graph := onnx_layouts.find(path):
+        return graph
     if (path / "config.json").is_file():
         return path
     raise InputError(f"{path}: neither an output of apply, nor a checkpoint folder, nor a folder with a model.onnx")
@@ -46,10 +46,13 @@ class Steps(Protocol):
 
 
 class Artifact(Protocol):
-    """A model that runs. `folder` has its tokenizer, `config` its validated configuration."""
+    """A model that runs. `folder` has its tokenizer, `config` its validated configuration, `formats` says how many
+    parameters each number format stores, `runtime` what computes it."""
 
     folder: Path
     config: object
+    formats: dict[str, int]
+    runtime: str
 
     def sha256(self) -> str:
         """Digest of everything that decides its logits."""
@@ -62,10 +65,13 @@ class Artifact(Protocol):
 class CheckpointArtifact:
     """An opened checkpoint through our own forward; the digest of its weights may be given where it is known already."""
 
+    runtime = "torch"
+
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", weights_sha256: str | None = None):
         self.folder, self.config = checkpoint.folder, checkpoint.model.config
         self._checkpoint, self._model, self._device = checkpoint, checkpoint.model, device
         self._weights_sha256 = weights_sha256
+        self.formats = sizes.parameters_by_format(checkpoint.model.weights)
 
     def sha256(self) -> str:
         self._weights_sha256 = self._weights_sha256 or self._checkpoint.files.sha256()
@@ -81,12 +87,15 @@ class CheckpointArtifact:
 class OnnxArtifact:
     """An exported model.onnx under onnxruntime."""
 
-    def __init__(self, path: Path):
-        from exporters.graph.reading import external_tensors, load, model_config
+    runtime = "onnxruntime"
 
-        self.folder, self._path, self._sha256, graph = path.parent, path, None, load(path)
+    def __init__(self, path: Path):
+        from exporters.graph.reading import external_tensors, load, model_config, stored_parameters
+
+        self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, load(path)
         _, self.config, _ = model_config(graph, path)
-        self._data = {Path(tensor.path) for tensor in external_tensors(graph)}
+        tensors = external_tensors(graph)
+        self._data, self.formats = {Path(tensor.path) for tensor in tensors}, stored_parameters(tensors)
 
     def sha256(self) -> str:
         if self._sha256 is None:

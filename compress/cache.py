@@ -55,10 +55,11 @@ def entry(path: Path, write: Callable[[BinaryIO], None]) -> BinaryIO:
     """
     file = _verified(path)
     if file is None:
-        with publish(path) as partial:
-            file = open(partial, "w+b")  # noqa: SIM115 - the caller reads from it
+        with publish(path) as partial, contextlib.ExitStack() as closing:
+            file = closing.enter_context(open(partial, "w+b"))
             write(file)
             _seal(file, path.name)
+            closing.pop_all()  # the caller reads from it
     file.seek(0)
     return file
 
@@ -67,15 +68,14 @@ def _verified(path: Path) -> BinaryIO | None:
     """The entry, open, where its digest agrees."""
     if not path.is_file():  # opening a named pipe would wait for ever
         return None
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - returned open
+    with contextlib.suppress(OSError), contextlib.ExitStack() as closing:
+        file = closing.enter_context(open(path, "rb"))
         size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
         if size >= 0 and _digest(file, path.name, size) == file.read():
-            os.utime(file.fileno())
+            with contextlib.suppress(OSError):  # another user's: it only counts as older than it is
+                os.utime(file.fileno())
+            closing.pop_all()  # the caller reads from it
             return file
-    except OSError:
-        return None
-    file.close()
     return None
 
 

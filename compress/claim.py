@@ -2,10 +2,9 @@
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
-from compress import destination, partials
+from compress import destination, partials, progress
 from compress.errors import InputError
 from compress.locks import LOCK, Lock, hold
 
@@ -57,7 +56,7 @@ def claim(out: Path, *, resume: bool, overwrite: bool) -> Claim:
         found.release()
         raise
     if not found.is_certain:
-        print(f"compress: {found.folder}: this file system has no locks; let no other run write there", file=sys.stderr)
+        progress.warn(f"{found.folder}: this file system has no locks; let no other run write there")
     return found
 
 

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 from compress.errors import InputError
+from compress.integrity import is_output
 from compress.partials import SUFFIX, is_held
 
-MANIFEST = "manifest.json"
 DEEPEST = 64  # characters that the names of files below an output folder add to its own
 
 
@@ -82,7 +82,7 @@ def refuse_occupied(out: Path, *, overwrite: bool, later_run: bool = False) -> N
     interrupted one is to be continued."""
     if not os.path.lexists(out) or is_empty_folder(out):
         return
-    if not (out / MANIFEST).is_file():
+    if not is_output(out):
         raise InputError(f"{out}: is not an output of this tool, so it is left alone; choose another folder with -o")
     if overwrite:
         return

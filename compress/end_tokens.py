@@ -12,8 +12,8 @@ KEY = "eos_token_id"
 def end_tokens(config, folder: Path, tokenizer=None) -> list[int]:
     """Ids, each once: of the validated configuration, of the folder's generation config, of the tokenizer where one is given.
 
-    Ids that are no tokens of the model (-1 stands for none) end nothing, and are left out. Raises InputError for a
-    generation config that cannot be read.
+    Those that are not in the model's vocabulary are left out: it cannot give them, and no runtime accepts them.
+    Raises InputError for a generation config that cannot be read.
     """
     given = _listed(config.eos_token_id) + of_generation_config(folder)
     if tokenizer is not None:

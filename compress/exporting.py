@@ -2,35 +2,44 @@
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from compress import destination, files, integrity, partials, plugins, progress
-from compress.checkpoint.reader import Checkpoint
+from compress import destination, files, integrity, partials, plugins, progress, stages
+from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.errors import InputError, WorkError, first_line, nearest
-from compress.workspace import MANIFEST
+from compress.recipe import override_key
+from compress.strict_model import from_flags
 
 CONTENT = "export"  # in the folder that is worked in: what gets the final name
 
 
-def export_checkpoint(checkpoint: Path, kind: str, out: Path | None) -> Path:
-    """Exports to `out`, which must not exist, and returns it."""
+def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: Iterable[str] = ()) -> Path:
+    """Exports to `out`, which must not exist, and returns it. `overrides` are options of the exporter, KEY=VALUE."""
     kinds = plugins.names(plugins.EXPORTERS)
     if kind not in kinds:
         raise InputError(f"--to {kind}: no such exporter{nearest(kind, kinds)}")
-    if not checkpoint.is_dir():
-        raise InputError(f"{checkpoint}: no such folder")
+    checkpoint = find_checkpoint(checkpoint)
     out = out or _default_folder(checkpoint.resolve(), kind)
     folder = destination.resolve(out)
     _refuse_existing(folder)
     integrity.verify(checkpoint)
     module = plugins.load(plugins.EXPORTERS, kind)
-    export_to(module, kind, module.Options(), Checkpoint(checkpoint, allow_quantized=True), folder)
+    options = _options(module, overrides)
+    export_to(module, kind, options, Checkpoint(checkpoint, allow_quantized=True), folder)
     return out
+
+
+def _options(module, overrides: Iterable[str]):
+    data: dict = {}
+    for override in overrides:
+        override_key(data, override)
+    return from_flags(module.Options, **data)
 
 
 def _default_folder(checkpoint: Path, kind: str) -> Path:
     """Beside the checkpoint, or beside the finished output it is part of, which stays as its manifest lists it."""
-    base = checkpoint.parent if (checkpoint.parent / MANIFEST).is_file() else checkpoint
+    base = checkpoint.parent if integrity.is_output(checkpoint.parent) else checkpoint
     return base.with_name(f"{base.name}-{kind}")
 
 
@@ -80,7 +89,7 @@ def _publish(content: Path, folder: Path) -> None:
 
 
 def _fill_export(module, kind: str, options, written: Checkpoint, partial: Path) -> None:
-    with progress.task(f"exporting {kind}", written.model.parameters) as advance:
+    with progress.task(stages.exporting(kind), written.model.parameters) as advance:
         try:
             module.export(written, partial, options, advance)
         except (InputError, WorkError, OSError):

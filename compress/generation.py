@@ -5,16 +5,18 @@ from pathlib import Path
 
 import torch
 
-from compress import integrity, progress
+from compress import integrity, onnx_layouts, progress
 from compress.artifacts import Artifact, find_artifact, open_artifact
 from compress.end_tokens import end_tokens
 from compress.errors import InputError
 from compress.inference import sample
+from compress.paths import as_text
 from compress.prompts.text import refuse_surrogates
 from compress.prompts.windows import encode, refuse_foreign_tokens, too_long
 from compress.source import load_tokenizer
 
 PREFILL_TOKENS = 4096
+FEW = 0.01  # of the parameters: norms and the like, which every artifact keeps in another type
 
 
 def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
@@ -32,6 +34,8 @@ def stream_text(name: Path, prompt: str, max_tokens: int, temperature: float, se
     if warning := too_long(len(ids) + max_tokens, artifact.config):
         progress.warn(f"prompt and --max-tokens: {warning}")
     tokens = stream_tokens(artifact, ids, max_tokens, temperature, seed)
+    if path not in (name, onnx_layouts.find(name)):  # one of several in an output folder
+        tokens = _announced(tokens, f"{as_text(str(path))} ({_what(artifact)})")
     yield from _readable(tokenizer, _until(tokens, ends))
 
 
@@ -45,6 +49,21 @@ def stream_tokens(artifact: Artifact, ids: list[int], max_tokens: int, temperatu
         yield token
         if remaining > 1:
             logits = step(torch.tensor([[token]]))
+
+
+def _announced(tokens: Iterator[int], what: str) -> Iterator[int]:
+    """Says what is running once it does: what cannot run is one sentence, of its refusal."""
+    for place, token in enumerate(tokens):
+        if place == 0:
+            progress.note(what)
+        yield token
+
+
+def _what(artifact: Artifact) -> str:
+    """`int4-g32, int8, onnxruntime`: the formats of all but a few parameters, the widest spread first, and the runtime."""
+    total = sum(artifact.formats.values())
+    ordered = sorted(artifact.formats, key=artifact.formats.get, reverse=True)
+    return ", ".join([*(name for name in ordered if artifact.formats[name] >= FEW * total), artifact.runtime])
 
 
 def _until(tokens: Iterator[int], ends: set[int]) -> Iterator[int]:

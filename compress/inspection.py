@@ -3,12 +3,11 @@
 import math
 from pathlib import Path
 
-from compress import integrity, sizes, source
+from compress import integrity, onnx_layouts, sizes, source
 from compress.artifacts import find_artifact
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 from compress.errors import InputError
 from compress.escaping import printable
-from compress.onnx_session import PAST
 
 
 def inspect(name: str, *, verify: bool = False) -> dict:
@@ -50,11 +49,11 @@ def _config_facts(folder: Path) -> dict:
 def _checkpoint_facts(folder: Path) -> dict:
     checkpoint = Checkpoint(folder, allow_quantized=True)
     model = checkpoint.model
-    formats: dict[str, int] = {}
-    for weight in model.weights:
-        formats[weight.format] = formats.get(weight.format, 0) + weight.parameters
     facts = _architecture_facts(model.architecture, model.config, checkpoint.config, model.units)
-    return facts | {"weight_bytes": sizes.stored_bytes(model.units), "formats": formats}
+    return facts | {
+        "weight_bytes": sizes.stored_bytes(model.units),
+        "formats": sizes.parameters_by_format(model.weights),
+    }
 
 
 def _onnx_facts(path: Path) -> dict:
@@ -74,8 +73,8 @@ def _declared_state_bytes(graph) -> dict[str, int]:
     """State bytes of one sequence from the graph's past inputs."""
     totals = {"key": 0, "value": 0, "recurrent_state": 0, "conv_state": 0}
     for value in graph.graph.inputs:
-        kind = value.name.rsplit(".", 1)[-1]
-        if value.name.startswith(PAST) and kind in totals and value.shape is not None and value.dtype is not None:
+        kind = onnx_layouts.kind_of(value.name) if onnx_layouts.is_past(value.name) else None
+        if kind in totals and value.shape is not None and value.dtype is not None:
             sizes_known = [size for size in value.shape if isinstance(size, int)]
             totals[kind] += int(math.prod(sizes_known) * value.dtype.itemsize)
     return sizes.StateBytes(totals["key"] + totals["value"], totals["recurrent_state"], totals["conv_state"]).to_json()

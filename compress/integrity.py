@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 from compress import progress
 from compress.checkpoint.folder import file_sha256, read_json
 from compress.errors import InputError
-from compress.workspace import MANIFEST
+from compress.onnx_layouts import folder_of
 
+MANIFEST = "manifest.json"
 RECIPE = "recipe.resolved.yaml"  # stands beside every manifest of ours; other tools have files named manifest.json too
 DEPTH = 3  # folders above an artifact in which its manifest is looked for
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -64,6 +65,14 @@ def manifest_in(folder: Path) -> Manifest | None:
     return None
 
 
+def is_output(folder: Path) -> bool:
+    """Whether `apply` made the folder, be it damaged since."""
+    try:
+        return manifest_in(folder) is not None
+    except InputError:
+        return True
+
+
 def verify(artifact: Path, *, digests: bool = False) -> Verified | None:
     """Compares an artifact's folder with the manifest that serves it: presence and size of every file, with `digests` content.
 
@@ -87,7 +96,7 @@ def _serving(artifact: Path) -> tuple[Path, Manifest, dict[PurePosixPath, Entry]
     Links are followed where the path as it is given leads to no manifest.
     """
     for path in (artifact, artifact.resolve()):
-        folder = path if path.is_dir() else path.parent
+        folder = folder_of(path)
         whole = folder.absolute()
         for base in (whole, *whole.parents[:DEPTH]):
             manifest = manifest_in(base)

@@ -11,12 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from compress import integrity
-from compress.checkpoint.reader import Checkpoint
+from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.errors import InputError, WorkError, first_line
 from compress.model import HybridModel, Place, Weight, is_finite
-from compress.workspace import MANIFEST
 
-CHECKPOINT, GENERATION = "checkpoint", "generation_config.json"
+GENERATION = "generation_config.json"
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -29,19 +28,6 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     if (folder / GENERATION).is_file():
         model.generation_config = _generation_config(folder)
     return model.eval()
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or that of an output folder of `apply`."""
-    if path.suffix == ".onnx" or (path / "model.onnx").is_file():
-        raise InputError(f"{path}: an ONNX model; only checkpoint folders can be loaded as a transformers model")
-    if not path.is_dir():
-        raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
-    if (path / MANIFEST).is_file() and (path / CHECKPOINT).is_dir():
-        return path / CHECKPOINT
-    if (path / "config.json").is_file():
-        return path
-    raise InputError(f"{path}: neither a checkpoint folder (no config.json) nor a finished output of apply")
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from compress.checkpoint.pointers import refuse_pointer
+from compress.onnx_layouts import data_files
 from compress.paths import is_text, with_text_name
 
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
@@ -19,7 +20,7 @@ FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 
 def open_session(path: Path, settings: ort.SessionOptions) -> ort.InferenceSession:
     """A session on the CPU. Raises InputError for a git-lfs pointer, and what onnxruntime raises."""
-    for file in (path, path.with_name(path.name + ".data")):
+    for file in (path, *data_files(path)):
         refuse_pointer(file)
     provider = ["CPUExecutionProvider"]
     if is_text(path) and not any(file.is_symlink() for file in path.parent.iterdir()):

@@ -8,6 +8,7 @@ import onnxruntime as ort
 import psutil
 import torch
 
+from compress import onnx_layouts
 from compress.errors import InputError, first_line
 from compress.onnx_files import open_session
 
@@ -15,7 +16,6 @@ from compress.onnx_files import open_session
 LOG_LEVEL = 3 if os.environ.get("COMPRESS_TRACEBACK") else 4
 ort.set_default_logger_severity(LOG_LEVEL)
 
-PAST = "past_key_values."
 ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of states
 LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
 
@@ -37,7 +37,7 @@ class OnnxSession:
         except Exception as error:  # onnxruntime's own exceptions share no public base class
             raise InputError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         inputs = {value.name: value for value in self._session.get_inputs()}
-        self.past = {name: value for name, value in inputs.items() if name.startswith(PAST)}
+        self.past = {name: value for name, value in inputs.items() if onnx_layouts.is_past(name)}
         outputs = {value.name: value for value in self._session.get_outputs()}
         _refuse_foreign(path, inputs.keys() - self.past.keys(), self.past, outputs)
         self.vocab_size = int(outputs["logits"].shape[-1])
@@ -60,7 +60,7 @@ class Generation:
 
     def __init__(self, session: OnnxSession, batch: int):
         self._session, self._seen = session, np.ones((batch, 0), np.int64)
-        self._outputs = ["logits", *map(_present, session.past)]
+        self._outputs = ["logits", *map(onnx_layouts.present_of, session.past)]
         self._state = {
             name: ort.OrtValue.ortvalue_from_numpy(_empty(value, batch)) for name, value in session.past.items()
         }
@@ -95,13 +95,9 @@ def _empty(value, batch: int) -> np.ndarray:
     return np.zeros(shape, ELEMENTS[value.type])
 
 
-def _present(past: str) -> str:
-    return "present." + past.removeprefix(PAST)
-
-
 def _refuse_foreign(path: Path, others, past: dict, outputs: dict) -> None:
     """A graph of another tool, or a damaged one: it would fail later, and less clearly."""
-    missing = {"logits", *map(_present, past)} - outputs.keys()
+    missing = {"logits", *map(onnx_layouts.present_of, past)} - outputs.keys()
     states = [name for name, value in past.items() if value.type not in ELEMENTS or not value.shape]
     if others != {"input_ids", "attention_mask"}:
         problem = "expected the inputs input_ids and attention_mask, and past_key_values"

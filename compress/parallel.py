@@ -14,9 +14,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-PIECE = (
-    1 << 27
-)  # multiplications of a piece of a product, at least: some milliseconds, far more than handing it over takes
+PIECE = 1 << 27  # multiplications of a piece of a product, at least: far more time than handing it over takes
 LEAST_ROWS = 512  # of a piece of a product: fewer would keep the matrix unit waiting for memory
 TILE = 512  # rows and columns of a piece of a matrix that is summed or factored, at most
 
@@ -89,8 +87,8 @@ def add_moments(total: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def mirror(total: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix [K, K] of that lower triangle."""
-    return total.tril().add_(total.tril(-1).T)
+    """The symmetric matrix [K, K] of that lower triangle, in its own place: it may be the largest there is."""
+    return total.tril_().add_(total.tril(-1).T)
 
 
 def _add_tiles(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, tiles: list[tuple[slice, slice]]) -> None:

@@ -6,19 +6,20 @@ from pathlib import Path
 import torch
 
 import compress
-from compress import cache, expert_counts, exporting, files, model_card, plan, plugins, prompts, surveys, sweep
+from compress import cache, exporting, files, plan, plugins, progress, prompts, stages, surveys, sweep
 from compress.artifacts import CheckpointArtifact
 from compress.check import run as check_run
 from compress.check.compare import Row, verdict
 from compress.checkpoint import companions, compressed_tensors, config_dtype, writer
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
+from compress.integrity import MANIFEST
 from compress.plan import PassContext, Plan
 from compress.recipe import LoadedRecipe
 from compress.report import build as report_build
-from compress.report import manifest, markdown
+from compress.report import manifest, markdown, model_card
 from compress.source import Source
-from compress.workspace import MANIFEST, Workspace
+from compress.workspace import Workspace
 from exporters import Exported
 
 
@@ -58,7 +59,8 @@ def apply(job: Job) -> dict:
     with Workspace(job.out, resume=job.resume, overwrite=job.overwrite) as space:
         planned = prepare(job)
         _refuse_shortages(job, planned)
-        return _run(job, planned, space)
+        with progress.stages(stages.of(planned)):
+            return _run(job, planned, space)
 
 
 def _refuse_shortages(job: Job, planned: Plan) -> None:
@@ -103,7 +105,7 @@ def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspac
         space.forget([step.name for step in planned.recipe.export])
     folder = space.folder / "checkpoint"
     writer.write_index(folder, planned.units)
-    _write_companions(job, planned, folder)
+    _write_companions(planned, folder)
     outcome.passes = sweep.report(planned, swept)
 
 
@@ -118,8 +120,8 @@ def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torc
     return prompts.longest_first(sets)
 
 
-def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
-    """config.json with its quantization section, the tokenizer and papers of the source, the model card."""
+def _write_companions(planned: Plan, folder: Path) -> None:
+    """config.json with its quantization section, the tokenizer and papers of the source."""
     restated = config_dtype.restated(planned.result.config_json, planned.model, planned.result)
     config = companions.without_code(restated)
     section = compressed_tensors.quantization_config(
@@ -127,14 +129,8 @@ def _write_companions(job: Job, planned: Plan, folder: Path) -> None:
     )
     if section:
         config["quantization_config"] = section
-    writer.write_json(folder / "config.json", config)
+    writer.write_config(folder, config)
     writer.copy_companions(planned.source.folder, folder)
-    facts = expert_counts.changes(planned.model, planned.result)
-    facts += config_dtype.changes(planned.model, planned.result)
-    card = model_card.render(
-        planned.source.folder, planned.source.name, planned.units, facts, job.recipe.resolved_yaml()
-    )
-    writer.write_text(folder / "README.md", card)
 
 
 def _export(step, written: Checkpoint, space: Workspace) -> Exported:
@@ -144,6 +140,8 @@ def _export(step, written: Checkpoint, space: Workspace) -> Exported:
         exporting.remove_unfinished(folder)
         exporting.export_to(module, step.name, step.options, written, folder)
         space.mark_done(step.name)
+    else:
+        progress.tell(f"reused from the earlier run: the export {step.name}")
     return module.describe(folder)
 
 
@@ -168,6 +166,8 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dic
     writer.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
     formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}
     formats |= {exported.kind: exported.formats for exported in outcome.exported}
+    card = model_card.render(report, formats["checkpoint"], job.source.folder, job.recipe.resolved_yaml())
+    writer.write_text(space.folder / "checkpoint" / companions.CARD, card)
     files.sync_tree(space.folder)
     writer.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))
     space.publish()

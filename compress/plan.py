@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from compress import cache, destination, expert_counts, files, passes, plugins, prompts, sizes
+from compress import cache, destination, expert_counts, files, passes, plugins, prompts, runtimes, sizes, strict_yaml
 from compress.calibration.settings import Calibration
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
@@ -210,7 +210,7 @@ def describe(plan: Plan, out: Path) -> str:
     lines = [
         f"model     {plan.source.name} ({model.model_type}), {plan.source_bytes:,} bytes",
         f"          {model.parameters:,} parameters, {active:,} active",
-        *(f"pass      {step.name}: {step.options.model_dump_json(exclude_none=True)}" for step in plan.recipe.passes),
+        *(line for step in plan.recipe.passes for line in _pass_lines(step)),
         *(
             f"note      {step.name}: {said}"
             for step, notes in zip(plan.recipe.passes, plan.notes, strict=True)
@@ -220,6 +220,7 @@ def describe(plan: Plan, out: Path) -> str:
         *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
+        *(f"loads in  {line}" for line in runtimes.as_lines(runtimes.of(plan.result, plan.recipe.export))),
     ]
     if plan.needs_calibration:
         asked = plan.calibration
@@ -235,6 +236,12 @@ def describe(plan: Plan, out: Path) -> str:
         f"          needs {plan.check_bytes():,} bytes of cache on disk",
     ]
     return _as_lines(lines)
+
+
+def _pass_lines(step) -> list[str]:
+    """A pass as it may stand in a recipe: the keys that have an effect."""
+    first, *rest = strict_yaml.dump({step.name: step.options.in_force()}).splitlines()
+    return [f"pass      {first}", *(f"          {line}" for line in rest)]
 
 
 def _as_lines(lines: list[str]) -> str:

@@ -100,12 +100,12 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> LoadedRec
     _validate(document, document.data, set())
     overridden: set[KeyPath] = set()
     for override in overrides:
-        overridden.add(_override(document.data, override))
+        overridden.add(override_key(document.data, override))
     recipe = _validate(document, document.data, overridden)
     return LoadedRecipe(path, path.read_bytes().decode("utf-8"), recipe)  # bytes: line ends stay as they are
 
 
-def _override(data: dict, override: str) -> KeyPath:
+def override_key(data: dict, override: str) -> KeyPath:
     """Sets one dotted key in plain recipe data; a number addresses a list item, a missing mapping is made."""
     key, equals, text = override.partition("=")
     if not equals or not key:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from compress import strict_json
-from compress.checkpoint.writer import write_json
+from compress import files, strict_json
+from compress.checkpoint.writer import write_text
 from compress.errors import InputError
 from compress.model import HybridModel
 from compress.source import Source
@@ -19,9 +19,7 @@ def refuse_unwritable(json_file: str | None, html_file: str | None = None) -> No
     for option, target in (("--json", json_file), ("--html", html_file)):
         if target is None or (option, target) == ("--json", STDOUT):
             continue
-        path = Path(target).absolute()
-        usable = target != STDOUT and not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
-        if not usable:
+        if target == STDOUT or not _can_be_written(target):
             raise InputError(f"{option} {target}: expected a file in a folder that exists and can be written to")
 
 
@@ -30,7 +28,28 @@ def put_json(result: dict, target: str | None) -> None:
     if target == STDOUT:
         click.echo(strict_json.dumps(result))
     elif target is not None:
-        write_json(Path(target), result)
+        put_text(strict_json.dumps(result) + "\n", target)
+
+
+def put_text(text: str, target: str) -> None:
+    """A file appears whole or not at all; of a symbolic link the target does. A device or a pipe is written to."""
+    if _is_stream(target):
+        with files.writing(Path(target)), open(target, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+    else:
+        write_text(Path(os.path.realpath(target)), text)
+
+
+def _can_be_written(target: str) -> bool:
+    path = Path(os.path.realpath(target))
+    if _is_stream(target):
+        return os.access(target, os.W_OK)
+    return not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
+
+
+def _is_stream(target: str) -> bool:
+    path = Path(target)
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def describe(source: Source, model: HybridModel, weights_sha256: str) -> dict:

@@ -42,6 +42,14 @@ def total_parameters(units) -> int:
     return sum(parameters for _, parameters in _sized(units))
 
 
+def parameters_by_format(weights) -> dict[str, int]:
+    """By the number format they are stored in."""
+    counts: dict[str, int] = {}
+    for weight in weights:
+        counts[weight.format] = counts.get(weight.format, 0) + weight.parameters
+    return counts
+
+
 def parameters_by_role(units) -> dict[Role, int]:
     totals: dict[Role, int] = {}
     for item, parameters in _sized(units):

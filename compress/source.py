@@ -8,7 +8,6 @@ from compress import integrity, resources
 from compress.checkpoint import companions
 from compress.errors import InputError, first_line
 from compress.paths import as_text, with_text_name
-from compress.workspace import MANIFEST
 
 # weights, configuration, tokenizer and papers; never code, never pickles, whatever their names begin with
 WANTED = (
@@ -38,7 +37,7 @@ def resolve(name: str, recipe_folder: Path | None = None, *, config_only: bool =
     """`id@revision` pins a hub revision; raises InputError where the model cannot be had."""
     local = resources.find_model(name, recipe_folder)
     if local is not None:
-        if (local / MANIFEST).is_file() and (local / "checkpoint").is_dir():
+        if integrity.is_output(local) and (local / "checkpoint").is_dir():
             raise InputError(f"model '{name}': an output of apply; its model is {Path(name) / 'checkpoint'}")
         if not config_only:
             integrity.verify(local)

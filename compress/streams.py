@@ -1,4 +1,5 @@
-"""Standard output and error for a command: a reader that went away (`| head`) does not change how the command ends."""
+"""Standard output and error for a command: neither a reader that went away (`| head`) nor a character that the terminal
+cannot show changes how the command ends."""
 
 import contextlib
 import io
@@ -52,7 +53,7 @@ def _replace(name: str, undo: contextlib.ExitStack) -> None:
         stream.flush()
         raw = _Steady(stream.fileno(), "w", closefd=False)
         replacement = io.TextIOWrapper(
-            io.BufferedWriter(raw), stream.encoding, stream.errors,
+            io.BufferedWriter(raw), stream.encoding, "backslashreplace" if stream.errors == "strict" else stream.errors,
             line_buffering=stream.line_buffering, write_through=stream.write_through,
         )  # fmt: skip
         setattr(sys, name, replacement)

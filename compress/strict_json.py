@@ -1,4 +1,5 @@
-"""JSON as every parser reads it: NaN and infinity, which JSON does not have, are written as null."""
+"""JSON of ours, as every parser reads it: NaN and infinity, which JSON does not have, are written as null. And JSON of a model's,
+which is passed on with the values it came with."""
 
 import json
 import math
@@ -7,6 +8,11 @@ import math
 def dumps(value) -> str:
     """Indented text."""
     return json.dumps(_without_nan(value), indent=2, allow_nan=False)
+
+
+def dumps_as_it_came(value) -> str:
+    """The same of what came with a model: transformers writes and reads `Infinity`, where null would be another value."""
+    return json.dumps(value, indent=2)
 
 
 def _without_nan(value):

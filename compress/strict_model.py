@@ -10,6 +10,22 @@ from compress.errors import InputError, nearest
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+    def idle(self) -> set[str]:
+        """Keys that change nothing as the others stand, beside those that hold nothing."""
+        return set()
+
+    def in_force(self) -> dict:
+        """The keys that have an effect, as plain data: what a plan shows."""
+        return _without_nothing(self.model_dump(mode="json", exclude=self.idle()))
+
+
+def _without_nothing(plain):
+    """Plain data without what is empty."""
+    if isinstance(plain, dict):
+        kept = {key: _without_nothing(value) for key, value in plain.items()}
+        return {key: value for key, value in kept.items() if value not in (None, {}, [])}
+    return [_without_nothing(value) for value in plain] if isinstance(plain, list) else plain
+
 
 class KeyedError(ValueError):
     """A validator's refusal of one key of a mapping, so that the sentence can name that key's line."""
@@ -48,6 +64,8 @@ def from_flags(model: type[Strict], **values) -> Strict:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in key_path(first))
+        if first["type"] == "extra_forbidden":
+            raise InputError(f"unknown key '{key}'{nearest(key, list(model.model_fields))}") from None
         raise InputError(f"{key}: {what_was_expected(first)}") from None
 
 

@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from compress import parallel, passes, plan, progress
+from compress import parallel, passes, plan, progress, stages
 from compress.calibration.layers import walk
 from compress.checkpoint import writer
 from compress.plan import PassContext, Plan
@@ -26,8 +26,10 @@ def _found(planned: Plan, place: int, context: PassContext, space: Workspace, wi
     if not space.is_done(name):
         path.parent.mkdir(exist_ok=True)
         module, options = planned.modules[place]
-        with progress.task("survey", planned.model.config.num_hidden_layers) as advance:
+        with progress.task(stages.SURVEY, planned.model.config.num_hidden_layers) as advance:
             layers = walk(planned.model, windows, space.folder / CALIBRATION / "survey", context.device, advance)
             writer.write_json(path, module.survey(options, layers, context))
         space.mark_done(name)
+    else:
+        progress.tell("reused from the earlier run: the survey")
     return json.loads(path.read_text())

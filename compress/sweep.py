@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from compress import parallel, passes, progress
+from compress import parallel, passes, progress, stages
 from compress.calibration import inputs as calibration_inputs
 from compress.calibration.inputs import LayerInputs, UnitInputs
 from compress.checkpoint import writer
@@ -46,9 +46,11 @@ def run(planned: Plan, context: PassContext, space: Workspace, windows: list[tor
     """Writes every shard that an earlier run did not finish. `windows` are the calibration tokens, where a pass asks."""
     (space.folder / CHECKPOINT).mkdir(exist_ok=True)
     swept, began = Swept(), time.monotonic()
-    with progress.task("compressing", planned.model.parameters) as advance, _Publisher(space) as publisher:
+    with progress.task(stages.COMPRESSING, planned.model.parameters) as advance, _Publisher(space) as publisher:
         write = _plainly(planned) if windows is None else _Calibrated(planned, context, space, windows, swept)
         finished = _finished(planned, space, calibrated=windows is not None)
+        if space.is_resumed:
+            progress.tell(_reused(planned, finished))
         for number, unit in enumerate(planned.units):
             shard = _shard(planned, number)
             if number in finished:
@@ -95,6 +97,11 @@ def _finished(planned: Plan, space: Workspace, *, calibrated: bool) -> set[int]:
     return set(range(first)) if first and space.is_done(_states(first)) else set()
 
 
+def _reused(planned: Plan, finished: set[int]) -> str:
+    layers = [unit.name.startswith("layer.") for unit in planned.units]
+    return f"reused from the earlier run: {sum(layers[number] for number in finished)} of {sum(layers)} layers"
+
+
 def _states(number: int) -> str:
     return f"{CALIBRATION}/states.{number}"
 
@@ -105,9 +112,9 @@ def _note(place: int, number: int) -> str:
 
 
 def _notes_of(planned: Plan, number: int) -> list[str]:
-    """Nothing reaches the embedding, unit 0: nothing is noted of it."""
+    """Nothing is noted of an embedding, unit 0, that is no output matrix: nothing reaches it."""
     asking = [place for place, step in enumerate(planned.modules) if passes.needs_calibration(*step)]
-    return [_note(place, number) for place in asking] if number else []
+    return [_note(place, number) for place in asking] if number or planned.model.config.tie_word_embeddings else []
 
 
 class _Publisher:

@@ -9,7 +9,6 @@ from pathlib import Path
 from compress import destination, files, partials
 from compress.checkpoint.writer import write_json
 from compress.claim import PREVIOUS, bring_back, claim, keep_mode
-from compress.destination import MANIFEST as MANIFEST
 from compress.errors import InputError
 from compress.locks import LOCK
 from compress.partials import JOURNAL
@@ -31,6 +30,7 @@ class Workspace:
         self._key: dict = {}
         self._done: dict[str, dict] = {}
         self._saving, self._begun = threading.Lock(), False
+        self.is_resumed = False  # whether it goes on from an earlier run's journal; known once it has begun
 
     def __enter__(self) -> "Workspace":
         self._claim = claim(self.out, resume=self._resume, overwrite=self._overwrite)
@@ -49,7 +49,7 @@ class Workspace:
         anew = self._overwrite and not self._resume
         found = [path for path in self.folder.iterdir() if path.name not in NOTHING]
         if found and not anew:
-            self._done = _journal(self.folder, key)
+            self._done, self.is_resumed = _journal(self.folder, key), True
         self._key, self._begun = key, True
         for path in found if anew else ():
             partials.remove(path)
@@ -94,6 +94,7 @@ class Workspace:
 def _made_way(out: Path, previous: Path) -> Iterator[None]:
     """The output that is replaced steps aside, and comes back where nothing took its place."""
     if out.exists() and not destination.is_empty_folder(out):
+        partials.remove(previous)  # one that stepped aside for a run that was killed; another has its place by now
         files.rename(out, previous)
     try:
         yield

@@ -1,7 +1,7 @@
 """Writers of deployable artifacts. An exporter is one file named by its recipe key (`exporters/onnx.py` is `- onnx: {}`).
 
 It defines `Options` (its block in the recipe), `predict_bytes(units)`, `export(checkpoint, folder, options, advance)` and
-`describe(folder)`, which reads back what was written.
+`describe(folder)`, which reads back what was written. `runtimes(model, options)` may say what takes it.
 Shared blocks for building graphs live in `exporters/graph/`.
 """
 

@@ -1,6 +1,7 @@
 """`onnx`: one portable graph for prefill and decode, in standard operators of opset 21, beside its weights.
 
-Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `decoder`) and the tokenizer's files.
+Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `decoder`) and the tokenizer's files; with
+`layout: transformers.js` onnx/model.onnx, onnx/model.onnx_data, config.json and the tokenizer's files.
 """
 
 import json
@@ -8,16 +9,18 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from compress import formats, plugins
+from compress import formats, onnx_layouts, plugins
+from compress.onnx_layouts import GENAI, TRANSFORMERS_JS
 from compress.strict_model import Strict
 from exporters import Exported
 
-MODEL = "model.onnx"
+LAYOUTS = {"genai": GENAI, "transformers.js": TRANSFORMERS_JS}
 IR_VERSION = 10  # the one that came with opset 21
 
 
 class Options(Strict):
     opset: Literal[21] = 21
+    layout: Literal["genai", "transformers.js"] = "genai"
 
 
 def predict_bytes(units) -> int:
@@ -36,6 +39,13 @@ def _predict_bytes(weight) -> int:
     return values + scale_bytes * math.prod(number_format.scales_shape(weight.shape))
 
 
+def runtimes(model, options: Options) -> list:
+    """Which runtimes take what will be written."""
+    from compress.runtimes import of_onnx
+
+    return of_onnx(model, "onnx", options.layout)
+
+
 def export(checkpoint, folder: Path, options: Options, advance) -> None:
     """Writes the artifact of an opened checkpoint into an empty folder, one weight in memory at a time."""
     import onnx
@@ -44,31 +54,35 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
     import compress
     from compress.checkpoint.companions import without_code
     from compress.checkpoint.writer import copy_companions, write_json
-    from compress.end_tokens import end_tokens
     from compress.paths import with_text_name
-    from compress.source import tokenizer_of
-    from exporters.graph import genai, reading
+    from exporters.graph import genai, reading, transformers_js
     from exporters.graph.builder import Graph, WeightFile
 
-    weights = WeightFile(folder)
+    layout = LAYOUTS[options.layout]
+    path = folder / layout.model
+    path.parent.mkdir(exist_ok=True)
+    weights = WeightFile(folder / layout.data)
     architecture = plugins.load("exporters.architectures", checkpoint.config["model_type"])
     graph = architecture.build(checkpoint.model, Graph(weights, options.opset), advance)
     weights.close()
+    if layout is TRANSFORMERS_JS:
+        transformers_js.rename_states(graph)
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="compress", producer_version=compress.__version__)
     model.metadata_props[reading.CONFIG_KEY] = json.dumps(without_code(checkpoint.config), sort_keys=True)
-    ir.save(model, folder / MODEL)
-    with with_text_name(folder) as named:
-        onnx.checker.check_model(named / MODEL, full_check=True)
-    ends = end_tokens(checkpoint.model.config, checkpoint.folder, tokenizer_of(checkpoint.folder))
-    write_json(folder / "genai_config.json", genai.config(checkpoint.model, MODEL, ends))
+    ir.save(model, path)
+    with with_text_name(path.parent) as named:
+        onnx.checker.check_model(named / path.name, full_check=True)
     copy_companions(checkpoint.folder, folder)
+    configuration = transformers_js.config if layout is TRANSFORMERS_JS else genai.config
+    write_json(folder / layout.config, configuration(checkpoint))
 
 
 def describe(folder: Path) -> Exported:
     """What an exported folder holds, read from model.onnx itself."""
     from exporters.graph import reading
 
-    tensors = reading.external_tensors(reading.load(folder / MODEL))
-    files = (MODEL, MODEL + ".data", "genai_config.json")
+    layout = onnx_layouts.of(folder)
+    tensors = reading.external_tensors(reading.load(folder / layout.model))
     weight_bytes = sum(tensor.length for tensor in tensors)
-    return Exported("onnx", MODEL, files, weight_bytes, reading.stored_formats(tensors))
+    files = (layout.model, layout.data, layout.config)
+    return Exported("onnx", layout.model, files, weight_bytes, reading.stored_formats(tensors))

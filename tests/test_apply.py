@@ -455,24 +455,14 @@ def test_the_shipped_model_is_found_from_anywhere(compress_cli, tmp_path, monkey
     assert "tiny-jamba" in result.stdout
 
 
-CARD = "---\nlicense: apache-2.0\n---\n# A model\n\nIt was trained on letters, ü and all.\n"
-
-
-def test_licence_and_model_card_travel_along(quick, small, tmp_path):
+def test_licence_and_notice_travel_along(quick, small, tmp_path):
     model = Path(shutil.copytree(small, tmp_path / "model"))
     (model / "LICENSE").write_text("Do as you like.\n")
     (model / "NOTICE").write_text("Made by someone.\n")
-    (model / "README.md").write_text(CARD, encoding="utf-8")
     out = quick(model=model)
     for folder in ("checkpoint", "onnx"):
         assert (out / folder / "LICENSE").read_text() == "Do as you like.\n"
         assert (out / folder / "NOTICE").read_text() == "Made by someone.\n"
-    card = (out / "checkpoint" / "README.md").read_text(encoding="utf-8")
-    assert card.startswith(CARD.rstrip())
-    section = card.removeprefix(CARD.rstrip())
-    assert "How this model was compressed" in section
-    assert "int8" in section
-    assert "weights: int8" in section, "the recipe stands in the card"
 
 
 def test_code_and_pickles_beside_the_weights_do_not_travel_along(quick, small, tmp_path):

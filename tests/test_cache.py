@@ -131,6 +131,16 @@ def test_an_entry_in_use_counts_as_new(own_cache):
     assert len(list(path.parent.iterdir())) == cache.NEWEST_KEPT
 
 
+def test_an_entry_of_another_user_is_used_though_it_cannot_be_marked_as_used(own_cache, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    path = cache.folder("things") / "x"
+    cache.entry(path, lambda file: file.write(b"theirs")).close()
+    monkeypatch.setattr(os, "utime", refused)
+    assert cache.entry(path, None).read(6) == b"theirs"
+
+
 @pytest.mark.parametrize("place", ["entry", "scratch"])
 def test_a_full_disk_is_named(own_cache, place):
     def full(*arguments):

@@ -499,3 +499,15 @@ def test_a_configuration_that_changes_the_logits_is_another_baseline(compress_cl
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(compress_cli, small, tmp_path):
     result = checked(compress_cli, small, small, "--json", tmp_path / "nowhere" / "a.json")
     assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+
+
+def test_figures_go_to_a_pipe_and_through_a_link_and_replace_neither(compress_cli, small, tmp_path):
+    pipe, link, linked = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "elsewhere.json"
+    os.mkfifo(pipe)
+    link.symlink_to(linked)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    piped = checked(compress_cli, small, small, "--json", pipe)
+    assert checked(compress_cli, small, small, "--json", link).exit_code == piped.exit_code == 0
+    assert pipe.is_fifo() and link.is_symlink()
+    assert json.loads(os.read(reader, 1 << 20))["checks"] == json.loads(linked.read_text())["checks"]
+    os.close(reader)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 from refusals import refusal_of_command
+from text_models import changed_copy
 from transformers import AutoTokenizer
+
+from compress import exporting
 
 QUICK = ("--prompts", "self", "--samples", "1", "--length", "8")
 
@@ -190,4 +193,17 @@ def test_a_broken_genai_config_is_named(compress_cli, tiny, graph, change):
 def test_a_graph_whose_genai_config_fits_passes(compress_cli, tiny, graph, change):
     change(graph)
     result = compress_cli("check", tiny, graph, *QUICK)
+    assert result.exit_code == 0, result.output
+
+
+def test_ids_that_a_model_names_beyond_its_vocabulary_do_not_make_its_own_export_look_broken(
+    compress_cli, tiny, tmp_path
+):
+    beyond = {"pad_token_id": 2048, "eos_token_id": [2, 2049]}
+    model = changed_copy(
+        tiny, tmp_path / "model", weights=True, config=beyond, generation_config={"eos_token_id": 2050}
+    )
+    graph = exporting.export_checkpoint(model, "onnx", tmp_path / "graph")
+    assert json.loads((graph / "genai_config.json").read_text())["model"]["eos_token_id"] == 2
+    result = compress_cli("check", model, graph, *QUICK)
     assert result.exit_code == 0, result.output

@@ -220,7 +220,8 @@ def test_a_missed_limit_exits_1_and_keeps_everything(compress_cli, small, tmp_pa
     result = compress_cli(*arguments, "check.limits={kl_divergence_mean: 0}")
     assert result.exit_code == MISSED, result.output
     assert json.loads((out / "report.json").read_text())["verdict"] == "fail"
-    assert "fail" in result.stderr
+    assert "verdict: fail" in result.stdout
+    assert "verdict: fail" in result.stderr, "the reason of an exit code that is not 0, beside the log"
     assert "\x1b" not in result.output, "no colours where no terminal is"
     for name in ("manifest.json", "checkpoint/config.json", "onnx/model.onnx", "report.md"):
         assert (out / name).is_file()

@@ -234,7 +234,7 @@ def refusal(folder: Path, name: str | None = None) -> str:
 def change_section(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes
-    writer.write_json(folder / "config.json", config)
+    writer.write_config(folder, config)
 
 
 def change_tensor(folder: Path, name: str, change) -> None:
@@ -276,7 +276,7 @@ def test_a_section_that_describes_what_is_not_known_here_is_refused(damaged, cha
 @pytest.mark.parametrize("section", [None, 3, [], "compressed-tensors", {}])
 def test_a_section_that_is_none_is_refused(damaged, section):
     config = json.loads((damaged / "config.json").read_text()) | {"quantization_config": section}
-    writer.write_json(damaged / "config.json", config)
+    writer.write_config(damaged, config)
     assert str(damaged / "config.json") in refusal(damaged)
 
 

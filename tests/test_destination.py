@@ -307,10 +307,44 @@ def test_hidden_states_and_exported_weights_say_why_they_cannot_be_written(tmp_p
     assert caught.value.filename == str(tmp_path / "hidden-00000.f32")
     fill(monkeypatch, "model.onnx.data")
     with pytest.raises(OSError, match="No space left"):
-        WeightFile(tmp_path).add("x", torch.zeros(3), 1, (3,))
+        WeightFile(tmp_path / "model.onnx.data").add("x", torch.zeros(3), 1, (3,))
 
 
 def test_the_longest_name_a_work_folder_can_have_is_used(apply, tmp_path):
     """255 bytes are a name's limit; while it is made, the work folder's is 17 longer than the output's."""
     assert apply(to=tmp_path / ("x" * 238)).exit_code == 0
     assert len(refusal_of_command(apply(to=tmp_path / ("x" * 239)))) > 239
+
+
+def test_a_folder_of_another_tool_with_a_manifest_of_its_own_is_never_replaced(apply, tmp_path):
+    extension = tmp_path / "extension"
+    extension.mkdir()
+    (extension / "manifest.json").write_text('{"manifest_version": 3, "name": "theirs", "files": []}')
+    for flags in ((), ("--overwrite",), ("--resume", "--overwrite")):
+        assert "not an output of this tool" in refusal_of_command(apply(*flags, to=extension))
+    assert [path.name for path in tmp_path.iterdir()] == ["extension"] and "theirs" in (
+        extension / "manifest.json"
+    ).read_text()
+
+
+def test_a_damaged_output_of_this_tool_is_replaced(apply, tmp_path):
+    out = tmp_path / "out"
+    assert apply(to=out).exit_code == 0
+    (out / "manifest.json").write_text("{")
+    assert apply("--overwrite", to=out).exit_code == 0
+
+
+LONG = "a" * 300
+NAMED = {
+    "a recipe": ("apply", LONG),
+    "an artifact": ("inspect", LONG),
+    "a prompt in an artifact's place": ("run", LONG, "hi"),
+    "a baseline": ("check", LONG, LONG),
+    "a result": ("check", ".", ".", "--json", LONG),
+    "a checkpoint": ("export", LONG),
+}
+
+
+@pytest.mark.parametrize("arguments", NAMED.values(), ids=list(NAMED))
+def test_a_name_that_no_file_can_have_is_bad_input(compress_cli, arguments):
+    assert "File name too long" in refusal_of_command(compress_cli(*arguments))

@@ -100,7 +100,7 @@ def test_a_cache_entry_gets_its_name_when_it_is_on_disk(disk):
 
 
 def test_weights_of_an_export_are_on_disk_when_their_file_is_closed(disk, tmp_path):
-    weights = WeightFile(tmp_path)
+    weights = WeightFile(tmp_path / "model.onnx.data")
     weights.add("x", torch.ones(1000), ir.DataType.FLOAT, (1000,))
     weights.close()
     disk.refuse_unwritten(tmp_path / "model.onnx.data")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,16 @@ def test_a_missed_limit_is_missed_whoever_reads(small, int8, out, err):
 
 def test_what_went_well_went_well_whoever_reads(small, int8):
     assert exit_code_unread(("check", small, int8, *QUICK, "--json", "-"), err=True) == 0
+
+
+def test_a_name_that_the_terminal_cannot_show_changes_nothing(tiny, tmp_path):
+    model = tmp_path / "日本"
+    model.mkdir()
+    shutil.copyfile(tiny / "config.json", model / "config.json")
+    arguments = ("apply", "tiny-int8", "-m", model, "--dry-run", "--set", "check=null")
+    latin = {**os.environ, "PYTHONIOENCODING": "iso-8859-1"}
+    result = subprocess.run(command(*arguments), env=latin, capture_output=True, check=False)
+    assert result.returncode == 0 and rb"\u65e5\u672c" in result.stdout, result.stderr
 
 
 def test_bad_input_stays_bad_input_whoever_reads():

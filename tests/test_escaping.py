@@ -77,7 +77,7 @@ def test_a_hostile_model_name_stays_harmless_everywhere(compress_cli, hostile, t
     assert result.exit_code == 0, result.output
     report, card = ((tmp_path / "out" / name).read_text() for name in ("report.md", "checkpoint/README.md"))
     assert not any(map(has_controls, (result.output, report, card)))
-    assert shown in result.stderr.replace("\n", "")
+    assert shown in result.stdout.replace("\n", "")
     assert shown in rendered(report)
     assert shown in rendered(card)
 

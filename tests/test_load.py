@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, JambaForCausalLM
 
 import compress
-from compress import loading, pipeline
+from compress import loading, pipeline, runtimes
 from compress.architectures import jamba
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import WorkError
@@ -351,6 +351,14 @@ def test_stock_transformers_loads_it_or_stops(outputs, name):
 
 def as_rounded(loaded: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.equal(loaded.float(), expected.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_stock_transformers_does_is_told_from_formats(outputs, name):
+    row, ours = runtimes.of_checkpoint(Checkpoint(outputs(name) / "checkpoint", allow_quantized=True).model)
+    assert (row.name, row.loads) == ("transformers", CASES[name].stock != REFUSED)
+    assert (row.why is None) == row.loads
+    assert (ours.name, ours.loads) == ("compress.load", True)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-g32, no dt", "fp8"])

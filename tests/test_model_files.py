@@ -30,9 +30,9 @@ def exported(tiny, tmp_path_factory) -> Path:
     return exporting.export_checkpoint(tiny, "onnx", tmp_path_factory.mktemp("exported") / "onnx")
 
 
-def generated(compress_cli, artifact: Path, *arguments, **options) -> str:
+def generated(compress_cli, artifact: Path, *arguments, told: str = "", **options) -> str:
     result = compress_cli("run", artifact, *(arguments or (PROMPT, "--max-tokens", 12)), **options)
-    assert (result.exit_code, result.stderr) == (0, ""), result.stderr
+    assert (result.exit_code, result.stderr) == (0, told), result.stderr
     return result.stdout
 
 
@@ -206,6 +206,19 @@ def test_code_that_is_not_shipped_is_not_named(compress_cli, tiny, tmp_path):
     assert kept == json.loads((tiny / "tokenizer_config.json").read_text())
 
 
+def test_numbers_that_json_does_not_have_reach_the_written_configurations_as_they_came(compress_cli, tiny, tmp_path):
+    ours = {"time_step_limit": [0.0, float("inf")]}  # as Nemotron-H's config.json has it
+    theirs = {"auto_map": {"": "code"}, "model_max_length": float("inf")}  # written anew, as it names code
+    model = changed_copy(tiny, tmp_path / "model", weights=True, config=ours, tokenizer_config=theirs)
+    arguments = ("-o", tmp_path / "out", "--set", "check=null")
+    assert compress_cli("apply", "tiny-int8", "-m", model, *arguments).exit_code == 0
+    written = tmp_path / "out" / "checkpoint"
+    assert json.loads((written / "config.json").read_text())["time_step_limit"] == ours["time_step_limit"]
+    assert json.loads((written / "tokenizer_config.json").read_text())["model_max_length"] == float("inf")
+    graph = reading.load(tmp_path / "out" / "onnx" / "model.onnx")
+    assert json.loads(graph.metadata_props[reading.CONFIG_KEY])["time_step_limit"] == ours["time_step_limit"]
+
+
 # ---- names that are not UTF-8
 
 
@@ -224,12 +237,13 @@ def test_a_model_in_a_folder_whose_name_is_not_utf_8_works_from_end_to_end(compr
     assert result.exit_code == 0, result.stderr
     assert json.loads((out / "report.json").read_text())["model"]["name"] == r"mod\xe9l"
     assert (out / "report.md").read_text().startswith(r"# mod\\xe9l: pass"), "Markdown shows \\xe9"
-    assert generated(compress_cli, model) and generated(compress_cli, out)
+    told = rf"compress: {tmp_path}/\xff-out/onnx/model.onnx (int8, onnxruntime)" + "\n"
+    assert generated(compress_cli, model) and generated(compress_cli, out, told=told)
     assert compress_cli("inspect", out).exit_code == 0
     checked = compress_cli("check", model, out, "--samples", 1, "--length", 16, "--json", "-")
     assert json.loads(checked.stdout)["candidate"].endswith(r"\xff-out")
     exported = exporting.export_checkpoint(out / "checkpoint", "onnx", tmp_path / os.fsdecode(b"\xfe"))
-    assert generated(compress_cli, exported) == generated(compress_cli, out)
+    assert generated(compress_cli, exported) == generated(compress_cli, out, told=told)
 
 
 def test_the_source_is_called_by_a_name_that_can_be_written(tiny, tmp_path):
@@ -298,7 +312,9 @@ def test_end_tokens_are_joined_each_once(tiny, tmp_path):
     assert end_tokens(config, model, load_tokenizer(model)) == [2, 5, 9]
 
 
-@pytest.mark.parametrize("given, expected", [(2, [2]), (None, [2]), (7, [2, 7]), ([], [2]), (-1, [2])])
+@pytest.mark.parametrize(
+    "given, expected", [(2, [2]), (None, [2]), (7, [2, 7]), ([], [2]), (-1, [2]), ([2048, 7], [2, 7])]
+)
 def test_a_generation_config_may_name_one_end_token_or_none(tiny, tmp_path, given, expected):
     model = changed_copy(tiny, tmp_path / "model", generation_config={"eos_token_id": given})
     assert end_tokens(Checkpoint(tiny).model.config, model) == expected

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from jamba_models import make_jamba
-from onnx_graphs import all_graphs
+from onnx_graphs import all_graphs, assert_shapes_are_inferred
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -614,3 +614,19 @@ def test_an_export_that_fails_leaves_nothing_under_the_final_name(awkward, tmp_p
     with pytest.raises(OSError, match="No space"):
         exporting.export_checkpoint(awkward.checkpoint, "onnx", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# what other tools make of it
+
+
+def test_no_body_takes_more_than_weights_from_outside(artifact):
+    """OpenVINO counts a computed value as a missing input of the operator."""
+    graph, *bodies = all_graphs(load_graph(artifact.path).graph)
+    assert len(bodies) == sum(node.op_type == "Scan" for node in graph.node)
+    for body in bodies:
+        own = {value.name for value in (*body.input, *graph.initializer)} | {o for n in body.node for o in n.output}
+        assert {name for node in body.node for name in node.input} <= own
+
+
+def test_onnxruntimes_symbolic_shape_inference_knows_every_shape(artifact, monkeypatch):
+    assert_shapes_are_inferred(artifact.path, monkeypatch)

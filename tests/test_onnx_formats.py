@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jamba_models import make_jamba
-from onnx_graphs import all_graphs
+from onnx_graphs import all_graphs, assert_shapes_are_inferred
 from safetensors import safe_open
 
 from compress import formats, pipeline
@@ -80,7 +80,7 @@ def make_weight(number_format: str, shape: tuple[int, int], activation=None, rot
 
 def run_graph(folder: Path, x: np.ndarray, width: int, build, options: dict | None = None) -> np.ndarray:
     """A graph of one input and one output [..., width] under onnxruntime; checked as a whole export is."""
-    weights = WeightFile(folder)
+    weights = WeightFile(folder / "model.onnx.data")
     graph, value = Graph(weights, 21), declare("x", ir.DataType.from_numpy(x.dtype), [f"d{i}" for i in range(x.ndim)])
     y = rename(build(graph, value), "y", ir.DataType.FLOAT, [*(f"y{i}" for i in range(x.ndim - 1)), width])
     weights.close()
@@ -352,8 +352,9 @@ def nodes_of(path: Path) -> list[onnx.NodeProto]:
 
 def initializers(path: Path) -> dict[str, onnx.TensorProto]:
     """Those in the data file."""
-    graph = onnx.load(path, load_external_data=False).graph
-    return {t.name: t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    graphs = all_graphs(onnx.load(path, load_external_data=False).graph)
+    tensors = (tensor for graph in graphs for tensor in graph.initializer)
+    return {t.name: t for t in tensors if t.data_location == onnx.TensorProto.EXTERNAL}
 
 
 def place(tensor: onnx.TensorProto) -> SimpleNamespace:
@@ -570,3 +571,31 @@ def test_an_input_that_several_matrices_share_is_rounded_once(rounded_to):
         is not None
     )
     assert sum(node.op_type == "QuantizeLinear" for node in nodes_of(rounded_to.path)) == groups
+
+
+def test_onnxruntimes_symbolic_shape_inference_knows_every_shape(rounded_to, monkeypatch):
+    assert_shapes_are_inferred(rounded_to.path, monkeypatch)
+
+
+def test_onnxruntimes_symbolic_shape_inference_knows_every_shape_of_stored_weights(stored_as, monkeypatch):
+    assert_shapes_are_inferred(stored_as.path, monkeypatch)
+
+
+def test_no_product_has_two_dequantized_fp8_sides(rounded_to):
+    """onnxruntime before 1.32 makes a product of whole numbers of them, and then refuses it."""
+    nodes, weights = nodes_of(rounded_to.path), initializers(rounded_to.path)
+    widened = {n.output[0]: n.input[0] for n in nodes if n.op_type == "DequantizeLinear"}
+    for left, right in (node.input for node in nodes if node.op_type == "MatMul"):
+        if left in widened and right in widened:
+            assert weights[widened[right]].data_type != onnx.TensorProto.FLOAT8E4M3FN
+
+
+def test_no_product_of_a_rotation_has_weights_on_its_left(tmp_path):
+    """onnxruntime before 1.32 refuses them there where no row is on the right: an expert that no token chose."""
+    weight = make_weight("int8", (24, 96), make_activation("static-int8"), hadamard.block_size(96))
+    run_graph(tmp_path, make_inputs(96), 24, lambda graph, value: blocks.linear(graph, value, weight))
+    reached, products = {"x"}, [n for n in nodes_of(tmp_path / "model.onnx") if n.op_type == "MatMul"]
+    for node in nodes_of(tmp_path / "model.onnx"):
+        if reached & set(node.input):
+            reached |= set(node.output)
+    assert len(products) == 3 and all(node.input[0] in reached for node in products)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import posixpath
+import re
 import subprocess
 import sys
 import zipfile
@@ -19,7 +21,7 @@ HAS_BACKEND = importlib.util.find_spec("hatchling") is not None
 HOOK_SOURCE = "exporters/optimum_hook/register_compress.py"  # moves to where optimum looks for it
 HOOK = "optimum/commands/register/register_compress.py"
 DATA = {"recipes": "compress/data/recipes", "calibration_data": "compress/data/calibration_data"}
-DATA = {**DATA, "models": "compress/data/models"}  # in the checkout -> in the wheel
+DATA = {**DATA, "models": "compress/data/models", "docs": "compress/data/docs"}  # in the checkout -> in the wheel
 
 # without the build backend pip fetches it, which a test must not do unasked
 pytestmark = [] if HAS_BACKEND else [pytest.mark.slow]
@@ -96,6 +98,28 @@ def test_the_recipes_prompts_and_the_reference_model_are_there(contents):
     assert model <= set(contents)
 
 
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def test_every_link_of_a_document_leads_to_a_file_that_ships(contents):
+    documents = [name for name in contents if name.startswith("compress/data/") and name.endswith(".md")]
+    assert {"compress/data/README.md", "compress/data/docs/onnx.md", "compress/data/CHANGELOG.md"} <= set(documents)
+    links = [(name, link) for name in documents for link in LINK.findall(contents[name].decode()) if ":" not in link]
+    assert len(links) > 40
+    for name, link in links:
+        assert posixpath.normpath(posixpath.join(posixpath.dirname(name), link)) in contents, (name, link)
+
+
+def test_the_readme_in_the_wheel_is_the_readme(contents):
+    assert contents["compress/data/README.md"] == (ROOT / "README.md").read_bytes()
+    assert info(contents, "METADATA").endswith((ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize("package", ["compress", "exporters"])
+def test_type_checkers_are_told_of_the_types(contents, package):
+    assert contents[f"{package}/py.typed"] == b""
+
+
 def test_no_leftovers_are_packed(contents):
     ends = (".pyc", ".tmp", ".partial", ".orig", ".ipynb")
     assert not [name for name in contents if name.endswith(ends) or "__pycache__" in name or "/." in name]
@@ -125,6 +149,20 @@ def test_the_wheel_lists_its_recipes_away_from_the_checkout(unpacked, tmp_path):
     assert Path(place.strip()).is_relative_to(unpacked)
     listed = elsewhere(unpacked, tmp_path, "-m", "cli", "recipes").splitlines()
     assert [line.split()[0] for line in listed] == sorted(resources.shipped_recipes())
+
+
+def test_the_wheel_runs_as_a_module_whatever_the_working_folder_holds(unpacked, tmp_path):
+    (tmp_path / "cli.py").write_text("raise SystemExit('not this one')")
+    assert elsewhere(unpacked, tmp_path, "-m", "compress", "-V") == f"compress, version {compress.__version__}\n"
+
+
+def test_the_wheel_prints_its_documents_away_from_the_checkout(unpacked, tmp_path):
+    *listed, place = elsewhere(unpacked, tmp_path, "-m", "compress", "docs").splitlines()
+    assert Path(place.removeprefix("in ")).is_relative_to(unpacked)
+    names = [line.split()[0] for line in listed]
+    assert set(names) == {"readme"} | {path.stem for path in (ROOT / "docs").glob("*.md")}
+    for name, file in (("readme", "README.md"), ("onnx", "docs/onnx.md")):
+        assert elsewhere(unpacked, tmp_path, "-m", "compress", "docs", name) == (ROOT / file).read_text()
 
 
 def test_the_wheel_finds_its_model_and_prompts_away_from_the_checkout(unpacked, tmp_path):

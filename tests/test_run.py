@@ -88,6 +88,31 @@ def test_an_output_folder_runs_its_graph(compress_cli, applied):
     assert run(compress_cli, applied / "onnx", *arguments) == graph
 
 
+def told(compress_cli, artifact: Path) -> str:
+    result = compress_cli("run", artifact, PROMPTS["prose"], "--max-tokens", 2)
+    assert result.exit_code == 0, result.stderr
+    return result.stderr
+
+
+def test_of_an_output_folder_it_is_told_which_artifact_runs(compress_cli, applied):
+    assert told(compress_cli, applied) == f"compress: {applied / 'onnx' / 'model.onnx'} (int8, onnxruntime)\n"
+
+
+def test_what_was_named_itself_is_not_told(compress_cli, applied):
+    for part in (applied / "onnx", applied / "onnx" / "model.onnx", applied / "checkpoint"):
+        assert told(compress_cli, part) == ""
+
+
+def test_the_formats_that_are_told_are_those_that_hold_the_weights(compress_cli, tiny, tmp_path):
+    recipe = "version: 1\npasses: [quantize: {weights: int4-g32, roles: {lm_head: int8, experts: fp8-e4m3}}]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert compress_cli("apply", tmp_path / "recipe.yaml", "-m", tiny, "-o", tmp_path / "out").exit_code == 0
+    said = told(compress_cli, tmp_path / "out")
+    assert said.startswith(f"compress: {tmp_path / 'out' / 'checkpoint'} (fp8-e4m3, int4-g32, ")
+    assert said.endswith(", torch)\n")
+    assert "bf16" not in said
+
+
 def test_a_compressed_checkpoint_still_remembers(compress_cli, applied):
     for part in ("checkpoint", "onnx"):
         text = run(compress_cli, applied / part, PROMPTS["recall"], "--max-tokens", 2)

@@ -90,6 +90,17 @@ def test_an_interrupted_run_on_a_tied_model_resumes_to_the_same_bytes(tied, gptq
     assert not list(resumed.out.rglob("*.f32"))
 
 
+def test_a_damaged_note_on_the_table_is_made_again(tied, gptq, tmp_path):
+    options = ONLY | {"method": "gptq", "roles": {"lm_head": "int4-g32"}}
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, ShardWriter, "publish", 3)
+        with pytest.raises(KeyboardInterrupt):
+            apply(tied, tmp_path, options)
+    note = tmp_path / "out.partial" / "calibration" / "note-0-00000.json"
+    note.write_bytes(bytes([note.read_bytes()[0] ^ 1]) + note.read_bytes()[1:])
+    assert apply(tied, tmp_path, options, resume=True).digests == gptq.digests
+
+
 def test_a_tied_model_is_pruned_and_then_quantized_in_one_recipe(tmp_path):
     model = make_jamba(tmp_path / "model", tie_word_embeddings=True, num_experts=4, **SHAPE)
     recipe = tmp_path / "recipe.yaml"

@@ -246,6 +246,17 @@ def test_a_killed_replacement_gives_the_earlier_output_back(apply, out, partial,
     assert not (out / ".previous").exists()
 
 
+def test_an_output_whose_place_another_took_meanwhile_is_no_part_of_what_is_published(apply, out, partial, monkeypatch):
+    assert apply("--seed", 1).exit_code == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, sweep, "ShardWriter", 3)
+        assert apply("--overwrite").exit_code == 130
+    shutil.copytree(out, partial / ".previous")
+    assert apply("--resume", "--overwrite").exit_code == 0
+    files = json.loads((out / "manifest.json").read_text())["files"]
+    assert "checkpoint/config.json" in files and not [name for name in files if not (out / name).is_file()]
+
+
 def no_locks(*arguments):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

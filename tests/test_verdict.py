@@ -97,7 +97,7 @@ def test_an_apply_without_limits_is_not_checked(compress_cli, small, tmp_path):
     result = compress_cli(*arguments)
     assert result.exit_code == 0, result.output
     assert strict((tmp_path / "out" / "report.json").read_text())["verdict"] == "not_checked"
-    for text in (result.stderr, (tmp_path / "out" / "report.md").read_text()):
+    for text in (result.stdout, (tmp_path / "out" / "report.md").read_text()):
         assert "not checked, no limits were set" in text
 
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from compress import cache, progress
+from compress import cache, progress, stages
 from compress.check.runners import Candidate
 from compress.prompts import PromptSet, self_text
 from compress.prompts.seeds import derive_seed
@@ -82,7 +82,7 @@ def _key(model_sha256: str, prompt_set: PromptSet) -> str:
 def _write(reference: Candidate, prompt_set: PromptSet, file: BinaryIO) -> None:
     starts, row_bytes = _starts(prompt_set), 4 * reference.vocab_size
     total = reference.steps(prompt_set.tokens)
-    with progress.task(f"baseline on {prompt_set.name}", total) as advance:
+    with progress.task(stages.baseline(prompt_set.name), total) as advance:
         for window, start, logits in reference.logits(prompt_set.windows, "prefill", advance):
             file.seek(row_bytes * int(starts[window] + start))
             file.write(torch.log_softmax(logits.float(), dim=-1).numpy().data)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from compress import integrity, output, prompts, source, strict_yaml
+from compress import integrity, onnx_layouts, output, prompts, source, strict_yaml
 from compress.artifacts import Artifact, find_artifact, open_artifact
 from compress.check import genai, tokenizers
 from compress.check import run as check_run
@@ -74,8 +74,7 @@ def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: s
 
 def _refuse_unfit(original: Artifact, path: Path, checks: Check) -> None:
     """What ships beside the weights decides what users get, too: the tokenizer, and how genai runs the graph."""
-    folder = path if path.is_dir() else path.parent
-    tokenizers.refuse_other(original.folder, folder, text_needed=checks.prompts != ("self",))
+    tokenizers.refuse_other(original.folder, onnx_layouts.folder_of(path), text_needed=checks.prompts != ("self",))
     if path.suffix == ".onnx":
         genai.refuse_broken(path, open_artifact(path).config)
 
@@ -86,4 +85,4 @@ def _baseline_path(name: str) -> Path:
 
 
 def _kind(path: Path) -> str:
-    return as_text(path.resolve().parent.name) if path.suffix == ".onnx" else "checkpoint"
+    return as_text(onnx_layouts.folder_of(path).resolve().name) if path.suffix == ".onnx" else "checkpoint"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from compress import progress
+from compress import progress, stages
 from compress.check.baseline import Baseline
 from compress.check.metrics import Scores, score, summarize
-from compress.check.runners import PHASES, Candidate
-from compress.check.settings import METRICS
+from compress.check.runners import Candidate
+from compress.check.settings import METRICS, PHASES
 from compress.prompts import PromptSet
 
 ALL = "all"
@@ -71,7 +71,7 @@ def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[
 def _scores(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scores:
     """One phase over one prompt set, positions in the order of the windows."""
     pieces: dict[tuple[int, int], Scores] = {}
-    with progress.task(f"{artifact}: {phase} on {prompts.name}", candidate.steps(prompts.tokens)) as advance:
+    with progress.task(stages.scoring(artifact, phase, prompts.name), candidate.steps(prompts.tokens)) as advance:
         for window, start, logits in candidate.logits(prompts.windows, phase, advance):
             stop = start + len(logits)
             targets = prompts.windows[window][start + 1 : stop + 1]

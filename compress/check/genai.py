@@ -4,13 +4,12 @@ from pathlib import Path
 
 from compress.checkpoint.folder import read_json
 from compress.errors import InputError
-
-NAME = "genai_config.json"
+from compress.onnx_layouts import GENAI
 
 
 def refuse_broken(model: Path, config) -> None:
     """Raises InputError where the file is there and is damaged, or belongs to another model than `config` is of."""
-    path = model.parent / NAME
+    path = model.parent / GENAI.config
     if not path.is_file():
         return
     section = _mapping(read_json(path), "model", path)
@@ -39,11 +38,12 @@ def _expect(values: dict, key: str, expected: int, path: Path) -> None:
 
 
 def _check_ids(section: dict, key: str, config, path: Path) -> None:
-    """Ids of the vocabulary, and all of those that the model's configuration names; an end of text may have more."""
+    """Ids of the vocabulary, and all of it that the model's configuration names; an end of text may have more. What the
+    configuration names beyond the vocabulary, such as a padding that was added later, is not this file's fault."""
     ids, named = _as_list(section.get(key)), _as_list(getattr(config, key, None))
     known = [value for value in named if 0 <= value < config.vocab_size]
     for value in ids:
-        if type(value) is not int or not 0 <= value < config.vocab_size:
+        if type(value) is not int or not (0 <= value < config.vocab_size or value in named):
             raise InputError(f"{path}: '{key}' holds {value!r:.80}; expected ids below {config.vocab_size}")
     if not set(known) <= set(ids):
         raise InputError(

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from compress import cache
+from compress.check.settings import PHASES as PHASES
 from compress.inference import Advance, Head, blocks_of, stream
 from compress.model import HybridModel
 from compress.onnx_session import OnnxSession
 
-PHASES = ("prefill", "decode")
 LOGIT_BYTES = 64 << 20  # of logits in memory together
 DECODE_BATCH = 16  # windows decoded side by side
 ROWS = 256

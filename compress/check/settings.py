@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 
 from compress.strict_model import KeyedError, Number, Strict, WholeNumber
 
+PHASES = ("prefill", "decode")
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+from compress import strict_json
 from compress.checkpoint.pointers import refuse_pointer
 
 COPIED = (
@@ -44,7 +45,7 @@ def copy(path: Path, folder: Path) -> None:
     target = folder / path.name
     values = _object(path) if path.suffix == ".json" else {}
     if values.keys() & set(CODE):
-        target.write_text(json.dumps(without_code(values), indent=2) + "\n", encoding="utf-8")
+        target.write_text(strict_json.dumps_as_it_came(without_code(values)) + "\n", encoding="utf-8")
     else:
         shutil.copyfile(path, target)
 

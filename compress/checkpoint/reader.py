@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 
-from compress import plugins, progress
+from compress import onnx_layouts, plugins, progress
 from compress.checkpoint import companions, compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
 from compress.errors import InputError
+from compress.integrity import is_output
 from compress.model import PLAIN_FORMATS, HybridModel, Spec, Unit, UnitSpec, Weight, is_finite
 
+CHECKPOINT = "checkpoint"  # in an output folder of `apply`
 CONFIG_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -35,6 +37,19 @@ def parse_config(values: dict, source: str):
 
 def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or that of an output folder of `apply`."""
+    if path.suffix == ".onnx" or (onnx_layouts.find(path) and not has_weights(path)):
+        raise InputError(f"{path}: an ONNX model; expected a checkpoint folder, or an output folder of apply")
+    if not path.is_dir():
+        raise InputError(f"{path}: {'not a folder' if path.exists() else 'no such folder'}")
+    if is_output(path) and (path / CHECKPOINT).is_dir():
+        return path / CHECKPOINT
+    if (path / "config.json").is_file():
+        return path
+    raise InputError(f"{path}: neither a checkpoint folder (no config.json) nor a finished output of apply")
 
 
 def config_dtype(values: dict, source: str) -> torch.dtype:

@@ -139,6 +139,11 @@ def write_json(path: Path, value) -> None:
     write_text(path, strict_json.dumps(value) + "\n")
 
 
+def write_config(folder: Path, config: dict) -> None:
+    """config.json. What a model's own had is written as it came."""
+    write_text(folder / "config.json", strict_json.dumps_as_it_came(config) + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     try:

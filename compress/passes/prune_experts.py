@@ -41,6 +41,10 @@ class Options(Strict):
             raise ValueError(f"expected exactly one of {', '.join(AMOUNTS)}{more}")
         return self
 
+    def idle(self) -> set[str]:
+        uncorrected = set() if self.recovery == "least_squares" else {"damping"}
+        return uncorrected | (set() if self.method == "merge" else {"merge_weights"})
+
 
 def requires(options: Options, model) -> None:
     """Refuses amounts this model cannot spare, and models that have no experts or whose experts are quantized."""

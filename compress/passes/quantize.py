@@ -99,6 +99,15 @@ class Options(Strict):
         default = self.activations if role in ACTIVATED_BY_DEFAULT else formats.AS_IT_CAME
         return self.activation_roles.get(role, default)
 
+    def idle(self) -> set[str]:
+        rounded = {self.activations, *self.activation_roles.values()} - {formats.AS_IT_CAME}
+        is_static, gptq = any(name.startswith("static") for name in rounded), self.method == "gptq"
+        idle = set() if rounded else {"activations", "activation_roles", "rotate"}
+        idle |= set() if gptq else {"damping", "act_order"}
+        idle |= set() if gptq or is_static else {"min_tokens"}
+        idle |= set() if is_static else {"activation_range"}
+        return idle | (set() if is_static and self.activation_range == "percentile" else {"percentile"})
+
 
 def fitted(options: Options, model) -> tuple[Options, tuple[str, ...]]:
     """What `lm_head` means where embeddings are tied; without what the model does not have."""

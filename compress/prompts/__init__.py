@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from compress import stages
 from compress.errors import InputError, nearest
 from compress.paths import as_text
 from compress.progress import task as progress_task
@@ -80,7 +81,7 @@ def load_all(
 
 def _load_for(model, model_sha256: str, name: str, settings, purpose: str, seed: int, folder: Path | None) -> PromptSet:
     tokenizer = None if name == "self" else load_tokenizer(model.folder)
-    with progress_task(f"prompts: {as_text(name)}", settings.samples * settings.length) as advance:
+    with progress_task(stages.prompts(name), settings.samples * settings.length) as advance:
         prompt_set = load(
             name, purpose=purpose, tokenizer=tokenizer, model=model, model_sha256=model_sha256,
             samples=settings.samples, length=settings.length, seed=seed, folder=folder, progress=advance,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from compress import expert_counts, sizes
+from compress import expert_counts, runtimes, sizes
 from compress.checkpoint import config_dtype
 from compress.checkpoint.companions import left_behind
 from compress.passes.prune_experts import FEW_TOKENS
@@ -44,6 +44,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
         "passes": outcome.passes,
         **({"calibration": _calibration(outcome)} if outcome.calibration else {}),
         "artifacts": artifacts,
+        "runtimes": [runtime.to_json() for runtime in runtimes.of(result, planned.recipe.export)],
         "prompts": outcome.prompts,
         "checks": [row.to_json() for row in outcome.rows],
         "versions": versions(),

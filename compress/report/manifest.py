@@ -6,9 +6,11 @@ from pathlib import Path
 
 import compress
 from compress.checkpoint.folder import file_sha256
+from compress.claim import PREVIOUS
+from compress.integrity import MANIFEST
 from compress.locks import LOCK
 from compress.partials import JOURNAL
-from compress.workspace import CALIBRATION, MANIFEST
+from compress.workspace import CALIBRATION
 
 PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "optimum", "numpy")
 
@@ -33,4 +35,4 @@ def build(folder: Path, seed: int, formats: dict[str, dict[str, str]]) -> dict:
 
 def _passes_away(path: Path) -> bool:
     """The manifest itself, and what is needed only until the output is published."""
-    return path.name in (MANIFEST, JOURNAL, LOCK) or path.parts[0] == CALIBRATION
+    return path.name in (MANIFEST, JOURNAL, LOCK) or path.parts[0] in (CALIBRATION, PREVIOUS)

@@ -1,17 +1,20 @@
 """The end of a run on the terminal: the verdict, the rows that had limits, where things are."""
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from compress import output
+from compress import output, progress
 from compress.check.compare import ALL
+
+GOOD = ("pass", "not_checked")  # verdicts that end with exit code 0
 
 
 def show(report: dict, out: Path) -> None:
-    """Human text on stderr."""
-    console = output.console(stderr=True)
+    """On stdout: it is the result."""
+    console = output.console(stderr=False)
     size = report["size"]
     console.print(
         f"{report['model']['name']}: {size['baseline_bytes']:,} -> {size['candidate_bytes']:,} bytes of weights, "
@@ -21,7 +24,10 @@ def show(report: dict, out: Path) -> None:
     if cold := coverage.get("experts_below_threshold"):
         console.print(f"calibration: {len(cold)} experts {coverage['below_threshold']}")
     show_rows(report["checks"], console)
-    console.print(f"verdict: {verdict_words(report)}   {out}/report.md")
+    last = f"verdict: {verdict_words(report)}   {out}/report.md"
+    console.print(last)
+    if report["verdict"] not in GOOD and not sys.stdout.isatty():
+        progress.note(last)  # as with every exit code but 0, stderr says why
 
 
 def verdict_words(result: dict) -> str:

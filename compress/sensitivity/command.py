@@ -1,9 +1,6 @@
 """Where the results of `compress sensitivity` go."""
 
-from pathlib import Path
-
 from compress import results
-from compress.checkpoint.writer import write_text
 from compress.sensitivity import heatmap, table
 
 
@@ -12,4 +9,4 @@ def write(result: dict, recipe: str, json_file: str | None, html_file: str | Non
     results.put_json(result, json_file)
     table.show(result, stderr=json_file == results.STDOUT)
     if html_file is not None:  # last: drawing must not cost the figures
-        write_text(Path(html_file), heatmap.render(result, recipe))
+        results.put_text(heatmap.render(result, recipe), html_file)

@@ -11,7 +11,7 @@ from exporters.graph.attention import attention, causal_bias
 from exporters.graph.builder import Graph, declare, rename
 from exporters.graph.mamba import causal_conv, selective_scan, token_mask
 from exporters.graph.moe import moe
-from exporters.graph.stored import matrix, plain
+from exporters.graph.stored import matrix, plain, widened
 from exporters.graph.table import Table
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -45,7 +45,6 @@ class JambaGraph:
         table = Table(graph, embedding)
         self._advance(embedding.parameters)
         hidden = table.lookup(ids)
-        self._bias = causal_bias(graph, ids, mask) if self._has_attention() else None
         self._keep, self._real = token_mask(graph, ids, mask)
         for index in range(self._config.num_hidden_layers):
             hidden = self._layer(index, hidden)
@@ -53,9 +52,6 @@ class JambaGraph:
             self._head(hidden, table), "logits", ir.DataType.FLOAT, [BATCH, SEQUENCE, self._config.vocab_size]
         )
         return graph.finish(self.inputs, [logits, *self.outputs], "jamba")
-
-    def _has_attention(self) -> bool:
-        return any(jamba.layer_kind(self._config, i) == "attention" for i in range(self._config.num_hidden_layers))
 
     def _layer(self, index: int, hidden: ir.Value) -> ir.Value:
         graph, eps = self._graph, self._config.rms_norm_eps
@@ -78,8 +74,9 @@ class JambaGraph:
     def _attention(self, weights: "_Named", x: ir.Value, past: list[ir.Value]):
         graph, config = self._graph, self._config
         query, key, value = (blocks.linear(graph, x, weights(f"self_attn.{n}_proj.weight")) for n in "qkv")
+        bias = graph.once("causal bias", lambda: causal_bias(graph, *self.inputs[:2], past[0]))
         mixed, key, value = attention(
-            graph, query, key, value, *past, self._bias, config.num_key_value_heads, config.attention_head_dim
+            graph, query, key, value, *past, bias, config.num_key_value_heads, config.attention_head_dim
         )
         return blocks.linear(graph, mixed, weights("self_attn.o_proj.weight")), (key, value)
 
@@ -99,8 +96,10 @@ class JambaGraph:
         x, conv_state = causal_conv(graph, x, past[0], self._real, kernel, conv_bias, config.mamba_d_conv)
         x = blocks.silu(graph, x)
         dt, b, c = self._time_step_and_matrices(weights, x)
-        a = graph.op("Neg", graph.op("Exp", plain(graph, weights("mamba.A_log"), torch.t)))  # [N, D]
-        y, state = selective_scan(graph, x, dt, a, b, c, past[1], config.mamba_d_state, config.d_inner)
+        sizes = config.mamba_d_state, config.d_inner
+        a_log = weights("mamba.A_log")
+        stored = graph.weight(a_log.name, a_log.format, torch.t(a_log.load(None)))
+        y, state = selective_scan(graph, x, dt, lambda body: _decay(body, stored), b, c, past[1], sizes)
         y = graph.op("Add", y, graph.op("Mul", x, plain(graph, weights("mamba.D"))))
         y = graph.op("Mul", y, blocks.silu(graph, gate))
         return blocks.linear(graph, y, weights("mamba.out_proj.weight"), bias("out_proj")), (conv_state, state)
@@ -140,6 +139,11 @@ class JambaGraph:
         if jamba.LM_HEAD not in weights:
             return table.project(hidden)
         return blocks.linear(graph, hidden, weights[jamba.LM_HEAD])
+
+
+def _decay(body: Graph, a_log: ir.Value) -> ir.Value:
+    """A = -exp(A_log), [N, D]."""
+    return body.op("Neg", body.op("Exp", widened(body, a_log)))
 
 
 class _Named:

@@ -8,13 +8,18 @@ from exporters.graph.builder import Graph
 BLOCKED = np.finfo(np.float32).min  # added to a score that must not be attended to; finite, so no row becomes NaN
 
 
-def causal_bias(graph: Graph, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
-    """[B, 1, 1, S, T] of 0 where a token may look and BLOCKED elsewhere. A padded token looks at itself."""
-    length, total = graph.shape_of(input_ids, 1), graph.shape_of(attention_mask, 1)
-    zero, one = graph.constant(0), graph.constant(1)
-    column = graph.op("Range", zero, graph.op("Squeeze", total), one)
-    past = graph.op("Squeeze", graph.op("Sub", total, length))
-    row = graph.op("Unsqueeze", graph.op("Range", past, graph.op("Squeeze", total), one), graph.constant([1]))  # [S, 1]
+def causal_bias(graph: Graph, input_ids: ir.Value, attention_mask: ir.Value, past_key: ir.Value) -> ir.Value:
+    """[B, 1, 1, S, T] of 0 where a token may look and BLOCKED elsewhere. A padded token looks at itself.
+
+    The mask's T is said to be the keys' past + S: tools that infer shapes take them for two dimensions.
+    """
+    past = graph.shape_of(past_key, 2)
+    total = graph.op("Add", past, graph.shape_of(input_ids, 1))
+    shape = graph.op("Concat", graph.shape_of(input_ids, 0), total, axis=0)
+    attention_mask = graph.op("Reshape", attention_mask, shape)
+    zero, one, total = graph.constant(0), graph.constant(1), graph.op("Squeeze", total)
+    column = graph.op("Range", zero, total, one)
+    row = graph.op("Unsqueeze", graph.op("Range", graph.op("Squeeze", past), total, one), graph.constant([1]))  # [S, 1]
     real = graph.op(
         "Cast", graph.op("Unsqueeze", attention_mask, graph.constant([1])), to=ir.DataType.BOOL
     )  # [B, 1, T]

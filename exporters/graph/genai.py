@@ -1,10 +1,14 @@
 """genai_config.json: how onnxruntime-genai runs the graph. `decoder` is the type that takes hybrid states by name."""
 
-from compress.model import HybridModel
+from compress.end_tokens import end_tokens
+from compress.onnx_layouts import GENAI
+from compress.source import tokenizer_of
 
 
-def config(model: HybridModel, file_name: str, ends: list[int]) -> dict:
-    """The configuration for a decoder with the contract's input and output names, which stops at any token of `ends`."""
+def config(checkpoint) -> dict:
+    """The configuration for a decoder with the contract's input and output names, which stops at every end of text."""
+    model, folder = checkpoint.model, checkpoint.folder
+    ends = end_tokens(model.config, folder, tokenizer_of(folder))
     normalized = model.architecture.normalized(model.config)
     return {
         "model": {
@@ -14,7 +18,7 @@ def config(model: HybridModel, file_name: str, ends: list[int]) -> dict:
             "vocab_size": normalized.vocab_size,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": file_name,
+                "filename": GENAI.model,
                 "hidden_size": normalized.hidden_size,
                 "head_size": normalized.head_dim,
                 "num_attention_heads": normalized.num_attention_heads,

@@ -21,13 +21,14 @@ def moe(graph: Graph, x: ir.Value, router: ir.Value, router_rows: int, experts: 
     hidden = experts[0][0].shape[1]
     rows = graph.reshape(x, -1, hidden)
     gates, chosen = _choose(graph, graph.op("MatMul", rows, router), router_rows, len(experts), top_k)
-    order, counts = _sorted_by_expert(graph, graph.reshape(chosen, -1), len(experts))
+    chosen = graph.reshape(chosen, -1)
+    order, counts = _sorted_by_expert(graph, chosen, len(experts))
     token = graph.op("Div", order, graph.constant(top_k))
     parts = graph.op("Split", graph.op("Gather", rows, token, axis=0), counts, outputs=len(experts), axis=0)
     results = graph.op(
         "Concat", *(swiglu(graph, part, *expert) for part, expert in zip(parts, experts, strict=True)), axis=0
     )
-    by_choice = graph.reshape(graph.op("Gather", results, _inverse(graph, order), axis=0), -1, top_k, hidden)
+    by_choice = graph.reshape(graph.op("Gather", results, _inverse(graph, order, chosen), axis=0), -1, top_k, hidden)
     weighted = graph.op("MatMul", graph.op("Unsqueeze", gates, graph.constant([1])), by_choice)  # [tokens, 1, H]
     return graph.op("Reshape", weighted, graph.op("Shape", x))
 
@@ -55,8 +56,9 @@ def _sorted_by_expert(graph: Graph, chosen: ir.Value, experts: int):
     return graph.op("Gather", graph.op("NonZero", hits), graph.constant(1), axis=0), counts
 
 
-def _inverse(graph: Graph, order: ir.Value) -> ir.Value:
-    """The permutation that undoes `order` [n]."""
+def _inverse(graph: Graph, order: ir.Value, like: ir.Value) -> ir.Value:
+    """The permutation that undoes `order` [n]; `like` has its length in the graph's own dimensions, where NonZero made it
+    another one, and no value of it is left."""
     count = graph.op("Squeeze", graph.shape_of(order, 0))
     places = graph.op("Range", graph.constant(0), count, graph.constant(1))
-    return graph.op("ScatterElements", order, order, places, axis=0)
+    return graph.op("ScatterElements", like, order, places, axis=0)

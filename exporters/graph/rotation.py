@@ -2,6 +2,9 @@
 
 A block of n = a b is rotated as a matrix X [a, b]: Sylvester's H_n is the Kronecker product of H_a and H_b, so that
 H_n x = H_a X H_b. For n = 8192 that is two products with matrices of 64 and 128 rows in place of one of 8192.
+Both are written with the small matrix on the right, H_a X as (X' H_a)': onnxruntime before 1.32 refuses H_a on the left of
+no rows at all, which is what an expert that no token chose has, and, for the same reason, a transposition that it can make
+part of the product: that is why b comes first in between.
 """
 
 import onnx_ir as ir
@@ -9,21 +12,19 @@ import onnx_ir as ir
 from exporters.graph.builder import FLOAT, Graph
 
 
-def rotated(graph: Graph, x: ir.Value, width: int, block: int | None) -> ir.Value:
-    """x [..., width] -> R x, in blocks of `block`; x itself where that is None."""
+def rotated(graph: Graph, x: ir.Value, block: int | None) -> ir.Value:
+    """x [..., K] -> R x, in blocks of `block`; x itself where that is None."""
     if block is None:
         return x
-    return graph.once(("rotated", x, block), lambda: _rotate(graph, x, width, block))
+    return graph.once(("rotated", x, block), lambda: _rotate(graph, x, block))
 
 
-def _rotate(graph: Graph, x: ir.Value, width: int, block: int) -> ir.Value:
+def _rotate(graph: Graph, x: ir.Value, block: int) -> ir.Value:
     a = 1 << (block.bit_length() - 1) // 2
     b = block // a
-    blocks = graph.constant([width // block, a, b])
-    shape = graph.op("Concat", graph.op("Shape", x, end=-1), blocks, axis=0)
-    parts = graph.op("MatMul", graph.op("Reshape", x, shape), _hadamard(graph, b))
-    parts = graph.op("MatMul", _hadamard(graph, a), parts)
-    return graph.op("Reshape", parts, graph.op("Shape", x))
+    rows = graph.op("MatMul", graph.reshape(x, -1, a, b), _hadamard(graph, b))
+    columns = graph.op("MatMul", graph.op("Transpose", rows, perm=[2, 0, 1]), _hadamard(graph, a))  # [b, blocks, a]
+    return graph.op("Reshape", graph.op("Transpose", columns, perm=[1, 2, 0]), graph.op("Shape", x))
 
 
 def _hadamard(graph: Graph, size: int) -> ir.Value:

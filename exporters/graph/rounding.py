@@ -7,8 +7,9 @@ product of. Both are stored as uint8 with zero point 128: as int8, onnxruntime 1
 saturate at 16 bits on processors without VNNI (a third of the value was lost in a test); uint8 by uint8 is exact on every
 processor. (int8 by int8 through MatMulInteger is exact too, but on AVX2 forty times as slow: 1024 x 1024 by one token took
 1.60 ms, uint8 x uint8 0.039, a float32 product 0.086.) Dynamic int8 has one scale per token, for which MatMulInteger is the
-standard operator. Where the weights are fused into MatMulNBits, a DequantizeLinear before it would stop the fusion: there
-the rounded inputs are widened by Cast and Mul.
+standard operator. All other rounded inputs are widened by Cast and Mul: a DequantizeLinear would stop the fusion of weights
+into MatMulNBits, and beside one of fp8 weights onnxruntime before 1.32 makes an integer product of the two, which it then
+refuses to load.
 """
 
 import numpy as np
@@ -32,28 +33,26 @@ def multiplies_whole_numbers(weight: Weight) -> bool:
 
 def input_of(graph: Graph, x: ir.Value, weight: Weight) -> ir.Value:
     """x [..., K] as the product with the stored matrix sees it: rotated where that is, and rounded."""
-    x = rotated(graph, x, weight.shape[1], weight.rotation)
+    x = rotated(graph, x, weight.rotation)
     if weight.activation is None:
         return x
-    return _rounded(graph, x, weight.activation, is_qdq=weight.activation.is_static and weight.format.startswith("fp8"))
+    return _rounded(graph, x, weight.activation)
 
 
-def _rounded(graph: Graph, x: ir.Value, activation: Activation, *, is_qdq: bool) -> ir.Value:
-    """float32 again, by DequantizeLinear or by Cast and Mul."""
+def _rounded(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
+    """float32 again."""
 
     def widen() -> ir.Value:
         zero = graph.constant(0, FP8 if activation.is_fp8 else np.int8)
         values = _on_grid(graph, x, activation, zero)
-        if is_qdq:
-            return graph.op("DequantizeLinear", values, _scale(graph, x, activation), zero)
         return graph.op("Mul", graph.op("Cast", values, to=ir.DataType.FLOAT), _scale(graph, x, activation))
 
-    return graph.once(("rounded", x, is_qdq, *_key(activation)), widen)
+    return graph.once(("rounded", x, *_key(activation)), widen)
 
 
 def whole_number_product(graph: Graph, x: ir.Value, weight: Weight) -> ir.Value:
     """x [..., K], rounded to int8, times the transpose of an int8 weight [N, K], both as whole numbers."""
-    x = rotated(graph, x, weight.shape[1], weight.rotation)
+    x = rotated(graph, x, weight.rotation)
     zero, quantized = graph.constant(OFFSET, np.uint8), load(weight)
     shifted = (quantized.values.T.to(torch.int16) + OFFSET).to(torch.uint8)
     values = graph.weight(weight.name, weight.format, shifted)
@@ -98,8 +97,7 @@ def _scale(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
 
 def _token_scales(graph: Graph, x: ir.Value, is_fp8: bool) -> ir.Value:
     """max |x| / largest for every token, 1 for a token of zeros."""
-    absmax = graph.op("ReduceMax", graph.op("Abs", x), graph.constant([-1]), keepdims=1)
-    scales = graph.op("Div", absmax, graph.constant(largest(is_fp8), FLOAT))
+    scales = graph.op("Div", graph.row_max(graph.op("Abs", x)), graph.constant(largest(is_fp8), FLOAT))
     return graph.op(
         "Where", graph.op("Greater", scales, graph.constant(TINY, FLOAT)), scales, graph.constant(1.0, FLOAT)
     )

@@ -40,7 +40,7 @@ class Table:
     def lookup(self, ids: ir.Value) -> ir.Value:
         """ids [B, S] -> float32 [B, S, H]."""
         width = self._weight.shape[1]
-        rows = rotated(self._graph, self._dense(self._graph.reshape(ids, -1)), width, self._weight.rotation)  # back
+        rows = rotated(self._graph, self._dense(self._graph.reshape(ids, -1)), self._weight.rotation)  # back
         size = self._graph.constant([width])
         return self._graph.op("Reshape", rows, self._graph.op("Concat", self._graph.op("Shape", ids), size, axis=0))
 
@@ -82,7 +82,8 @@ class Table:
             return rows
         graph, last = self._graph, self._graph.constant([2])
         low = graph.op("BitwiseAnd", rows, graph.constant(15, np.uint8))
-        high = graph.op("BitShift", rows, graph.constant(4, np.uint8), direction="RIGHT")
+        upper = graph.op("BitwiseAnd", rows, graph.constant(240, np.uint8))  # OpenVINO divides, and rounds what is left
+        high = graph.op("BitShift", upper, graph.constant(4, np.uint8), direction="RIGHT")
         pairs = graph.op("Concat", *(graph.op("Unsqueeze", half, last) for half in (low, high)), axis=2)  # [n, H/2, 2]
         values = graph.op("Cast", graph.reshape(pairs, 0, self._weight.shape[1]), to=ir.DataType.INT8)
         return graph.op("Sub", values, graph.constant(8, np.int8))

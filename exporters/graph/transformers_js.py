@@ -1,0 +1,30 @@
+"""The layout that Transformers.js looks for: config.json beside the tokenizer, the graph in onnx/, its names for states.
+
+It takes its models from a fixed list, and Jamba is not on it. What a decoder must be fed it reads off `model_type`: those
+with Mamba and attention layers side by side are told apart by `layer_types`. So the configuration poses as the first of
+these (Granite 4's); the model's own values stay, and the graph's metadata carry the true one.
+"""
+
+import onnx_ir as ir
+
+from compress.checkpoint.companions import without_code
+from compress.onnx_layouts import in_transformers_js
+
+# one Mamba head: transformers' tokenizers read this file too, and check that heads divide the width
+POSE = {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"], "mamba_n_heads": 1}
+# the plain file, whose data lie in a file of their own (its default in browsers would be model_quantized.onnx)
+SETTINGS = {"dtype": "fp32", "use_external_data_format": True}
+
+
+def rename_states(graph: ir.Graph) -> None:
+    for value in (*graph.inputs, *graph.outputs):
+        value.name = in_transformers_js(value.name)
+
+
+def config(checkpoint) -> dict:
+    """config.json for Transformers.js; without the sections that describe the checkpoint's own files."""
+    ours, architecture = checkpoint.model.config, checkpoint.model.architecture
+    kept = {key: value for key, value in without_code(checkpoint.config).items() if key != "quantization_config"}
+    kinds = [architecture.layer_kind(ours, index) for index in range(ours.num_hidden_layers)]
+    head_dim = architecture.normalized(ours).head_dim
+    return kept | POSE | {"layer_types": kinds, "head_dim": head_dim, "transformers.js_config": SETTINGS}

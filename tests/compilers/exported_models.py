@@ -1,0 +1,78 @@
+"""What the runtimes are tried on, and what their logits are compared with."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import with_onnxruntime
+from test_onnx_formats import FORMATS, ROUNDED, SHAPES
+
+from compress import pipeline, resources
+from compress.checkpoint.reader import Checkpoint
+from compress.runtimes import Runtime, of_onnx
+from compress.source import resolve
+
+RECIPES = sorted(resources.shipped_recipes())
+
+
+class Exported(NamedTuple):
+    """An output folder of `apply` with onnx/, and the logits onnxruntime (the one tested with) gives, products exact."""
+
+    folder: Path
+    vocabulary: int
+    logits: dict[str, np.ndarray]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "onnx" / "model.onnx"
+
+    def row(self, runtime: str) -> Runtime:
+        """What we say of a runtime beforehand."""
+        model = Checkpoint(self.folder / "checkpoint", allow_quantized=True).model
+        return next(row for row in of_onnx(model, "onnx", "genai") if row.name == runtime)
+
+    def minimum(self, runtime: str) -> str:
+        return self.row(runtime).minimum
+
+
+def exported(recipe, source: Path, out: Path) -> Exported:
+    pipeline.apply(pipeline.Job(recipe, resolve(str(source)), out))
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    return Exported(out, vocabulary, with_onnxruntime.logits(str(out / "onnx" / "model.onnx"), vocabulary, "1"))
+
+
+def settings() -> dict[str, tuple[str, dict]]:
+    """Every format, every rounding of inputs and rotations: name -> shape and options of `quantize`."""
+    named = {
+        f"{number_format}, {shape}": (shape, {"weights": number_format})
+        for number_format in FORMATS
+        for shape in SHAPES
+    }
+    for weights, activation in ROUNDED:
+        named[f"{weights}, {activation}"] = ("awkward", {"weights": weights, "activations": activation})
+    rotated = {"weights": "int8", "activations": "dynamic-int8", "rotate": ["mlp", "experts"]}
+    return named | {"int8, dynamic-int8, rotated": ("fitting tied", rotated)}
+
+
+def rounds_inputs(name: str) -> bool:
+    """Of a shipped recipe or one of `settings`."""
+    return any(word in name for word in ("static", "dynamic", "w8a8"))
+
+
+def divergence(expected: np.ndarray, actual: np.ndarray) -> float:
+    """Mean KL divergence in nats, over all places."""
+    p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), -1)[..., None] for x in (expected, actual))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def assert_alike(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], is_rounding: bool, name: str):
+    """To 1e-3 where only weights are stored in few bits. Where inputs are rounded too, the last bit of a float can tip a
+    rounding: there the distributions must agree."""
+    assert actual.keys() == expected.keys()
+    for sequence, logits in expected.items():
+        assert np.isfinite(actual[sequence]).all() and actual[sequence].shape == logits.shape, (name, sequence)
+        if is_rounding:
+            assert divergence(logits, actual[sequence]) <= 0.05, (name, sequence)
+        else:
+            assert np.abs(actual[sequence] - logits).max() <= 1e-3, (name, sequence)

@@ -1,0 +1,55 @@
+"""OpenVINO takes every graph and gives onnxruntime's logits, with the settings of docs/onnx.md."""
+
+import numpy as np
+import pytest
+import sequences
+from exported_models import RECIPES, Exported, assert_alike, divergence, rounds_inputs, settings
+
+pytestmark = pytest.mark.compilers
+
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+
+
+def logits(one: Exported, options: dict) -> dict[str, np.ndarray]:
+    import openvino
+
+    compiled = openvino.Core().compile_model(one.model, "CPU", {**options, "INFERENCE_NUM_THREADS": 1})
+    past = {
+        port.any_name: [d.get_length() if d.is_static else "" for d in port.partial_shape]
+        for port in compiled.inputs
+        if port.any_name.startswith("past_key_values.")
+    }
+
+    def start(batch: int):
+        request, state = compiled.create_infer_request(), sequences.empty_past(past, batch)
+
+        def step(ids, mask):
+            found = request.infer({"input_ids": ids, "attention_mask": mask, **state})
+            state.update({name: np.array(found[name.replace("past_key_values", "present")]) for name in past})
+            return np.array(found["logits"])
+
+        return step
+
+    return sequences.run(start, one.vocabulary)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_recipe_gives_onnxruntimes_logits(recipes, name):
+    assert recipes[name].row("openvino").loads
+    assert_alike(logits(recipes[name], EXACT), recipes[name].logits, rounds_inputs(name), name)
+
+
+@pytest.mark.parametrize("name", settings())
+def test_every_format_gives_onnxruntimes_logits_or_is_said_to_be_refused(variants, name):
+    one = variants[name]
+    if one.row("openvino").loads:
+        assert_alike(logits(one, EXACT), one.logits, rounds_inputs(name), name)
+    else:
+        with pytest.raises(RuntimeError, match="cannot be divided by block_size"):
+            logits(one, EXACT)
+
+
+def test_its_own_settings_round_inputs_and_stay_close(recipes):
+    one = recipes["tiny-int8"]
+    found = logits(one, {})
+    assert max(divergence(expected, found[name]) for name, expected in one.logits.items()) <= 0.05
