@@ -1,5 +1,6 @@
 """What commands that measure a model share: which model it was, and where the figures go."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -32,9 +33,11 @@ def put_json(result: dict, target: str | None) -> None:
 
 
 def put_text(text: str, target: str) -> None:
-    """A file appears whole or not at all; of a symbolic link the target does. A device or a pipe is written to."""
+    """A file appears whole or not at all; of a symbolic link the target does. A device or a pipe is written to, as far as
+    someone reads it."""
     if _is_stream(target):
-        with files.writing(Path(target)), open(target, "w", encoding="utf-8", newline="") as stream:
+        gone = contextlib.suppress(BrokenPipeError)
+        with gone, files.writing(Path(target)), open(target, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)
     else:
         write_text(Path(os.path.realpath(target)), text)

@@ -1,5 +1,6 @@
 """The accuracy check: its arithmetic against numpy and transformers, its limits, its command, its cache."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import torch
 from jamba_models import load_reference, make_jamba
 
-from compress import cache, exporting
+from compress import cache, exporting, results
 from compress.artifacts import open_artifact
 from compress.check import baseline
 from compress.check import run as check_run
@@ -511,3 +512,20 @@ def test_figures_go_to_a_pipe_and_through_a_link_and_replace_neither(compress_cl
     assert pipe.is_fifo() and link.is_symlink()
     assert json.loads(os.read(reader, 1 << 20))["checks"] == json.loads(linked.read_text())["checks"]
     os.close(reader)
+
+
+def test_a_reader_of_figures_that_went_away_does_not_change_the_exit_code(compress_cli, small):
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert checked(compress_cli, small, small, "--json", f"/dev/fd/{writer}").exit_code == 0
+    os.close(writer)
+
+
+def test_figures_that_do_not_fit_on_the_disk_leave_nothing_behind(compress_cli, small, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        results.put_text("{}", str(tmp_path / "rows.json"))
+    assert not list(tmp_path.iterdir())
