@@ -67,6 +67,7 @@ METADATA = {
     "a module of ours that is no architecture": set_metadata('{"model_type": "_jamba_config"}'),
     "a model type that is a number": config_with(model_type=7),
     "a key of the wrong type": config_with(hidden_size="many"),
+    "a key twice": set_metadata('{"model_type": "jamba", "hidden_size": 40, "hidden_size": 41}'),
 }
 
 

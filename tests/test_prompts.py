@@ -339,6 +339,7 @@ BAD_LINES = [
     '{"messages": [1]}',
     '{"text": "a"',
     "[" * 100_000,
+    '{"text": "a", "text": "b"}',
 ]
 
 

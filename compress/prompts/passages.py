@@ -5,7 +5,8 @@ from pathlib import Path
 
 from compress import resources
 from compress.checkpoint.pointers import refuse_pointer
-from compress.errors import InputError
+from compress.checkpoint.safetensors_file import no_duplicates
+from compress.errors import InputError, first_line
 from compress.prompts import chat
 from compress.prompts.text import decode, refuse_surrogates
 
@@ -47,9 +48,9 @@ def _from_lines(content: str, path: Path, tokenizer) -> list[str]:
 def _passage(line: str, where: str) -> str | dict:
     """The text of a line, or its chat, to be rendered."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise InputError(f"{where}: not a JSON object") from None
+        value = json.loads(line, object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not a JSON object ({first_line(error)})") from None
     if isinstance(value, dict) and isinstance(value.get("text"), str):
         return value["text"]
     if isinstance(value, dict) and isinstance(value.get("messages"), list):

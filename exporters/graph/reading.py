@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from compress.checkpoint.pointers import refuse_pointer
 from compress.checkpoint.reader import parse_config
+from compress.checkpoint.safetensors_file import no_duplicates
 from compress.errors import InputError, first_line
 from exporters.graph.builder import FORMAT_KEY
 
@@ -28,7 +29,7 @@ def model_config(model: ir.Model, path: Path):
         raise InputError(f"{path}: was not exported by this tool (no '{CONFIG_KEY}' in its metadata)")
     source = f"{path}: '{CONFIG_KEY}' in its metadata"
     try:
-        values = json.loads(model.metadata_props[CONFIG_KEY])
+        values = json.loads(model.metadata_props[CONFIG_KEY], object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
