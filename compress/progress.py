@@ -102,6 +102,7 @@ class _Stages:
             self._bar.advance(row, steps)
             if time.monotonic() - self._told >= EVERY:
                 self._log(f"{label}: {done / max(total, 1):.0%} in {_minutes(began)}")
+            self._say_if_late()
 
         yield advance
         if number:
@@ -121,11 +122,14 @@ class _Stages:
         self._unsaid.clear()
 
     def _number(self, name: str) -> int | None:
-        """The place, from 1, of a stage that is still to come; those before it were not needed."""
+        """The place, from 1, of a stage that is still to come; of those before it the results were there."""
         if name not in self._names[self._passed :]:
             return None
-        self._passed = self._names.index(name, self._passed) + 1
-        return self._passed
+        number = self._names.index(name, self._passed) + 1
+        for passed in range(self._passed + 1, number):
+            self._log(f"{passed} of {len(self._names)}: {self._names[passed - 1]}: kept from before")
+        self._passed = number
+        return number
 
     def _show(self, label: str, total: int, *, is_stage: bool) -> TaskID:
         """A new row of the bar; that of a stage takes the place of the last one's."""
@@ -139,7 +143,10 @@ class _Stages:
     def _log(self, line: str) -> None:
         self._unsaid.append(printable(line))
         self._told = time.monotonic()
-        if self._told - self._began >= SILENCE:
+        self._say_if_late()
+
+    def _say_if_late(self) -> None:
+        if time.monotonic() - self._began >= SILENCE:
             self.say()
 
 

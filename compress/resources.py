@@ -31,10 +31,12 @@ def documents() -> dict[str, Path]:
 
 
 def document(name: str) -> Path:
+    """By name, or as links spell it: `onnx`, `docs/onnx.md`, `README`."""
     known = documents()
-    if name not in known:
-        raise InputError(f"there is no document '{name}'{nearest(name, known)}")
-    return known[name]
+    stem = Path(name).stem.lower()
+    if stem not in known:
+        raise InputError(f"there is no document '{name}'{nearest(stem, known)}")
+    return known[stem]
 
 
 def shipped_recipe(name: str) -> Path:

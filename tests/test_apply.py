@@ -305,6 +305,7 @@ def test_the_report_for_people_names_every_artifact_and_the_verdict(applied):
     for artifact in read_json(applied / "report.json")["artifacts"]:
         assert artifact["path"] in text
         assert f"{artifact['bytes']:,}" in text
+        assert f"- Loads in: {artifact['kind']}: " in text
 
 
 CHECK = {"prompts": "[self]", "samples": "2", "length": "16", "limits": "{kl_divergence_mean: 100}"}

@@ -74,6 +74,12 @@ def test_a_document_that_is_not_there_is_refused_with_the_nearest(compress_cli):
     assert "did you mean 'quantization'" in refusal_of_command(compress_cli("docs", "quantisation"))
 
 
+@pytest.mark.parametrize("name", ["README", "README.md", "docs/roles.md", "roles.md", "Roles"])
+def test_a_document_is_found_by_the_name_of_its_file(compress_cli, name):
+    file = ROOT / ("README.md" if "README" in name else "docs/roles.md")
+    assert compress_cli("docs", name).stdout == file.read_text()
+
+
 # --- completion, as the README has it
 
 

@@ -83,6 +83,28 @@ def test_every_snippet_loads_the_model(small, tmp_path):
         assert values["model"](torch.tensor([[1, 5, 7]]), use_cache=False).logits.shape == (1, 3, 67)
 
 
+def test_what_transformers_needs_beside_itself_is_said_where_it_does(small, tmp_path):
+    text, _ = made(small, tmp_path / "int8", "check=null", "export=[]")
+    assert "after `pip install compressed-tensors`:\n\n```python\nimport torch\n" in text
+    text, _ = made(small, tmp_path / "plain", "check=null", "export=[]", "passes=[]")
+    assert "compressed-tensors" not in text
+
+
+@pytest.mark.parametrize("layout", ["genai", "transformers.js"])
+def test_every_runtime_of_an_export_has_a_snippet(small, tmp_path, layout):
+    text, report = made(small, tmp_path / "out", "check=null", f"export=[onnx: {{layout: {layout}}}]")
+    for row in report["runtimes"]:
+        assert f"With {row['name']}" in text
+    path = report["artifacts"][1]["path"]
+    assert f"has `{path}` too" in text
+    (snippet,) = (found for found in snippets(text) if "import onnxruntime\n" in found)
+    values = {"output": str(tmp_path / "out")}
+    exec(snippet, values)  # what a reader would paste
+    assert values["session"].get_outputs()[0].name == "logits"
+    folder = 'onnxruntime_genai.Model(f"{output}/onnx")' if layout == "genai" else "(`${output}/onnx`)"
+    assert folder in text
+
+
 def test_a_runtime_that_cannot_load_it_gets_a_reason_and_no_snippet(small, tmp_path):
     rotated = "passes.0.quantize={method: rtn, weights: int8, activations: dynamic-int8, rotate: [mlp]}"
     text, report = made(small, tmp_path / "out", rotated, "check=null", "export=[]")

@@ -78,9 +78,11 @@ def test_every_stage_of_a_calibrated_recipe_is_counted(compress_cli, small, monk
 
 def test_what_the_cache_has_is_no_stage_and_the_numbers_go_on(apply):
     apply()
-    counted = stages(apply("--overwrite").stdout)
+    said = apply("--overwrite").stdout
+    counted = stages(said)
     assert "baseline on self" not in [name for *_, name in counted]
     assert [number for number, *_ in counted] == [1, 2, 3, 5, 6, 7, 8]
+    assert said.splitlines()[3] == "4 of 8: baseline on self: kept from before"
 
 
 @pytest.mark.parametrize(("silence", "lines"), [(60.0, 0), (0.0, 1)])
@@ -116,6 +118,17 @@ def test_lines_are_written_when_they_are_said(monkeypatch, tmp_path):
             advance(1)
         assert stages((tmp_path / "log").read_text()) == [(1, 2, "one")]
         monkeypatch.undo()
+
+
+def test_lines_that_waited_do_not_wait_for_the_end_of_a_long_stage(monkeypatch, capsys):
+    with progress.logged(), progress.stages(["one", "two"]):
+        with progress.task("one", 1) as advance:
+            advance(1)
+        with progress.task("two", 2) as advance:
+            assert capsys.readouterr().out == ""
+            monkeypatch.setattr(progress, "SILENCE", 0.0)
+            advance(1)
+            assert stages(capsys.readouterr().out) == [(1, 2, "one")]
 
 
 # --- terminals

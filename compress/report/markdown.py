@@ -2,6 +2,7 @@
 
 from compress.escaping import code, markdown
 from compress.report.terminal import value_words, verdict_words
+from compress.runtimes import Runtime, as_lines
 
 
 def render(report: dict) -> str:
@@ -32,7 +33,13 @@ def _artifacts(report: dict) -> str:
         "| kind | path | bytes | of which not weights | bits per weight |",
         "|---|---|---|---|---|",
     ]
-    return "\n".join([*header, *rows, *notes, ""])
+    return "\n".join([*header, *rows, *notes, "", *_runtimes(report), ""])
+
+
+def _runtimes(report: dict) -> list[str]:
+    """A line for each artifact, as in the dry run."""
+    found = [Runtime(**row) for row in report["runtimes"]]
+    return [f"- Loads in: {line}" for line in as_lines(found)]
 
 
 def _checks(report: dict) -> str:

@@ -12,6 +12,8 @@ import compress
 from compress.check.compare import ALL
 from compress.checkpoint import companions
 from compress.escaping import code, code_block, markdown, printable
+from compress.formats import PLAIN
+from compress.report import loading_snippets
 from compress.report.terminal import value_words, verdict_words
 
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # as the hub has them
@@ -20,13 +22,8 @@ LICENCE_KEYS = (
     "license_name",
     "license_link",
 )  # of the original's front matter: they hold for this model too
-LOADING = {  # how runtimes of the report's `runtimes` take the folder the card lies in
-    "transformers": (
-        "import torch\nfrom transformers import AutoModelForCausalLM\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)"
-    ),
-    "compress.load": "import compress\n\nmodel = compress.load(folder)",
-}
+EXPORTED = "The output of compress that this checkpoint is part of"
+NEEDED = {"transformers": "pip install compressed-tensors"}  # to read what is quantized
 
 
 def render(report: dict, formats: dict[str, str], source_folder: Path, recipe_text: str) -> str:
@@ -37,7 +34,7 @@ def render(report: dict, formats: dict[str, str], source_folder: Path, recipe_te
         f"# {markdown(report['model']['name'])}, compressed",
         _summary(report, formats),
         "## Loading it",
-        *_loading(report),
+        *_loading(report, formats),
         "## What was measured",
         _measured(report),
         "## How this model was compressed",
@@ -90,18 +87,27 @@ def _summary(report: dict, formats: dict[str, str]) -> str:
     )
 
 
-def _loading(report: dict) -> list[str]:
-    """A paragraph for each runtime of the checkpoint, and a line on the exports beside it."""
-    found = ["`folder` is the one this file lies in."]
-    for row in report["runtimes"]:
-        title = f"{row['name']} {row['minimum']}" if row["minimum"] else row["name"]
-        if row["artifact"] != report["artifacts"][0]["kind"]:
-            continue
-        if row["loads"]:
-            found.append(f"With {title}:\n\n{code_block(LOADING[row['name']], 'python')}")
-        else:
-            found.append(f"{row['name']} does not load it: {row['why']}.")
+def _loading(report: dict, formats: dict[str, str]) -> list[str]:
+    """A paragraph for each runtime of the checkpoint, then for each runtime of the exports of the same output."""
+    is_quantized = any(name not in PLAIN for name in formats.values())
+    found = []
+    for artifact in report["artifacts"]:
+        rows = [row for row in report["runtimes"] if row["artifact"] == artifact["kind"]]
+        if artifact is report["artifacts"][0]:
+            found.append("`folder` is the one this file lies in.")
+        elif rows:
+            found.append(f"{EXPORTED} has {code(artifact['path'])} too; `output` is its folder.")
+        found += [_loading_with(row, artifact["path"], is_quantized) for row in rows]
     return found
+
+
+def _loading_with(row: dict, path: str, is_quantized: bool) -> str:
+    if not row["loads"]:
+        return f"{row['name']} does not load it: {row['why']}."
+    title = f"{row['name']} {row['minimum']}" if row["minimum"] else row["name"]
+    needed = f", after {code(NEEDED[row['name']])}" if is_quantized and row["name"] in NEEDED else ""
+    language, snippet = loading_snippets.of(row["name"], path)
+    return f"With {title}{needed}:\n\n{code_block(snippet, language)}"
 
 
 def _measured(report: dict) -> str:
