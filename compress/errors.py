@@ -15,12 +15,13 @@ def first_line(error: Exception) -> str:
 
 
 def nearest(word: str, choices) -> str:
-    """`; did you mean 'X'?` for the closest of `choices`, or the whole list where nothing is close."""
+    """`; did you mean 'X'?` for the closest of `choices`, whatever their case, or the whole list where nothing is close."""
     import difflib
 
     choices = sorted(str(choice) for choice in choices)
-    longer = [choice for choice in choices if len(str(word)) > 2 and choice.startswith(str(word))]
-    close = longer or difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+    asked, by_folded = str(word).casefold(), {choice.casefold(): choice for choice in choices}
+    longer = [folded for folded in by_folded if len(asked) > 2 and folded.startswith(asked)]
+    close = longer or difflib.get_close_matches(asked, by_folded, n=1, cutoff=0.5)
     if close:
-        return f"; did you mean '{close[0]}'?"
+        return f"; did you mean '{by_folded[close[0]]}'?"
     return f"; expected one of: {', '.join(choices)}" if choices else ""

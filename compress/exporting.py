@@ -33,7 +33,7 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: 
 def _options(module, overrides: Iterable[str]):
     data: dict = {}
     for override in overrides:
-        override_key(data, override)
+        override_key(data, override, example="layout=genai")
     return from_flags(module.Options, **data)
 
 

@@ -105,11 +105,11 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> LoadedRec
     return LoadedRecipe(path, path.read_bytes().decode("utf-8"), recipe)  # bytes: line ends stay as they are
 
 
-def override_key(data: dict, override: str) -> KeyPath:
+def override_key(data: dict, override: str, example: str = "passes.0.quantize.weights=int8") -> KeyPath:
     """Sets one dotted key in plain recipe data; a number addresses a list item, a missing mapping is made."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {override}: expected KEY=VALUE, such as passes.0.quantize.weights=int8")
+        raise InputError(f"--set {override}: expected KEY=VALUE, such as {example}")
     value = strict_yaml.parse_scalar(text, f"--set {key}")
     path = tuple(int(part) if part.isascii() and part.isdigit() else part for part in key.split("."))
     target: Any = data

@@ -77,13 +77,16 @@ def _in_folder(path: Path) -> str:
     if (path / "config.json").is_file():
         return f"; a model is given with -m, as in 'compress apply tiny-int8 -m {path}'"
     found = _same_name(path) or [file for file in _recipe_files(path) if _says_version(file)]
+    found = [file for file in found if file.name == "recipe.yaml"] or found  # that of an output, as it was given
     return f"; did you mean '{found[0]}'?" if len(found) == 1 else ""
 
 
 def _meant(name: str) -> str:
     """The recipe file of the same name with another suffix, or with one, else the file or shipped name most like it."""
-    known = [*map(str, _recipe_files(Path(name).parent)), *shipped_recipes()]
-    found = _same_name(Path(name)) or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    names = [*map(str, _recipe_files(Path(name).parent)), *shipped_recipes()]
+    known = {known.casefold(): known for known in reversed(names)}
+    close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.75)
+    found = _same_name(Path(name)) or [known[folded] for folded in close]
     return f"; did you mean '{found[0]}'?" if found else ""
 
 

@@ -72,6 +72,7 @@ def test_a_short_option_asks_for_the_version(compress_cli):
 
 def test_a_document_that_is_not_there_is_refused_with_the_nearest(compress_cli):
     assert "did you mean 'quantization'" in refusal_of_command(compress_cli("docs", "quantisation"))
+    assert "did you mean 'quantization'" in refusal_of_command(compress_cli("docs", "QUANTISATION"))
 
 
 @pytest.mark.parametrize("name", ["README", "README.md", "docs/roles.md", "roles.md", "Roles"])
@@ -135,6 +136,7 @@ RECIPE = "version: 1\npasses: [quantize: {}]\n"
         ("deep/own.yaml", "deep/own.yml"),
         ("deep/own.yaml", "deep/own"),
         ("own.yaml", "onw.yaml"),
+        ("own.yaml", "OWN.YAML"),
     ],
 )
 def test_the_recipe_that_was_meant_is_suggested(compress_cli, folder, there, given):
@@ -166,6 +168,13 @@ def test_the_one_recipe_in_a_folder_is_suggested(compress_cli, folder):
     (folder / "deep" / "own.yml").write_text(RECIPE)
     (folder / "deep" / "limits.yaml").write_text("kl_divergence_mean: 0.01\n")
     assert "did you mean 'deep/own.yml'?" in refusal_of_command(compress_cli("apply", "deep"))
+
+
+def test_of_an_output_the_recipe_as_it_was_given_is_suggested(compress_cli, folder):
+    (folder / "out").mkdir()
+    for name in ("recipe.resolved.yaml", "recipe.yaml"):
+        (folder / "out" / name).write_text(RECIPE)
+    assert "did you mean 'out/recipe.yaml'?" in refusal_of_command(compress_cli("apply", "out"))
 
 
 def test_of_a_model_it_is_said_how_it_is_given(compress_cli, small):

@@ -109,7 +109,7 @@ def test_a_recipe_writes_it_and_reports_its_files(compress_cli, tiny, tmp_path):
 
 @pytest.mark.parametrize(("override", "said"), [
     ("layout=transformer.js", "did you mean 'transformers.js'"), ("layuot=genai", "did you mean 'layout'"),
-    ("opset=20", "opset"), ("layout", "expected KEY=VALUE"),
+    ("opset=20", "opset"), ("layout", "expected KEY=VALUE, such as layout=genai"),
 ])  # fmt: skip
 def test_wrong_options_are_refused_in_a_sentence(compress_cli, applied, tmp_path, override, said):
     result = compress_cli("export", applied / "checkpoint", "--to", "onnx", "-o", tmp_path / "out", "--set", override)

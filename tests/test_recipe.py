@@ -106,6 +106,7 @@ MISSPELT = [
     ("samples:", "sample:", "sample", "samples"),
     ("method: rtn", "method: rtm", "rtm", "rtn"),
     ("weights: int8", "weights: int9", "int9", "int8"),
+    ("weights: int8", "weights: INT8", "INT8", "int8"),
     ("lm_head: int8", "lm_haed: int8", "lm_haed", "lm_head"),
     ("lm_head: int8", "lm_head: nune", "nune", "none"),
     ("perplexity_ratio", "perplexity_ratoi", "perplexity_ratoi", "perplexity_ratio"),
