@@ -35,11 +35,14 @@ class Stateful:
         return logits[0]
 
 
-def with_onnxruntime(folder: Path) -> tuple[str, Stateful]:
+def with_onnxruntime(folder: Path, level: str | None = None) -> tuple[str, Stateful]:
+    """`level` is the accuracy level of fused products, the runtime's own where None."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if level is not None:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     past = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")}
     outputs = ["logits", *(name.replace("past_key_values", "present") for name in past)]
@@ -95,7 +98,17 @@ def with_genai(folder: Path) -> tuple[str, Genai]:
     return version("onnxruntime-genai"), Genai(genai.Model(str(folder)), genai)
 
 
-RUNTIMES = {"onnxruntime": with_onnxruntime, "openvino": with_openvino, "genai": with_genai}
+def with_exact_onnxruntime(folder: Path) -> tuple[str, Stateful]:
+    version, model = with_onnxruntime(folder, "1")
+    return f"{version}, level 1", model
+
+
+RUNTIMES = {
+    "onnxruntime": with_onnxruntime,
+    "onnxruntime-exact": with_exact_onnxruntime,
+    "openvino": with_openvino,
+    "genai": with_genai,
+}
 
 
 def greedy(model, prompt: list[int], tokens: int) -> list[int]:

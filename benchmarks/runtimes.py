@@ -9,6 +9,7 @@ default: texts may part where two tokens are about as likely.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,7 @@ def runs(arguments, out: Path, prompt: list[int], text: list[int]) -> dict[str, 
         "transformers": lambda: stock(checkpoint, prompt, text),
         **{f"onnxruntime ({i + 1})": python(path, "onnxruntime") for i, path in enumerate(arguments.onnxruntime)},
         "onnxruntime": python(sys.executable, "onnxruntime"),
+        "onnxruntime, exact": python(sys.executable, "onnxruntime-exact"),
         "onnxruntime-genai": python(sys.executable, "genai"),
     }
     if arguments.openvino:
@@ -147,7 +149,8 @@ def main() -> None:
             print(f"{name}: {runtime}", file=sys.stderr)
             rows[name, runtime], version = cell(run, ours)
             versions[runtime] = version or versions.get(runtime, "")
-    print("| recipe | " + " | ".join(f"{name} {version}" for name, version in versions.items()) + " |")
+    titles = (f"{re.sub(r'(, exact| [(].*)$', '', name)} {version}" for name, version in versions.items())
+    print(f"| recipe | {' | '.join(titles)} |")
     print("|---" * (1 + len(versions)) + "|")
     for name in resources.shipped_recipes():
         print(f"| `{name}` | " + " | ".join(rows[name, runtime] for runtime in versions) + " |")
