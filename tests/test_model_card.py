@@ -108,6 +108,6 @@ def test_every_runtime_of_an_export_has_a_snippet(small, tmp_path, layout):
 def test_a_runtime_that_cannot_load_it_gets_a_reason_and_no_snippet(small, tmp_path):
     rotated = "passes.0.quantize={method: rtn, weights: int8, activations: dynamic-int8, rotate: [mlp]}"
     text, report = made(small, tmp_path / "out", rotated, "check=null", "export=[]")
-    assert len(snippets(text)) == 1
+    assert len(snippets(text)) == 1 and ModelCard(text).data.library_name == "compress"
     (refused,) = (row for row in report["runtimes"] if not row["loads"])
     assert f"transformers does not load it: {refused['why']}." in text

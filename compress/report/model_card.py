@@ -60,12 +60,15 @@ def _original(path: Path) -> tuple[str, dict]:
 
 
 def _front_matter(report: dict, formats: dict[str, str], original: dict) -> str:
-    """The licence is the original's, where its card names one. A name that the hub has none of is left out."""
+    """The licence is the original's, where its card names one; the library is the one that loads it. A name that the hub has
+    none of is left out."""
     name = report["model"]["name"]
+    takes_stock = any(row["name"] == "transformers" and row["loads"] for row in report["runtimes"])
+    library = "transformers" if takes_stock else "compress"
     return (
         ModelCardData(
             base_model=name if MODEL_NAME.fullmatch(name) else None,
-            library_name="transformers",
+            library_name=library,
             tags=["compress", report["model"]["model_type"], *sorted(set(formats.values()))],
             **{key: original[key] for key in LICENCE_KEYS if original.get(key)},
         )
