@@ -86,6 +86,7 @@ def add_moments(total: torch.Tensor, x: torch.Tensor) -> None:
     _add_tiles(total, x, x, [(r, c) for r in slices(len(total), TILE) for c in slices(r.stop, TILE)])
 
 
+@torch.inference_mode()
 def mirror(total: torch.Tensor) -> torch.Tensor:
     """The symmetric matrix [K, K] of that lower triangle, in its own place: it may be the largest there is."""
     return total.tril_().add_(total.tril(-1).T)

@@ -336,7 +336,6 @@ def test_a_damaged_output_of_this_tool_is_replaced(apply, tmp_path):
 
 LONG = "a" * 300
 NAMED = {
-    "a recipe": ("apply", LONG),
     "an artifact": ("inspect", LONG),
     "a prompt in an artifact's place": ("run", LONG, "hi"),
     "a baseline": ("check", LONG, LONG),
