@@ -19,14 +19,13 @@ from compress import parallel, passes, progress, stages
 from compress.calibration import inputs as calibration_inputs
 from compress.calibration.inputs import LayerInputs, UnitInputs
 from compress.checkpoint import writer
+from compress.checkpoint.reader import CHECKPOINT
 from compress.checkpoint.writer import ShardWriter
 from compress.inference import HiddenStates, embed_windows
 from compress.model import Unit, Weight
 from compress.plan import PassContext, Plan
 from compress.process import peak_rss_bytes
 from compress.workspace import CALIBRATION, Workspace
-
-CHECKPOINT = "checkpoint"
 
 
 @dataclass

@@ -232,12 +232,17 @@ def test_a_lock_on_a_file_that_got_another_name_is_taken_anew(tmp_path, monkeypa
     assert locks.is_held(path) and not locks.is_held(tmp_path / "published")
 
 
-def test_a_killed_replacement_gives_the_earlier_output_back(apply, out, partial, monkeypatch):
-    """Killed between the two renames: the earlier output is in the work folder."""
+def stop_a_replacement(apply, monkeypatch) -> None:
+    """An output of seed 1, and the work folder of an interrupted run of seed 0 that was to replace it."""
     assert apply("--seed", 1).exit_code == 0
     with monkeypatch.context() as patch:
         stop_after(patch, sweep, "ShardWriter", 3)
         assert apply("--overwrite").exit_code == 130
+
+
+def test_a_killed_replacement_gives_the_earlier_output_back(apply, out, partial, monkeypatch):
+    """Killed between the two renames: the earlier output is in the work folder."""
+    stop_a_replacement(apply, monkeypatch)
     os.replace(out, partial / ".previous")
     assert "complete" in refusal_of_command(apply("--resume"))
     assert json.loads((out / "manifest.json").read_text())["seed"] == 1
@@ -247,10 +252,7 @@ def test_a_killed_replacement_gives_the_earlier_output_back(apply, out, partial,
 
 
 def test_an_output_whose_place_another_took_meanwhile_is_no_part_of_what_is_published(apply, out, partial, monkeypatch):
-    assert apply("--seed", 1).exit_code == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, sweep, "ShardWriter", 3)
-        assert apply("--overwrite").exit_code == 130
+    stop_a_replacement(apply, monkeypatch)
     shutil.copytree(out, partial / ".previous")
     assert apply("--resume", "--overwrite").exit_code == 0
     files = json.loads((out / "manifest.json").read_text())["files"]
