@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 
 import compress as package
-from compress import streams, usage
 from compress.errors import InputError
-from compress.escaping import printable, without_controls
-from compress.exits import MISSED, Commands
+from compress.terminal import streams, usage
+from compress.terminal.escaping import printable, without_controls
+from compress.terminal.exits import MISSED, Commands
 
 # waiting threads sleep: where cores are shared, spinning ones take many times as long (set before torch is imported)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -53,14 +53,15 @@ def main():
 @click.option("--dry-run", is_flag=True, help="Validate and print the plan with predicted sizes; write nothing.")
 def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_run):
     """Run RECIPE (a path or a shipped name): passes, checkpoint, exports, check, report."""
-    from compress.recipe import load_recipe
+    from compress.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     name = _model_name(loaded, model)
     _refuse_missing_device(device)
-    from compress import pipeline, plan, progress
+    from compress.apply import pipeline, plan
+    from compress.recipe.source import resolve
     from compress.report import terminal
-    from compress.source import resolve
+    from compress.terminal import progress
 
     source = resolve(name, loaded.folder if model is None else None, config_only=dry_run)
     job = pipeline.Job(loaded, source, out or Path("out") / loaded.name, device, seed, resume, overwrite)
@@ -96,10 +97,11 @@ def _refuse_missing_device(device: str) -> None:
 @click.option("--verify", is_flag=True, help="Read every file and compare its digest with the manifest's.")
 def inspect(model, as_json, verify):
     """Layers, roles, parameters, bytes, experts and state sizes of a model folder, hub id or ONNX artifact."""
-    from compress import inspection, strict_json
+    from compress.strict import json_text
+    from compress.studies import inspection
 
     facts = inspection.inspect(model, verify=verify)
-    click.echo(strict_json.dumps(facts) if as_json else inspection.as_text(facts))
+    click.echo(json_text.dumps(facts) if as_json else inspection.as_text(facts))
 
 
 @main.command()
@@ -111,7 +113,7 @@ def inspect(model, as_json, verify):
 )
 def export(checkpoint, kind, out, overrides):
     """Export one CHECKPOINT: its folder, or an output folder of apply."""
-    from compress import exporting
+    from compress.apply import exporting
 
     folder = exporting.export_checkpoint(checkpoint, kind, out, overrides)
     click.echo(printable(f"wrote {folder}"), err=True)
@@ -138,9 +140,9 @@ def export(checkpoint, kind, out, overrides):
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
 def check(baseline, candidate, prompts, limits, limits_file, samples, length, seed, device, json_file):
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
-    from compress import results
     from compress.check import command
     from compress.report import terminal
+    from compress.studies import results
 
     settings = command.settings(prompts, limits, limits_file, samples, length)
     results.refuse_unwritable(json_file)
@@ -166,14 +168,15 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
 @SEED
 def sensitivity(recipe, model, formats, samples, length, json_file, html_file, device, seed):
     """Measure what quantizing each layer's roles costs, alone and in every format that RECIPE names."""
-    from compress.recipe import load_recipe
+    from compress.recipe.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     name = _model_name(loaded, model)
     _refuse_missing_device(device)
-    from compress import results
-    from compress.sensitivity import cells, command, run
-    from compress.source import resolve
+    from compress.recipe.source import resolve
+    from compress.studies import results
+    from compress.studies.sensitivity import cells, command
+    from compress.studies.sensitivity import study as run
 
     results.refuse_unwritable(json_file, html_file)
     tried = cells.candidates(run.quantize_options(loaded), formats)
@@ -201,14 +204,15 @@ def sensitivity(recipe, model, formats, samples, length, json_file, html_file, d
 @SEED
 def experts(model, prompts, samples, length, json_file, html_file, device, seed):
     """Survey the experts of MODEL (a folder or hub id): load, scores, likeness, and what pruning would lose."""
-    from compress.calibration.settings import Calibration
-    from compress.strict_model import from_flags
+    from compress.recipe.calibration import Calibration
+    from compress.strict.models import from_flags
 
     settings = from_flags(Calibration, prompts=prompts or ("prose",), samples=samples, length=length)
     _refuse_missing_device(device)
-    from compress import results
-    from compress.experts import command, run
-    from compress.source import resolve
+    from compress.recipe.source import resolve
+    from compress.studies import results
+    from compress.studies.experts import command
+    from compress.studies.experts import survey as run
 
     results.refuse_unwritable(json_file, html_file)
     command.write(run.run(run.Job(resolve(model), settings, device, seed)), json_file, html_file)
@@ -235,7 +239,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
 @SEED
 def run(artifact, prompt, max_tokens, temperature, seed):
     """Stream text from a checkpoint or an ONNX artifact; PROMPT - reads standard input."""
-    from compress import generation
+    from compress.runtime import generation
 
     text = _read_stdin() if prompt == "-" else prompt or ""
     shown = without_controls if sys.stdout.isatty() else str
@@ -258,7 +262,7 @@ def _read_stdin() -> str:
 @click.argument("name", required=False, shell_complete=usage.recipe_names)
 def recipes(name):
     """List the shipped recipes with a line each; with NAME print it."""
-    from compress import resources
+    from compress.recipe import resources
 
     if name is None:
         for stem, path in resources.shipped_recipes().items():
@@ -272,7 +276,7 @@ def recipes(name):
 @click.argument("name", required=False, shell_complete=usage.documents)
 def docs(name):
     """List the README and the documents it links to; with NAME print one."""
-    from compress import resources
+    from compress.recipe import resources
 
     if name is not None:
         click.echo(resources.document(name).read_text(encoding="utf-8"), nl=False)

@@ -15,10 +15,11 @@ import yaml
 from machine import describe_machine
 from quality import measure, prepare
 
-from compress import pipeline, resources
-from compress.recipe import load_recipe
-from compress.roles import QUANTIZABLE
-from compress.source import resolve
+from compress.apply import pipeline
+from compress.model.roles import QUANTIZABLE
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 CALIBRATION = {"prompts": ["prose", "self"], "samples": 24, "length": 512}
 INT4 = {"weights": "int4-g32", "roles": {"lm_head": "int8-g32", "embedding": "int8-g32"}}

@@ -19,15 +19,18 @@ import yaml
 from machine import describe_machine
 from quality import chunks, load_text
 
-from compress import pipeline, prompts, resources, sizes, source
-from compress.artifacts import CheckpointArtifact
+from compress import prompts
+from compress.apply import pipeline
 from compress.check import baseline, metrics
 from compress.check.runners import CheckpointCandidate
-from compress.check.settings import Check
 from compress.checkpoint.reader import Checkpoint
+from compress.model import sizes
 from compress.prompts import PromptSet
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.recipe import resources, source
+from compress.recipe.check import Check
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.runtime.artifacts import CheckpointArtifact
 
 MODEL = resources.folder("models") / "tiny-jamba"
 COUNTS, SEEDS, SAMPLES = (7, 6, 5, 4), (0, 1, 2), 24

@@ -18,19 +18,23 @@ import torch
 from machine import describe_machine
 from scipy.stats import spearmanr
 
-from compress import cache, expert_counts, prompts, resources
-from compress.artifacts import CheckpointArtifact
-from compress.calibration.layers import walk
-from compress.calibration.settings import Calibration
+from compress import prompts
+from compress.calibration.walk import walk
 from compress.check.metrics import score
-from compress.check.settings import Check
 from compress.checkpoint.reader import Checkpoint
-from compress.inference import Head, layer_weights, run_layer
-from compress.model import HybridModel, Unit
-from compress.pruning import removal
-from compress.pruning.reconstruction import Kept, Reconstruction
-from compress.pruning.statistics import collect
-from compress.sensitivity.original import Original, logits
+from compress.disk import cache
+from compress.model import expert_counts
+from compress.model.hybrid import HybridModel
+from compress.model.weight import Unit
+from compress.passes.pruning import removal
+from compress.passes.pruning.reconstruction import Kept, Reconstruction
+from compress.passes.pruning.statistics import collect
+from compress.recipe import resources
+from compress.recipe.calibration import Calibration
+from compress.recipe.check import Check
+from compress.runtime.artifacts import CheckpointArtifact
+from compress.runtime.inference import Head, layer_weights, run_layer
+from compress.studies.sensitivity.original import Original, logits
 
 MODEL = resources.folder("models") / "tiny-jamba"
 PAIRS = 60

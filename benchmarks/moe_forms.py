@@ -77,9 +77,9 @@ FORMS = {"dense": moe_dense, "if": moe_if, "split": None}
 def export_forms(folder: Path) -> None:
     """checkpoint -> int8 checkpoint -> one ONNX folder per form."""
     import exporters.architectures.jamba as wiring
-    from compress import exporting, pipeline
-    from compress.recipe import load_recipe
-    from compress.source import resolve
+    from compress.apply import exporting, pipeline
+    from compress.recipe.recipe import load_recipe
+    from compress.recipe.source import resolve
 
     source = make("moe-1.6b", folder / "moe-1.6b")
     recipe = load_recipe("tiny-int8", ("check=null", "export=[]"))
@@ -93,7 +93,7 @@ def export_forms(folder: Path) -> None:
 
 def time_form(path: Path) -> dict:
     """Load, prefill and decode of one exported folder, in this process."""
-    from compress.onnx_session import OnnxSession
+    from compress.runtime.onnx_session import OnnxSession
 
     began = time.perf_counter()
     session = OnnxSession(path / "model.onnx")

@@ -16,11 +16,11 @@ from pathlib import Path
 from machine import describe_machine
 from shapes import SHAPES, make
 
-from compress import pipeline, sweep
-from compress.plan import PassContext
-from compress.recipe import load_recipe
-from compress.source import resolve
-from compress.workspace import Workspace
+from compress.apply import pipeline, sweep
+from compress.apply.plan import PassContext
+from compress.output_folder.workspace import Workspace
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 RECIPE = "version: 1\npasses:\n  - quantize: {method: rtn, weights: int8}\n"
 CHUNK = 16 << 20

@@ -23,10 +23,11 @@ from machine import describe_machine
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import compress
-from compress import exporting, pipeline, resources
-from compress.artifacts import open_artifact
-from compress.recipe import load_recipe
-from compress.source import load_tokenizer, resolve
+from compress.apply import exporting, pipeline
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import load_tokenizer, resolve
+from compress.runtime.artifacts import open_artifact
 
 PROMPT, TOKENS = "Once upon a time there was a little", 64
 CLIENT = Path(__file__).with_name("runtime_client.py")

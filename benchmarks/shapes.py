@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from compress import resources
-from compress.architectures import jamba
 from compress.checkpoint import writer
-from compress.model import Spec, Unit, Weight
-from compress.progress import task
-from compress.roles import Role
+from compress.model.families import jamba
+from compress.model.roles import Role
+from compress.model.weight import Spec, Unit, Weight
+from compress.recipe import resources
+from compress.terminal.progress import task
 
 COMMON = {
     "model_type": "jamba",

@@ -15,9 +15,9 @@ import torch
 from machine import describe_machine
 from transformers import JambaForCausalLM
 
-from compress import resources
-from compress.artifacts import find_artifact
-from compress.onnx_session import OnnxSession
+from compress.recipe import resources
+from compress.runtime.artifacts import find_artifact
+from compress.runtime.onnx_session import OnnxSession
 
 PREFILL, DECODE, REPEATS = 512, 64, 7
 

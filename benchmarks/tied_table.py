@@ -14,10 +14,11 @@ import yaml
 from machine import describe_machine
 from safetensors.torch import load_file, save_file
 
-from compress import pipeline, resources
+from compress.apply import pipeline
 from compress.calibration import inputs
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 FORMATS = ("int8", "int8-g32", "int4-g32", "fp8-e4m3")
 SHARE = inputs.LOOKUP_SHARE

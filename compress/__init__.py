@@ -13,6 +13,6 @@ def load(path, dtype=None):
         model = compress.load("out/tiny-int8")
         model.generate(input_ids, max_new_tokens=20)
     """
-    from compress import loading  # brings torch and transformers, which take seconds to import
+    from compress.runtime import loading  # brings torch and transformers, which take seconds to import
 
     return loading.load(path, dtype)

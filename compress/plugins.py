@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-PASSES, EXPORTERS, ARCHITECTURES = "compress.passes", "exporters", "compress.architectures"
+PASSES, EXPORTERS, ARCHITECTURES = "compress.passes", "exporters", "compress.model.families"
 
 
 def names(package: str) -> list[str]:

@@ -9,9 +9,10 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from compress import formats, onnx_layouts, plugins
-from compress.onnx_layouts import GENAI, TRANSFORMERS_JS
-from compress.strict_model import Strict
+from compress import formats, plugins
+from compress.runtime import onnx_layouts
+from compress.runtime.onnx_layouts import GENAI, TRANSFORMERS_JS
+from compress.strict.models import Strict
 from exporters import Exported
 
 LAYOUTS = {"genai": GENAI, "transformers.js": TRANSFORMERS_JS}
@@ -41,7 +42,7 @@ def _predict_bytes(weight) -> int:
 
 def runtimes(model, options: Options) -> list:
     """Which runtimes take what will be written."""
-    from compress.runtimes import of_onnx
+    from compress.runtime.runtimes import of_onnx
 
     return of_onnx(model, "onnx", options.layout)
 
@@ -54,7 +55,7 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
     import compress
     from compress.checkpoint.companions import without_code
     from compress.checkpoint.writer import copy_companions, write_json
-    from compress.paths import with_text_name
+    from compress.disk.paths import with_text_name
     from exporters.graph import genai, reading, transformers_js
     from exporters.graph.builder import Graph, WeightFile
 

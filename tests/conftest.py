@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from jamba_models import make_jamba
 
 import cli
-from compress import pipeline, resources
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.apply import pipeline
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 

@@ -12,7 +12,7 @@ from jamba_models import load_reference
 from safetensors.torch import load_file, save_file
 from transformers import JambaForCausalLM
 
-from compress.expert_counts import pruned
+from compress.model.expert_counts import pruned
 
 PARTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 

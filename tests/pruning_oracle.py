@@ -15,10 +15,10 @@ from jamba_models import make_jamba
 from safetensors.torch import load_file
 from transformers import JambaForCausalLM
 
-from compress import pipeline
+from compress.apply import pipeline
 from compress.prompts import self_text
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 EXPERTS, MOE_LAYERS = 5, (1, 4)
 SPREAD = 0.7  # see test_jamba_forward.py: keeps the noise of float32 itself far below the bounds

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import JambaForCausalLM
 
 import compress
-from compress import resources
-from compress.recipe import load_recipe
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
 
 QUICK = ("--set", "check=null")
 PLAIN = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress import cache
-from compress.artifacts import CheckpointArtifact
 from compress.check import baseline
 from compress.check.runners import CheckpointCandidate
 from compress.checkpoint.reader import Checkpoint
+from compress.disk import cache
 from compress.prompts import PromptSet, self_text
+from compress.runtime.artifacts import CheckpointArtifact
 
 DAMAGE = {
     "cut short": lambda data: data[: len(data) // 2],

@@ -16,7 +16,8 @@ from jamba_models import load_reference, make_jamba
 from refusals import refusal
 from safetensors.torch import load_file, save_file
 
-from compress import formats, pipeline, sweep
+from compress import formats
+from compress.apply import pipeline, sweep
 from compress.calibration import inputs as calibration_inputs
 from compress.calibration import moments as calibration_moments
 from compress.calibration.inputs import LayerInputs, Wanted
@@ -25,14 +26,14 @@ from compress.checkpoint.folder import SINGLE
 from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import InputError
-from compress.inference import Head, HiddenStates, stream
+from compress.output_folder.workspace import Workspace
+from compress.passes.quantization import equalization
+from compress.passes.quantization import gptq as gptq_method
+from compress.passes.quantization import scales as scale_search
 from compress.prompts import self_text
-from compress.quantization import equalization
-from compress.quantization import gptq as gptq_method
-from compress.quantization import scales as scale_search
-from compress.recipe import load_recipe
-from compress.source import resolve
-from compress.workspace import Workspace
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.runtime.inference import Head, HiddenStates, stream
 
 LAYERS, SHARDS = 4, 6  # of the model: the embedding, its layers, the head
 MOE_LAYERS, ATTENTION_LAYER = (1, 3), 2

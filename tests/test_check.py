@@ -11,16 +11,18 @@ import pytest
 import torch
 from jamba_models import load_reference, make_jamba
 
-from compress import cache, exporting, results
-from compress.artifacts import open_artifact
+from compress.apply import exporting
 from compress.check import baseline
-from compress.check import run as check_run
+from compress.check import judge as check_run
 from compress.check.compare import compare, verdict
 from compress.check.metrics import Scores, score, summarize
 from compress.check.runners import PHASES, CheckpointCandidate, OnnxCandidate
-from compress.check.settings import METRICS, Check
 from compress.checkpoint.reader import Checkpoint
+from compress.disk import cache
 from compress.prompts import PromptSet
+from compress.recipe.check import METRICS, Check
+from compress.runtime.artifacts import open_artifact
+from compress.studies import results
 
 QUICK = ("--prompts", "self", "--samples", "2", "--length", "12")
 POSITIONS = 2 * 11  # scored ones of QUICK: the last token of a window predicts nothing

@@ -9,7 +9,7 @@ from refusals import refusal_of_command
 from text_models import changed_copy
 from transformers import AutoTokenizer
 
-from compress import exporting
+from compress.apply import exporting
 
 QUICK = ("--prompts", "self", "--samples", "1", "--length", "8")
 

@@ -18,13 +18,13 @@ from refusals import refusal
 from safetensors.torch import load_file, save_file
 from transformers import JambaConfig
 
-from compress import inspection
-from compress import model as model_module
-from compress.architectures import jamba
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder
 from compress.checkpoint.reader import Checkpoint, open_config
 from compress.checkpoint.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from compress.errors import InputError
+from compress.model import model as model_module
+from compress.model.families import jamba
+from compress.studies import inspection
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.final_layernorm.weight"
 FORMAT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -12,16 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from compress import formats
-from compress import model as model_module
+from compress.apply.plan import PassContext
 from compress.checkpoint import writer
 from compress.checkpoint.folder import INDEX
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import WorkError
 from compress.formats.base import Quantized
-from compress.model import Unit, Weight
+from compress.model import model as model_module
+from compress.model.roles import Role
+from compress.model.weight import Unit, Weight
 from compress.passes import quantize
-from compress.plan import PassContext
-from compress.roles import Role
 
 
 def plain_units(folder: Path) -> tuple[Unit, ...]:

@@ -16,7 +16,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import cli
-from compress import resources, sweep
+from compress.apply import sweep
+from compress.recipe import resources
 from exporters import onnx as onnx_exporter
 
 DONE, MISSED, BAD_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 130  # the contract's exit codes
@@ -380,5 +381,5 @@ def test_a_defect_of_ours_is_not_mistaken_for_a_missed_limit(compress_cli, monke
     def broken(*arguments):
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("compress.inspection.inspect", broken)
+    monkeypatch.setattr("compress.studies.inspection.inspect", broken)
     expect_refusal(compress_cli("inspect", tiny), FAILED)

@@ -14,14 +14,15 @@ from jamba_models import fused, make_jamba
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from compress import formats, pipeline
+from compress import formats
+from compress.apply import pipeline
 from compress.checkpoint import compressed_tensors, writer
 from compress.checkpoint.folder import INDEX, SINGLE
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
 from compress.formats.base import Quantized
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 KEPT_MATRICES = ("A_log", "router.weight")  # 2-D tensors that stay as they came

@@ -13,9 +13,10 @@ import pytest
 import torch
 from refusals import refusal_of_command
 
-from compress import destination, pipeline
+from compress.apply import pipeline
 from compress.check import baseline
-from compress.inference import HiddenStates
+from compress.output_folder import destination
+from compress.runtime.inference import HiddenStates
 from exporters.graph.builder import WeightFile
 
 OWN_TEXT = ("--set", "check={prompts: [self], samples: 1, length: 4}")

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compress import pipeline, resources
+from compress.apply import pipeline
 from compress.passes import prune_experts, quantize
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 
 def passes_of(plan: str) -> list[dict]:

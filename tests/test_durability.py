@@ -8,11 +8,12 @@ import pytest
 import torch
 import yaml
 
-from compress import cache, exporting, pipeline
+from compress.apply import exporting, pipeline
 from compress.checkpoint import writer
-from compress.recipe import load_recipe
-from compress.source import resolve
-from compress.workspace import Workspace
+from compress.disk import cache
+from compress.output_folder.workspace import Workspace
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 from exporters.graph.builder import WeightFile
 
 

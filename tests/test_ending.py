@@ -109,7 +109,7 @@ STOPPED = """
 import sys, time
 from pathlib import Path
 import cli
-from compress import sweep
+from compress.apply import sweep
 
 real, made = sweep.ShardWriter, []
 

@@ -10,9 +10,9 @@ from markdown_it import MarkdownIt
 from refusals import refusal_of_command
 from safetensors.torch import load_file, save_file
 
-from compress import output, progress
-from compress.escaping import code, code_block, markdown, printable, without_controls
 from compress.report import markdown as report_markdown
+from compress.terminal import output, progress
+from compress.terminal.escaping import code, code_block, markdown, printable, without_controls
 
 HOSTILE = "a\x1b[2J\x07b\nc|d`e``f<script>g</script>[h](i)*j*&amp;\\k\u202el\x9bm"
 SHOWN = "a\\x1b[2J\\x07b\\nc|d`e``f<script>g</script>[h](i)*j*&amp;\\k\\u202el\\x9bm"

@@ -13,11 +13,13 @@ from pages import Page, assert_needs_nothing_else
 from refusals import refusal_of_command as refusal
 from safetensors.torch import load_file, save_file
 
-from compress import cache, prompts
-from compress.artifacts import CheckpointArtifact
-from compress.calibration.settings import Calibration
+from compress import prompts
 from compress.checkpoint.reader import Checkpoint
-from compress.experts import facts, run, table
+from compress.disk import cache
+from compress.recipe.calibration import Calibration
+from compress.runtime.artifacts import CheckpointArtifact
+from compress.studies.experts import facts, table
+from compress.studies.experts import survey as run
 
 DONE = 0
 EXPERTS, TOP_K, MOE = 5, 2, (1, 4)  # layers 1 and 4 have experts

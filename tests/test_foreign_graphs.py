@@ -12,9 +12,9 @@ import pytest
 from refusals import refusal, refusal_of_command
 
 import cli
-from compress import exporting
-from compress.artifacts import open_artifact
-from compress.onnx_session import OnnxSession
+from compress.apply import exporting
+from compress.runtime.artifacts import open_artifact
+from compress.runtime.onnx_session import OnnxSession
 
 QUICK = ("--prompts", "self", "--samples", "1", "--length", "8")
 KEY = "compress.config"

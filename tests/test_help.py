@@ -12,7 +12,8 @@ import pytest
 from refusals import refusal, refusal_of_command
 
 import cli
-from compress import resources, usage
+from compress.recipe import resources
+from compress.terminal import usage
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,9 +10,9 @@ from jamba_models import make_jamba
 from safetensors import safe_open
 from transformers import JambaConfig, JambaForCausalLM
 
-from compress import exporting
+from compress.apply import exporting
 from compress.errors import InputError
-from compress.inspection import as_text, inspect
+from compress.studies.inspection import as_text, inspect
 
 PUBLISHED = 0.005  # relative; published figures are rounded to three or four digits
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from jamba_models import load_reference, make_jamba
 
-from compress import inference, resources
-from compress import model as model_module
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
-from compress.inference import Decoder, Head, LayerWeights, embed, layer_weights, sample, stream
-from compress.model import HybridModel
+from compress.model import model as model_module
+from compress.model.hybrid import HybridModel
 from compress.prompts.windows import encode
-from compress.source import load_tokenizer
+from compress.recipe import resources
+from compress.recipe.source import load_tokenizer
+from compress.runtime import inference
+from compress.runtime.inference import Decoder, Head, LayerWeights, embed, layer_weights, sample, stream
 
 AGREEMENT = 1e-4  # largest difference between logits of the two: the project's requirement on float32 arithmetic
 # Standard deviation of random weights times sqrt(inputs). At 0.7 transformers in float32 is 1e-6 to 3e-5 away from itself

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress import layers
+from compress.model import layers
 
 # Where a tolerance is relative it is relative to the largest expected magnitude. float32 rounds at 2^-24 = 6e-8, and
 # every function here adds up a few dozen such roundings at most, or, in the scan, lets decays below 1 forget them.

@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, JambaForCausalLM
 
 import compress
-from compress import loading, pipeline, runtimes
-from compress.architectures import jamba
+from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import WorkError
-from compress.inference import Head, stream
-from compress.model import Place
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.model.families import jamba
+from compress.model.hybrid import Place
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.runtime import loading, runtimes
+from compress.runtime.inference import Head, stream
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EXPERTS = 3

@@ -9,9 +9,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from compress import pipeline
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.apply import pipeline
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 CARD = (
     "---\nlicense: other\nlicense_name: own\ntags: [letters]\n---\n# A model\n\nIt was trained on letters, ü and all.\n"

@@ -11,14 +11,14 @@ from jamba_models import make_jamba
 from refusals import refusal, refusal_of_command
 from text_models import changed_copy
 
-from compress import exporting
+from compress.apply import exporting
 from compress.checkpoint import writer
+from compress.checkpoint.end_tokens import end_tokens
 from compress.checkpoint.folder import INDEX, SINGLE
 from compress.checkpoint.reader import Checkpoint
-from compress.end_tokens import end_tokens
-from compress.onnx_session import OnnxSession
-from compress.paths import as_text
-from compress.source import load_tokenizer, resolve
+from compress.disk.paths import as_text
+from compress.recipe.source import load_tokenizer, resolve
+from compress.runtime.onnx_session import OnnxSession
 from exporters.graph import reading
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 14787176\n"

@@ -16,14 +16,16 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress import exporting, onnx_session, pipeline, resources
+from compress.apply import exporting, pipeline
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
-from compress.inference import Head, stream
-from compress.onnx_session import OnnxSession
 from compress.prompts.windows import encode
-from compress.recipe import load_recipe
-from compress.source import load_tokenizer, resolve
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import load_tokenizer, resolve
+from compress.runtime import onnx_session
+from compress.runtime.inference import Head, stream
+from compress.runtime.onnx_session import OnnxSession
 from exporters import onnx as exporter
 
 AGREEMENT = 1e-3  # largest difference between logits: the project's requirement on an exported graph

@@ -20,19 +20,20 @@ from jamba_models import make_jamba
 from onnx_graphs import all_graphs, assert_shapes_are_inferred
 from safetensors import safe_open
 
-from compress import formats, pipeline
-from compress import model as compress_model
+from compress import formats
+from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
-from compress.inference import Head, stream
-from compress.inspection import inspect
-from compress.model import PLAIN_DTYPES, Weight
-from compress.onnx_session import OnnxSession
-from compress.quantization import hadamard
-from compress.quantization.activations import NAMES as ACTIVATIONS
-from compress.quantization.activations import Activation
-from compress.recipe import load_recipe
-from compress.roles import Role
-from compress.source import resolve
+from compress.formats import hadamard
+from compress.formats.activations import NAMES as ACTIVATIONS
+from compress.formats.activations import Activation
+from compress.model import model as compress_model
+from compress.model.roles import Role
+from compress.model.weight import PLAIN_DTYPES, Weight
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.runtime.inference import Head, stream
+from compress.runtime.onnx_session import OnnxSession
+from compress.studies.inspection import inspect
 from exporters import onnx as exporter
 from exporters.graph import blocks
 from exporters.graph.builder import Graph, WeightFile, declare, rename

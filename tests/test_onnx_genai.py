@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from jamba_models import make_jamba
 
-from compress import exporting, resources
-from compress.onnx_session import OnnxSession
-from compress.source import load_tokenizer
+from compress.apply import exporting
+from compress.recipe import resources
+from compress.recipe.source import load_tokenizer
+from compress.runtime.onnx_session import OnnxSession
 
 genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 

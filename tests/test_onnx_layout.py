@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import pytest
 
-from compress import exporting
-from compress.artifacts import find_artifact, open_artifact
-from compress.onnx_session import OnnxSession
-from compress.source import load_tokenizer
+from compress.apply import exporting
+from compress.recipe.source import load_tokenizer
+from compress.runtime.artifacts import find_artifact, open_artifact
+from compress.runtime.onnx_session import OnnxSession
 
 JS = "layout=transformers.js"
 

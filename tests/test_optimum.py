@@ -18,9 +18,9 @@ from optimum.commands.export.base import ExportCommand
 from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig
 
-from compress import exporting
-from compress.architectures import jamba
-from compress.onnx_session import OnnxSession
+from compress.apply import exporting
+from compress.model.families import jamba
+from compress.runtime.onnx_session import OnnxSession
 from exporters.optimum_hook import tasks
 
 ROOT = Path(__file__).parents[1]

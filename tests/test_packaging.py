@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import compress
-from compress import resources
+from compress.recipe import resources
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_BACKEND = importlib.util.find_spec("hatchling") is not None

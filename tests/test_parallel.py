@@ -9,12 +9,14 @@ import torch
 import yaml
 from jamba_models import make_jamba
 
-from compress import model, parallel, pipeline
+from compress import parallel
+from compress.apply import pipeline
 from compress.errors import InputError
-from compress.inference import HiddenStates
-from compress.quantization import cholesky
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.model import model
+from compress.passes.quantization import cholesky
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.runtime.inference import HiddenStates
 
 THREADS = (1, 2, 3)
 PRUNED = [{"prune_experts": {"keep": 3}}]

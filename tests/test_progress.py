@@ -11,11 +11,12 @@ import pytest
 from interruptions import stop_after
 
 import cli
-from compress import pipeline, progress, sweep
-from compress.check import run as check_run
-from compress.recipe import load_recipe
-from compress.source import resolve
-from compress.workspace import Workspace
+from compress.apply import pipeline, sweep
+from compress.check import judge as check_run
+from compress.output_folder.workspace import Workspace
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.terminal import progress
 
 STAGE = re.compile(r"(\d+) of (\d+): (.+): done in \d+\.\d minutes")
 CALIBRATED = """

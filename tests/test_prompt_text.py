@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from compress import prompts
 from compress.prompts import chat, passages
 from compress.prompts.windows import encode, encode_start, join_and_cut
-from compress.source import load_tokenizer
+from compress.recipe.source import load_tokenizer
 
 HI = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A fox."}]
 PLAIN = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from compress import prompts
-from compress.artifacts import open_artifact
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
-from compress.inference import Decoder
 from compress.prompts import passages, recall, self_text
 from compress.prompts.windows import join_and_cut
-from compress.source import load_tokenizer
+from compress.recipe.source import load_tokenizer
+from compress.runtime.artifacts import open_artifact
+from compress.runtime.inference import Decoder
 
 BOS = 1
 

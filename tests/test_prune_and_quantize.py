@@ -40,7 +40,7 @@ def test_a_later_layer_is_pruned_for_the_states_that_pruned_and_quantized_layers
             super().__init__(model, index, states, *rest)
             entering[index] = torch.cat([states.read(number) for number in range(len(states))]).flatten(0, 1)
 
-    monkeypatch.setattr("compress.sweep.LayerInputs", Noting)
+    monkeypatch.setattr("compress.apply.sweep.LayerInputs", Noting)
     run = apply(source, tmp_path, {"keep": KEEP}, QUANTIZE)
     weights = {w.name: w.dense() for w in Checkpoint(run.checkpoint, allow_quantized=True).model.weights}
     config = {key: value for key, value in run.config.items() if key != "quantization_config"}

@@ -29,10 +29,10 @@ from refusals import refusal
 from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 
-from compress import pipeline
-from compress.artifacts import find_artifact, open_artifact
+from compress.apply import pipeline
 from compress.passes import prune_experts
-from compress.pruning import reconstruction
+from compress.passes.pruning import reconstruction
+from compress.runtime.artifacts import find_artifact, open_artifact
 
 AGREEMENT = {"checkpoint": 1e-4, "onnx": 1e-3}  # the project's requirements, as in test_pruned_models.py
 BFLOAT16 = 2.0**-8  # its rounding, at most half of this relative to the value

@@ -22,11 +22,12 @@ from refusals import refusal
 
 from compress.calibration.inputs import LayerInputs
 from compress.checkpoint.reader import Checkpoint
-from compress.inference import HiddenStates
-from compress.pruning import correction as corrections
-from compress.pruning import layer, reconstruction, removal, statistics
-from compress.pruning.correction import Correction
-from compress.pruning.statistics import Statistics, collect
+from compress.passes.pruning import correction as corrections
+from compress.passes.pruning import prune as layer
+from compress.passes.pruning import reconstruction, removal, statistics
+from compress.passes.pruning.correction import Correction
+from compress.passes.pruning.statistics import Statistics, collect
+from compress.runtime.inference import HiddenStates
 
 PARTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 

@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, JambaForCausalLM
 
 import compress
-from compress import exporting, pipeline
-from compress.artifacts import find_artifact, open_artifact
+from compress.apply import exporting, pipeline
 from compress.checkpoint.reader import Checkpoint
-from compress.expert_counts import pruned
-from compress.inspection import as_text, inspect
-from compress.onnx_session import OnnxSession
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.model.expert_counts import pruned
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.runtime.artifacts import find_artifact, open_artifact
+from compress.runtime.onnx_session import OnnxSession
+from compress.studies.inspection import as_text, inspect
 
 AGREEMENT = {
     "checkpoint": 1e-4,
@@ -310,7 +310,7 @@ COUNTS = "num_experts_per_layer"
     ({"router_rows": 0}, "compress.router_rows"),
     ({"router_rows": 10**9}, "compress.router_rows"),
     ({"router_rows": True}, "compress.router_rows"),
-    ({"experts": 4}, "compress.experts"),
+    ({"experts": 4}, "compress.studies.experts"),
     ("pruned", "compress"),
     (None, "compress"),
 ])  # fmt: skip

@@ -12,9 +12,9 @@ from pruning_oracle import (
     inner_of,
 )
 
-from compress.pruning import allocation, merging, reconstruction, scores
-from compress.pruning.reconstruction import Reconstruction
-from compress.pruning.statistics import Statistics
+from compress.passes.pruning import allocation, merging, reconstruction, scores
+from compress.passes.pruning.reconstruction import Reconstruction
+from compress.passes.pruning.statistics import Statistics
 
 ROUTERS = ("slice", "rescale", "keep_rows")
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}  # sums of some hundred float32 products of numbers near 1, against float64

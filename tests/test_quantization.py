@@ -8,8 +8,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
 from compress import formats
-from compress.quantization import equalization, gptq, scales
-from compress.quantization.activations import NAMES, Activation, static_scale
+from compress.formats.activations import NAMES, Activation, static_scale
+from compress.passes.quantization import equalization, gptq, scales
 
 FORMATS = tuple(formats.FILES)
 DIAGONAL_DAMPING = 0.01  # gptq's default

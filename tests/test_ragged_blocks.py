@@ -14,12 +14,13 @@ from jamba_models import make_jamba
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from compress import model, pipeline
+from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
-from compress.inference import Head, stream
-from compress.onnx_session import OnnxSession
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.model import model
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.runtime.inference import Head, stream
+from compress.runtime.onnx_session import OnnxSession
 
 BLOCK, MOST = 128, 448
 SHAPES = {  # [200, 150] and [150, 200] in the feed-forwards, [333, 150] in the embedding, [300, 10] in dt_proj

@@ -11,10 +11,11 @@ import refusals
 from jamba_models import AWKWARD
 from safetensors.torch import load_file, save_file
 
-from compress import pipeline, resources
+from compress.apply import pipeline
 from compress.errors import InputError
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 RECIPE = """\
 version: 1
@@ -339,7 +340,7 @@ def test_a_file_too_large_to_be_a_recipe_is_refused(write):
 
 def test_a_hundred_thousand_open_brackets_are_refused_without_hanging(write):
     """In a process of its own, so that a parser that never ends fails this test instead of stopping the run."""
-    code = "import sys; from compress.strict_yaml import load; from pathlib import Path; load(Path(sys.argv[1]))"
+    code = "import sys; from compress.strict.yaml_text import load; from pathlib import Path; load(Path(sys.argv[1]))"
     arguments = [sys.executable, "-c", code, str(write("[" * 100_000))]
     # a parser that gives up at some depth needs well under a second; one that is quadratic in it, hours
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=20, check=False)

@@ -15,13 +15,13 @@ from pruning_oracle import apply as run_pruning
 from pruning_oracle import make_source
 
 import cli
-from compress import pipeline, surveys, sweep
+from compress.apply import pipeline, surveys, sweep
 from compress.calibration.inputs import LayerInputs
-from compress.check import run as check_run
+from compress.check import judge as check_run
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import InputError
 from compress.passes import prune_experts
-from compress.pruning import layer as pruning_layer
+from compress.passes.pruning import prune as pruning_layer
 from exporters.graph.builder import WeightFile
 
 LAYERS, SHARDS = 6, 8  # of the small model: one shard for the embedding, one a layer, one for the head
@@ -280,7 +280,7 @@ def test_resume_starts_fresh_where_there_is_nothing(apply, out, uninterrupted):
 KILLED = """
 import os, signal, sys
 import cli
-from compress import sweep
+from compress.apply import sweep
 from exporters.graph.builder import WeightFile
 
 def kill_after(owner, name, calls):

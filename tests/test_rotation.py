@@ -8,12 +8,12 @@ from compressed_tensors.transform import TransformConfig
 from jamba_models import make_jamba
 from refusals import refusal
 
-from compress import pipeline
+from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
-from compress.quantization import hadamard
-from compress.quantization.activations import Activation
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.formats import hadamard
+from compress.formats.activations import Activation
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
 
 OUT_PROJ = "model.layers.0.mamba.out_proj.weight"
 RECIPE = """version: 1

@@ -10,10 +10,11 @@ from jamba_models import make_jamba
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import exporting, layers
+from compress.apply import exporting
 from compress.checkpoint.reader import Checkpoint
-from compress.inference import Head, stream
-from compress.onnx_session import OnnxSession
+from compress.model import layers
+from compress.runtime.inference import Head, stream
+from compress.runtime.onnx_session import OnnxSession
 
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
 AGREEMENT = 1e-3  # between logits: another expert moves them by more than 1

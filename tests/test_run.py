@@ -6,9 +6,10 @@ import pytest
 import torch
 from jamba_models import load_reference
 
-from compress import exporting, generation
-from compress.artifacts import open_artifact
-from compress.source import load_tokenizer
+from compress.apply import exporting
+from compress.recipe.source import load_tokenizer
+from compress.runtime import generation
+from compress.runtime.artifacts import open_artifact
 
 TOKENS = 16
 PROMPTS = {

@@ -8,10 +8,12 @@ import pytest
 from jamba_models import make_jamba
 from pruned_models import Pruning, prune
 
-from compress import pipeline, resources, runtimes
+from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.runtime import runtimes
 
 FIT = {
     "hidden_size": 128,

@@ -12,17 +12,18 @@ from pages import Page, assert_needs_nothing_else
 from refusals import refusal_of_command as refusal
 from safetensors.torch import load_file, save_file
 
-from compress import cache, formats, prompts
-from compress.architectures import jamba
-from compress.artifacts import CheckpointArtifact
+from compress import formats, prompts
 from compress.check import baseline
-from compress.check.settings import Check
 from compress.checkpoint.reader import Checkpoint
-from compress.inference import Head
+from compress.disk import cache
+from compress.model.families import jamba
 from compress.passes.quantize import Options
 from compress.prompts import PromptSet
-from compress.sensitivity import cells, original, worst
-from compress.sensitivity.measure import Measure
+from compress.recipe.check import Check
+from compress.runtime.artifacts import CheckpointArtifact
+from compress.runtime.inference import Head
+from compress.studies.sensitivity import cells, original, worst
+from compress.studies.sensitivity.measure import Measure
 
 DONE, INTERRUPTED = 0, 130
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, which nothing fetches

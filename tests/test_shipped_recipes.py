@@ -10,9 +10,9 @@ from jamba_models import load_reference, make_jamba
 from refusals import refusal_of_command
 from transformers import JambaForCausalLM
 
-from compress import resources
 from compress.checkpoint.reader import Checkpoint
-from compress.recipe import load_recipe
+from compress.recipe import resources
+from compress.recipe.recipe import load_recipe
 
 EMBEDDING = "model.embed_tokens.weight"
 RECIPES = sorted(resources.shipped_recipes())

@@ -18,7 +18,7 @@ from huggingface_hub.utils import filter_repo_objects
 from refusals import refusal
 
 from compress.errors import InputError
-from compress.source import Source, load_tokenizer, resolve
+from compress.recipe.source import Source, load_tokenizer, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -179,7 +179,7 @@ def unhelpful_server():
 
 RESOLVE = """
 from compress.errors import InputError
-from compress.source import resolve
+from compress.recipe.source import resolve
 try:
     resolve("owner/name")
 except InputError as error:

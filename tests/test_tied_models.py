@@ -11,13 +11,13 @@ from refusals import refusal
 from test_calibration import Applied, apply, input_scales, inputs_of
 from test_onnx_formats import Applied as Exported
 
-from compress import pipeline
+from compress.apply import pipeline
 from compress.calibration import inputs as calibration_inputs
 from compress.checkpoint.reader import Checkpoint
 from compress.checkpoint.writer import ShardWriter
-from compress.inference import HiddenStates
-from compress.recipe import load_recipe
-from compress.source import resolve
+from compress.recipe.recipe import load_recipe
+from compress.recipe.source import resolve
+from compress.runtime.inference import HiddenStates
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "num_hidden_layers": 4, "spread": 0.7}

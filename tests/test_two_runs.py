@@ -15,8 +15,9 @@ from interruptions import stop_after
 from refusals import refusal, refusal_of_command
 
 import cli
-from compress import cache, exporting, locks, partials, pipeline, sweep
-from compress.locks import LOCK
+from compress.apply import exporting, pipeline, sweep
+from compress.disk import cache, locks, partials
+from compress.disk.locks import LOCK
 from exporters.graph.builder import WeightFile
 
 HELD = "is being written by another process"
@@ -91,7 +92,7 @@ def test_a_held_work_folder_counts_before_a_complete_output(apply, out, partial,
 WAITING = """
 import sys
 import cli
-from compress import pipeline, sweep
+from compress.apply import pipeline, sweep
 
 def wait(owner, name):
     real = getattr(owner, name)
@@ -371,7 +372,7 @@ def test_what_killed_processes_left_in_the_cache_goes_when_it_is_a_day_old_and_u
 
 SCRATCH = """
 import sys
-from compress import cache
+from compress.disk import cache
 with cache.scratch("candidate") as folder:
     (folder / "states").touch()
     print("here", flush=True)

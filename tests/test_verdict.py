@@ -10,12 +10,13 @@ import torch
 from refusals import refusal, refusal_of_command
 from safetensors.torch import load_file, save_file
 
-from compress import generation, strict_json
-from compress.artifacts import open_artifact
 from compress.check.compare import Row, verdict
 from compress.check.metrics import Scores, score, summarize
-from compress.recipe import load_recipe
+from compress.recipe.recipe import load_recipe
 from compress.report import markdown
+from compress.runtime import generation
+from compress.runtime.artifacts import open_artifact
+from compress.strict import json_text
 
 QUICK = ("--prompts", "self", "--samples", "2", "--length", "12")
 QUICK_APPLY = ("--set", "check.prompts=[self]", "--set", "check.samples=1", "--set", "check.length=8")
@@ -132,7 +133,7 @@ def test_a_report_shows_what_is_not_finite():
 
 def test_json_is_written_without_what_json_does_not_have():
     values = {"a": float("nan"), "b": [1.5, float("inf"), {"c": (float("-inf"), "NaN", None, True, np.float64("nan"))}]}
-    assert strict(strict_json.dumps(values)) == {"a": None, "b": [1.5, None, {"c": [None, "NaN", None, True, None]}]}
+    assert strict(json_text.dumps(values)) == {"a": None, "b": [1.5, None, {"c": [None, "NaN", None, True, None]}]}
 
 
 UNREACHABLE = ["top1_agreement=97", "top1_agreement=1.0001", "perplexity_ratio=0"]

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from compress import progress
 from compress.calibration.moments import SAMPLE_ROWS, Moments
 from compress.checkpoint.writer import ShardWriter
-from compress.inference import HiddenStates, LayerWeights, stream
-from compress.layers import rms_norm
-from compress.model import HybridModel, InputGroup, Unit, Weight
+from compress.model.hybrid import HybridModel, InputGroup
+from compress.model.layers import rms_norm
+from compress.model.weight import Unit, Weight
+from compress.runtime.inference import HiddenStates, LayerWeights, stream
+from compress.terminal import progress
 
 Keep = Callable[[Weight], Weight]  # writes a weight; returns one that reads what was written
 MOMENT_BYTES = 1 << 30  # of second moments collected in one replay

@@ -4,8 +4,8 @@ import torch
 
 from compress import parallel
 from compress.errors import InputError
-from compress.model import is_finite
-from compress.quantization import hadamard
+from compress.formats import hadamard
+from compress.model.weight import is_finite
 
 SAMPLE_ROWS = 4096  # rows of the inputs whose magnitudes are kept for the choice of a static range
 

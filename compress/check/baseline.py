@@ -11,10 +11,12 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from compress import cache, progress, stages
+from compress.apply import stages
 from compress.check.runners import Candidate
+from compress.disk import cache
 from compress.prompts import PromptSet, self_text
 from compress.prompts.seeds import derive_seed
+from compress.terminal import progress
 
 VERSION = 1  # part of the key: raise it when our forward changes its values
 

@@ -2,17 +2,22 @@
 
 from pathlib import Path
 
-from compress import integrity, onnx_layouts, output, prompts, source, strict_yaml
-from compress.artifacts import Artifact, find_artifact, open_artifact
+from compress import prompts
 from compress.check import genai, tokenizers
-from compress.check import run as check_run
+from compress.check import judge as check_run
 from compress.check.compare import verdict
-from compress.check.settings import Check
+from compress.disk.paths import as_text
 from compress.errors import InputError
-from compress.paths import as_text
+from compress.output_folder import integrity
+from compress.output_folder.manifest import versions
+from compress.recipe import source
+from compress.recipe.check import Check
 from compress.report import terminal
-from compress.report.manifest import versions
-from compress.strict_model import from_flags, no_truth_value
+from compress.runtime import onnx_layouts
+from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
+from compress.strict import yaml_text
+from compress.strict.models import from_flags, no_truth_value
+from compress.terminal import output
 
 
 def settings(
@@ -27,7 +32,7 @@ def _limit(text: str) -> tuple[str, float]:
     """Numbers mean what they mean in a file of limits."""
     metric, _, value = text.partition("=")
     try:
-        return metric, float(no_truth_value(strict_yaml.parse_scalar(value, f"--limit {metric}")))
+        return metric, float(no_truth_value(yaml_text.parse_scalar(value, f"--limit {metric}")))
     except (TypeError, ValueError):
         raise InputError(f"--limit {text}: expected METRIC=VALUE, such as kl_divergence_mean=0.01") from None
 
@@ -35,7 +40,7 @@ def _limit(text: str) -> tuple[str, float]:
 def _file_limits(path: Path | None) -> dict:
     if path is None:
         return {}
-    values = strict_yaml.load(path).data
+    values = yaml_text.load(path).data
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of METRIC: VALUE")
     try:

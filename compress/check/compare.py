@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from compress import progress, stages
+from compress.apply import stages
 from compress.check.baseline import Baseline
 from compress.check.metrics import Scores, score, summarize
 from compress.check.runners import Candidate
-from compress.check.settings import METRICS, PHASES
 from compress.prompts import PromptSet
+from compress.recipe.check import METRICS, PHASES
+from compress.terminal import progress
 
 ALL = "all"
 

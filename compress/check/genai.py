@@ -4,7 +4,7 @@ from pathlib import Path
 
 from compress.checkpoint.folder import read_json
 from compress.errors import InputError
-from compress.onnx_layouts import GENAI
+from compress.runtime.onnx_layouts import GENAI
 
 
 def refuse_broken(model: Path, config) -> None:

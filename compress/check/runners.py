@@ -7,11 +7,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from compress import cache
-from compress.check.settings import PHASES as PHASES
-from compress.inference import Advance, Head, blocks_of, stream
-from compress.model import HybridModel
-from compress.onnx_session import OnnxSession
+from compress.disk import cache
+from compress.model.hybrid import HybridModel
+from compress.recipe.check import PHASES as PHASES
+from compress.runtime.inference import Advance, Head, blocks_of, stream
+from compress.runtime.onnx_session import OnnxSession
 
 LOGIT_BYTES = 64 << 20  # of logits in memory together
 DECODE_BATCH = 16  # windows decoded side by side

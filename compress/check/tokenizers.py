@@ -10,7 +10,7 @@ from pathlib import Path
 from compress.checkpoint.folder import read_json
 from compress.errors import InputError, first_line
 from compress.prompts import passages
-from compress.source import has_tokenizer, load_tokenizer
+from compress.recipe.source import has_tokenizer, load_tokenizer
 
 FAST = "tokenizer.json"
 JSON_FILES = (FAST, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")

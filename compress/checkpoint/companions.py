@@ -7,8 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
-from compress import strict_json
 from compress.checkpoint.pointers import refuse_pointer
+from compress.strict import json_text
 
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "*.model", "special_tokens_map.json", "added_tokens.json"),
@@ -45,7 +45,7 @@ def copy(path: Path, folder: Path) -> None:
     target = folder / path.name
     values = _object(path) if path.suffix == ".json" else {}
     if values.keys() & set(CODE):
-        target.write_text(strict_json.dumps_as_it_came(without_code(values)) + "\n", encoding="utf-8")
+        target.write_text(json_text.dumps_as_it_came(without_code(values)) + "\n", encoding="utf-8")
     else:
         shutil.copyfile(path, target)
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from compress import formats
 from compress.errors import InputError
-from compress.model import Weight
-from compress.quantization import activations
-from compress.quantization.activations import Activation
-from compress.roles import Role
+from compress.formats import activations
+from compress.formats.activations import Activation
+from compress.model.roles import Role
+from compress.model.weight import Weight
 
 SCHEME_KEYS = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic")
 ACTIVATION_KEYS = ("num_bits", "type", "symmetric", "strategy", "dynamic")

@@ -6,8 +6,9 @@ from functools import reduce
 import torch
 
 from compress.checkpoint.reader import CONFIG_DTYPES
-from compress.model import PLAIN_DTYPES, HybridModel, Weight
-from compress.roles import QUANTIZABLE
+from compress.model.hybrid import HybridModel
+from compress.model.roles import QUANTIZABLE
+from compress.model.weight import PLAIN_DTYPES, Weight
 
 KEYS = ("dtype", "torch_dtype")  # transformers reads either; the second is the older name
 

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import torch
 
-from compress import onnx_layouts, plugins, progress
+from compress import plugins
 from compress.checkpoint import companions, compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
 from compress.errors import InputError
-from compress.integrity import is_output
-from compress.model import PLAIN_FORMATS, HybridModel, Spec, Unit, UnitSpec, Weight, is_finite
+from compress.model.hybrid import HybridModel
+from compress.model.weight import PLAIN_FORMATS, Spec, Unit, UnitSpec, Weight, is_finite
+from compress.output_folder.integrity import is_output
+from compress.runtime import onnx_layouts
+from compress.terminal import progress
 
 CHECKPOINT = "checkpoint"  # in an output folder of `apply`
 CONFIG_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -7,8 +7,8 @@ import torch
 
 from compress import formats
 from compress.checkpoint.compressed_tensors import Scheme
-from compress.model import INPUT_SCALE, Spec, Weight
-from compress.quantization.activations import Activation
+from compress.formats.activations import Activation
+from compress.model.weight import INPUT_SCALE, Spec, Weight
 
 Read = Callable[[str, slice | None], torch.Tensor]  # a stored tensor, or a block of its rows
 

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import torch
 
-from compress import files, parallel, progress, strict_json
+from compress import parallel
 from compress.checkpoint import companions
 from compress.checkpoint.companions import companion_files
 from compress.checkpoint.folder import INDEX
 from compress.checkpoint.safetensors_file import DTYPE_NAMES, SafetensorsFile
 from compress.checkpoint.stored import reread
+from compress.disk import files
 from compress.errors import WorkError
 from compress.formats.base import Layout, Quantized
-from compress.model import Unit, Weight, is_finite
+from compress.model.weight import Unit, Weight, is_finite
+from compress.strict import json_text
+from compress.terminal import progress
 
 
 def shard_name(number: int, total: int) -> str:
@@ -136,12 +139,12 @@ def write_index(folder: Path, units: tuple[Unit, ...]) -> None:
 
 def write_json(path: Path, value) -> None:
     """Writes beside and renames: a reader never sees half a file."""
-    write_text(path, strict_json.dumps(value) + "\n")
+    write_text(path, json_text.dumps(value) + "\n")
 
 
 def write_config(folder: Path, config: dict) -> None:
     """config.json. What a model's own had is written as it came."""
-    write_text(folder / "config.json", strict_json.dumps_as_it_came(config) + "\n")
+    write_text(folder / "config.json", json_text.dumps_as_it_came(config) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

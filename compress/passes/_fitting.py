@@ -8,9 +8,10 @@ said, in sentences for the plan and the report.
 from collections.abc import Callable
 
 from compress import formats
-from compress.model import HybridModel, Weight
-from compress.quantization import rounding
-from compress.roles import Role
+from compress.model.hybrid import HybridModel
+from compress.model.roles import Role
+from compress.model.weight import Weight
+from compress.passes.quantization import rounding
 
 KEYS = ("roles", "overrides", "activation_roles", "rotate")  # of the block: those that name roles
 

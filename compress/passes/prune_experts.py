@@ -10,10 +10,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from compress import expert_counts
 from compress.errors import InputError, WorkError
-from compress.roles import Role
-from compress.strict_model import Number, Strict, WholeNumber
+from compress.model import expert_counts
+from compress.model.roles import Role
+from compress.strict.models import Number, Strict, WholeNumber
 
 AMOUNTS = ("keep", "fraction", "budget")
 FEW_TOKENS = 256  # calibration tokens of an expert below which its figures are rough
@@ -140,9 +140,9 @@ def needs_survey(options: Options) -> bool:
 
 def survey(options: Options, layers, context) -> dict:
     """How many experts every MoE layer keeps under the budget."""
-    from compress.pruning import allocation
-    from compress.pruning.reconstruction import Reconstruction
-    from compress.pruning.statistics import collect
+    from compress.passes.pruning import allocation
+    from compress.passes.pruning.reconstruction import Reconstruction
+    from compress.passes.pruning.statistics import collect
 
     curves, experts = {}, 0
     for unit, inputs in layers:
@@ -162,7 +162,7 @@ def apply(options: Options, unit, context):
 
 def calibrate(options: Options, unit, inputs, context):
     """The unit with the experts that stay, corrected, and what the report says of it."""
-    from compress.pruning import layer
+    from compress.passes.pruning import prune as layer
 
     if not any(weight.role == Role.EXPERTS for weight in unit.weights.values()):
         return unit, {}

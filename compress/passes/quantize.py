@@ -11,9 +11,9 @@ from pydantic import Field, field_validator, model_validator
 
 from compress import formats
 from compress.errors import InputError
-from compress.names import layer_of
-from compress.roles import ACTIVATED_BY_DEFAULT, KEPT_BY_DEFAULT, QUANTIZABLE, Role
-from compress.strict_model import KeyedError, Number, Strict, WholeNumber
+from compress.model.names import layer_of
+from compress.model.roles import ACTIVATED_BY_DEFAULT, KEPT_BY_DEFAULT, QUANTIZABLE, Role
+from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
 WeightFormat = Literal[*formats.NAMES]
 ActivationFormat = Literal["none", "dynamic-int8", "static-int8", "dynamic-fp8", "static-fp8"]
@@ -170,14 +170,14 @@ def needs_calibration(options: Options) -> bool:
 
 def apply(options: Options, unit, context):
     """The unit with every weight its role's format applies to quantized on load, by rounding to nearest."""
-    from compress.quantization import rounding
+    from compress.passes.quantization import rounding
 
     return unit.map(lambda weight: rounding.lazily(weight, options, context.device))
 
 
 def calibrate(options: Options, unit, inputs, context):
     """The unit quantized with regard to what reaches its matrices, and a note on what that was."""
-    from compress.quantization import calibrated
+    from compress.passes.quantization import calibrated
 
     return calibrated.quantize(options, unit, inputs, context.device)
 

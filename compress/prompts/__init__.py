@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from compress import stages
+from compress.apply import stages
+from compress.disk.paths import as_text
 from compress.errors import InputError, nearest
-from compress.paths import as_text
-from compress.progress import task as progress_task
-from compress.progress import warn
 from compress.prompts import passages, recall, self_text
 from compress.prompts.seeds import derive_seed
 from compress.prompts.windows import join_and_cut, refuse_foreign_tokens, too_long
-from compress.source import load_tokenizer
+from compress.recipe.source import load_tokenizer
+from compress.terminal.progress import task as progress_task
+from compress.terminal.progress import warn
 
 SHIPPED = ("prose", "heldout")
 NAMES = (*SHIPPED, "recall", "self")

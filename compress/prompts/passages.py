@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from compress import resources
 from compress.checkpoint.pointers import refuse_pointer
 from compress.checkpoint.safetensors_file import no_duplicates
 from compress.errors import InputError, first_line
 from compress.prompts import chat
 from compress.prompts.text import decode, refuse_surrogates
+from compress.recipe import resources
 
 
 def shipped_file(name: str) -> Path:

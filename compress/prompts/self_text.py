@@ -8,10 +8,11 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from compress import cache, parallel
-from compress.end_tokens import end_tokens
-from compress.inference import sample
+from compress import parallel
+from compress.checkpoint.end_tokens import end_tokens
+from compress.disk import cache
 from compress.prompts.windows import refuse_foreign_tokens
+from compress.runtime.inference import sample
 
 BATCH = 32
 VERSION = 1  # part of the cache key: raise it when the sampling changes

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from compress import expert_counts, runtimes, sizes
 from compress.checkpoint import config_dtype
 from compress.checkpoint.companions import left_behind
+from compress.model import expert_counts, sizes
+from compress.output_folder.manifest import versions
 from compress.passes.prune_experts import FEW_TOKENS
-from compress.report.manifest import versions
+from compress.runtime import runtimes
 
 # of a checkpoint: what it needs to run but the tokenizer
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")

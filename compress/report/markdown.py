@@ -1,8 +1,8 @@
 """report.md: the same facts as report.json, for reading."""
 
-from compress.escaping import code, markdown
 from compress.report.terminal import value_words, verdict_words
-from compress.runtimes import Runtime, as_lines
+from compress.runtime.runtimes import Runtime, as_lines
+from compress.terminal.escaping import code, markdown
 
 
 def render(report: dict) -> str:

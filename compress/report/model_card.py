@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 import compress
 from compress.check.compare import ALL
 from compress.checkpoint import companions
-from compress.escaping import code, code_block, markdown, printable
 from compress.formats import PLAIN
 from compress.report import loading_snippets
 from compress.report.terminal import value_words, verdict_words
+from compress.terminal.escaping import code, code_block, markdown, printable
 
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # as the hub has them
 LICENCE_KEYS = (

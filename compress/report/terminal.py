@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from compress import output, progress
 from compress.check.compare import ALL
+from compress.terminal import output, progress
 
 GOOD = ("pass", "not_checked")  # verdicts that end with exit code 0
 

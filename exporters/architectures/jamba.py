@@ -3,9 +3,10 @@
 import onnx_ir as ir
 import torch
 
-from compress.architectures import jamba
-from compress.architectures.jamba import JambaConfig
-from compress.model import HybridModel, Weight
+from compress.model.families import jamba
+from compress.model.families.jamba import JambaConfig
+from compress.model.hybrid import HybridModel
+from compress.model.weight import Weight
 from exporters.graph import blocks
 from exporters.graph.attention import attention, causal_bias
 from exporters.graph.builder import Graph, declare, rename

@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from compress.model import Weight
+from compress.model.weight import Weight
 from exporters.graph.builder import FLOAT, Graph
 from exporters.graph.rounding import input_of, multiplies_whole_numbers, whole_number_product
 from exporters.graph.stored import matrix, plain

@@ -1,8 +1,8 @@
 """genai_config.json: how onnxruntime-genai runs the graph. `decoder` is the type that takes hybrid states by name."""
 
-from compress.end_tokens import end_tokens
-from compress.onnx_layouts import GENAI
-from compress.source import tokenizer_of
+from compress.checkpoint.end_tokens import end_tokens
+from compress.recipe.source import tokenizer_of
+from compress.runtime.onnx_layouts import GENAI
 
 
 def config(checkpoint) -> dict:

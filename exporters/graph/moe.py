@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from compress.model import Weight
+from compress.model.weight import Weight
 from exporters.graph.blocks import swiglu
 from exporters.graph.builder import Graph
 

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from compress.model import Weight
-from compress.quantization.activations import Activation, largest
+from compress.formats.activations import Activation, largest
+from compress.model.weight import Weight
 from exporters.graph.builder import FLOAT, FP8, Graph
 from exporters.graph.rotation import rotated
 from exporters.graph.stored import load, store_scales

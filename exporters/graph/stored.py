@@ -20,7 +20,7 @@ import torch
 from compress import formats
 from compress.formats.base import STEPS, NumberFormat, Quantized, byte_step
 from compress.formats.integers import pair_nibbles
-from compress.model import Weight
+from compress.model.weight import Weight
 from exporters.graph.builder import FLOAT, Graph
 
 SCALE = "_scale"  # a quantized weight X has its scales beside it as X_scale

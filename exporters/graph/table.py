@@ -9,7 +9,7 @@ import torch
 
 from compress import formats
 from compress.formats.integers import pair_nibbles
-from compress.model import Weight
+from compress.model.weight import Weight
 from exporters.graph.builder import FP8, Graph
 from exporters.graph.rotation import rotated
 from exporters.graph.rounding import input_of

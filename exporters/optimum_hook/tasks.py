@@ -4,7 +4,7 @@ from optimum.exporters.base import ExporterConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils.input_generators import DEFAULT_DUMMY_SHAPES, DummyInputGenerator, DummyTextInputGenerator
 
-from compress.architectures import jamba
+from compress.model.families import jamba
 from exporters.architectures.jamba import BATCH, PAST, TOTAL, state_shapes
 
 Axes = dict[str, dict[int, str]]

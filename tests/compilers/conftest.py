@@ -15,7 +15,7 @@ from exported_models import RECIPES, Exported, exported, settings
 from jamba_models import make_jamba
 from test_onnx_formats import SHAPES, SPREAD
 
-from compress.recipe import load_recipe
+from compress.recipe.recipe import load_recipe
 
 BRIEF = ("calibration.samples=4", "calibration.length=128", "calibration.prompts=[prose]")
 SELF = {"prompts": ["self"], "samples": 4, "length": 32}

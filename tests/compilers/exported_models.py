@@ -8,10 +8,11 @@ import numpy as np
 import with_onnxruntime
 from test_onnx_formats import FORMATS, ROUNDED, SHAPES
 
-from compress import pipeline, resources
+from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
-from compress.runtimes import Runtime, of_onnx
-from compress.source import resolve
+from compress.recipe import resources
+from compress.recipe.source import resolve
+from compress.runtime.runtimes import Runtime, of_onnx
 
 RECIPES = sorted(resources.shipped_recipes())
 

@@ -3,7 +3,7 @@
 import pytest
 from exported_models import RECIPES, assert_alike, rounds_inputs, settings
 
-from compress.runtimes import INT4_TABLE, ONNXRUNTIME
+from compress.runtime.runtimes import INT4_TABLE, ONNXRUNTIME
 
 pytestmark = pytest.mark.compilers
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from exported_models import RECIPES
 
-from compress import exporting
-from compress.artifacts import find_artifact, open_artifact
-from compress.source import load_tokenizer
+from compress.apply import exporting
+from compress.recipe.source import load_tokenizer
+from compress.runtime.artifacts import find_artifact, open_artifact
 
 pytestmark = pytest.mark.compilers
 

@@ -1,0 +1,259 @@
+"""What a recipe will do to a model, worked out before any weight is read: formats, sizes, what must fit where."""
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+
+from compress import passes, plugins, prompts
+from compress.check import baseline
+from compress.checkpoint.end_tokens import of_generation_config
+from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
+from compress.disk import cache, files
+from compress.errors import InputError
+from compress.model import expert_counts, sizes
+from compress.model.hybrid import HybridModel
+from compress.model.weight import Unit
+from compress.output_folder import destination
+from compress.recipe.calibration import Calibration
+from compress.recipe.source import Source
+from compress.runtime import runtimes
+from compress.runtime.onnx_session import LOAD_FACTOR
+from compress.strict import yaml_text
+from compress.terminal.escaping import printable
+
+SPARE = 1.02  # room for headers, graph and report beside the weights
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know beyond its options and the unit. `found` is what its survey found, where it makes one."""
+
+    device: str
+    seed: int
+    found: dict | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The opened source, and the model as each pass will leave it (lazily: nothing has been computed)."""
+
+    source: Source
+    checkpoint: Checkpoint | None  # None where there is only a config.json, which is enough for a plan
+    stages: tuple[HybridModel, ...]  # as it came, and after each pass
+    recipe: object
+    found: dict[int, dict] = field(default_factory=dict)  # by the pass's place: what its survey found
+
+    @property
+    def model(self) -> HybridModel:
+        """As it came."""
+        return self.stages[0]
+
+    @property
+    def result(self) -> HybridModel:
+        """As it will be stored."""
+        return self.stages[-1]
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.result.units
+
+    @property
+    def source_bytes(self) -> int:
+        return self.checkpoint.files.bytes if self.checkpoint else sizes.stored_bytes(self.model.units)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return sizes.stored_bytes(self.units)
+
+    def export_bytes(self) -> dict[str, int]:
+        return {s.name: plugins.load(plugins.EXPORTERS, s.name).predict_bytes(self.units) for s in self.recipe.export}
+
+    @cached_property
+    def _fitted(self) -> list[tuple]:
+        """The module of every pass, its options as they apply to this model, and what is different in them."""
+        modules = [(plugins.load(plugins.PASSES, step.name), step.options) for step in self.recipe.passes]
+        return [(module, *passes.fitted(module, options, self.model)) for module, options in modules]
+
+    @property
+    def modules(self) -> list[tuple]:
+        """The module of every pass, and its options as they apply to this model."""
+        return [(module, options) for module, options, _ in self._fitted]
+
+    @property
+    def notes(self) -> list[tuple[str, ...]]:
+        """For every pass, sentences on what this model makes of its options."""
+        return [said for _, _, said in self._fitted]
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(passes.needs_calibration(*step) for step in self.modules)
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.recipe.calibration or Calibration()
+
+    def calibration_bytes(self) -> int:
+        """Hidden states on disk: before a layer, between its halves and after it, and what passes keep while they work on
+        a layer: more states, and the layer as they leave it."""
+        if not self.needs_calibration:
+            return 0
+        tokens = len(self.calibration.prompts) * self.calibration.samples * self.calibration.length
+        more = [getattr(module, "SCRATCH_STATES", 0) for module, _ in self.modules]
+        left = [stage for stage, states in zip(self.stages[1:], more, strict=True) if states]
+        kept = sum(max(unit.stored_bytes() for unit in stage.units) for stage in left)
+        return (3 + max(more)) * 4 * tokens * self.model.config.hidden_size + kept
+
+    def check_bytes(self) -> int:
+        """Log-probabilities and hidden states of the baseline on disk."""
+        if self.recipe.check is None:
+            return 0
+        check, config = self.recipe.check, self.model.config
+        tokens = len(check.prompts) * check.samples * check.length
+        return baseline.bytes_needed(tokens, config.vocab_size) + 4 * check.samples * check.length * config.hidden_size
+
+
+def make(recipe, source: Source, context: PassContext, recipe_folder: Path, needs_weights: bool = True) -> Plan:
+    """Opens the source and refuses everything that headers and configuration tell."""
+    checkpoint = Checkpoint(source.folder) if needs_weights or has_weights(source.folder) else None
+    model = checkpoint.model if checkpoint else model_of_config(source.folder)
+    plan = with_found(Plan(source, checkpoint, (model,), recipe), {}, context)
+    of_generation_config(source.folder)  # refuses one that cannot be read
+    folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_calibration else None
+    for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
+        for name in settings.prompts if settings else ():
+            prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
+    _refuse_shared_prompts(recipe, calibration, recipe_folder)
+    return plan
+
+
+def with_found(plan: Plan, found: dict[int, dict], context: PassContext) -> Plan:
+    """The plan with every stage worked out, knowing what surveys found."""
+    stages = [plan.model]
+    for place, (module, options) in enumerate(plan.modules):
+        _refuse_order(plan, place)
+        module.requires(options, stages[-1])
+        stages.append(passes.planned(module, options, stages[-1], replace(context, found=found.get(place))))
+    return replace(plan, stages=tuple(stages), found=found)
+
+
+def _refuse_order(plan: Plan, place: int) -> None:
+    """A survey is of the model as it came, and what it will find is not known to passes that need the exact tensors."""
+    name, (module, options) = plan.recipe.passes[place].name, plan.modules[place]
+    if place and passes.needs_survey(module, options):
+        raise InputError(f"passes.{place}.{name} surveys the model as it came: it must be the first pass")
+    if hasattr(module, "restructure") and any(passes.needs_survey(*earlier) for earlier in plan.modules[:place]):
+        raise InputError(f"passes.{place}.{name} cannot follow a pass that shares a budget among layers")
+
+
+def _refuse_shared_prompts(recipe, calibration, recipe_folder: Path) -> None:
+    """A model is not judged on what tuned it, under whatever name; generated sets are seeded apart."""
+    if recipe.check is None or calibration is None:
+        return
+    judged = {prompts.file_of(name, recipe_folder) for name in recipe.check.prompts} - {None}
+    for name in calibration.prompts:
+        if prompts.file_of(name, recipe_folder) in judged:
+            raise InputError(f"prompts '{name}': calibration and check would read the same text")
+
+
+def shortages(plan: Plan, out: Path) -> list[str]:
+    """What will not fit: output and baseline on the disks they go to, and an export that is to be checked in memory."""
+    output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values()))) + plan.calibration_bytes()
+    needs = [(_existing(out), output - max(0, files.size(destination.partial_of(out))), "the output")]
+    if plan.recipe.check is not None:
+        needs.append((_existing(cache.location("baseline")), plan.check_bytes(), "the baseline's log-probabilities"))
+    disks: dict[int, list] = {}
+    for need in needs:
+        disks.setdefault(need[0].stat().st_dev, []).append(need)
+    found = [*map(_disk_shortage, disks.values()), _memory_shortage(plan)]
+    return [shortage for shortage in found if shortage]
+
+
+def _disk_shortage(needs: list[tuple[Path, int, str]]) -> str | None:
+    """Needs on one file system count together."""
+    need = sum(size for _, size, _ in needs)
+    free = min(shutil.disk_usage(folder).free for folder, _, _ in needs)
+    if need <= free:
+        return None
+    what = " and ".join(what for _, _, what in needs)
+    return f"{needs[0][0]}: {need / 2**20:,.0f} MiB are needed for {what}, {free / 2**20:,.0f} MiB are free"
+
+
+def _memory_shortage(plan: Plan) -> str | None:
+    """A checked ONNX artifact is loaded whole; said now rather than after the work."""
+    if plan.recipe.check is None or not plan.recipe.export:
+        return None
+    need, total = LOAD_FACTOR * max(plan.export_bytes().values()), psutil.virtual_memory().total
+    if need <= total:
+        return None
+    return f"the check loads the export, which takes about {need / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory; use check=null"
+
+
+def _existing(path: Path) -> Path:
+    path = Path(os.path.realpath(path))
+    return next(p for p in (path, *path.parents) if os.path.isdir(p))  # noqa: PTH112 - a name may be too long
+
+
+def _expert_changes(plan: Plan) -> list[str]:
+    """Before a survey only the sum is known."""
+    found = expert_counts.changes(plan.model, plan.result)
+    if any(passes.needs_survey(*step) for step in plan.modules):
+        left, whole = (sum(expert_counts.of_model(model).values()) for model in (plan.result, plan.model))
+        found = [f"{left} of {whole} experts stay, shared among layers by a survey of their losses."]
+    return found
+
+
+def describe(plan: Plan, out: Path) -> str:
+    """The plan as text, for --dry-run."""
+    destination.refuse_unusable(destination.resolve(out))
+    model, check = plan.model, plan.recipe.check
+    active = sizes.active_parameters(model.architecture, model.config, model.units)
+    counts = Counter(weight.format for unit in plan.units for weight in unit.weights.values())
+    lines = [
+        f"model     {plan.source.name} ({model.model_type}), {plan.source_bytes:,} bytes",
+        f"          {model.parameters:,} parameters, {active:,} active",
+        *(line for step in plan.recipe.passes for line in _pass_lines(step)),
+        *(
+            f"note      {step.name}: {said}"
+            for step, notes in zip(plan.recipe.passes, plan.notes, strict=True)
+            for said in notes
+        ),
+        *(f"experts   {fact}" for fact in _expert_changes(plan)),
+        *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
+        _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
+        *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
+        *(f"loads in  {line}" for line in runtimes.as_lines(runtimes.of(plan.result, plan.recipe.export))),
+    ]
+    if plan.needs_calibration:
+        asked = plan.calibration
+        lines.append(
+            f"calibrate {', '.join(asked.prompts)}: up to {asked.samples} windows of {asked.length} tokens from each"
+        )
+    lines += [f"short     {shortage}" for shortage in shortages(plan, out)]
+    if check is None:
+        return _as_lines([*lines, "check     off"])
+    limits = ", ".join(f"{name} {value:g}" for name, value in check.limits.items()) or "no limits"
+    lines += [
+        f"check     {', '.join(check.prompts)}: up to {check.samples} windows of {check.length} tokens from each; {limits}",
+        f"          needs {plan.check_bytes():,} bytes of cache on disk",
+    ]
+    return _as_lines(lines)
+
+
+def _pass_lines(step) -> list[str]:
+    """A pass as it may stand in a recipe: the keys that have an effect."""
+    first, *rest = yaml_text.dump({step.name: step.options.in_force()}).splitlines()
+    return [f"pass      {first}", *(f"          {line}" for line in rest)]
+
+
+def _as_lines(lines: list[str]) -> str:
+    """One line each, whatever characters a name of a model, a folder or a file of prompts holds."""
+    return "\n".join(map(printable, lines))
+
+
+def _size_line(path: Path, size: int, parameters: int) -> str:
+    return f"writes    {path}: about {size:,} bytes of weights ({size / (4 * parameters):.3f} of float32)"

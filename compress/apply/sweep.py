@@ -1,0 +1,238 @@
+"""One sweep over a model's units: passes, then the shard. The checkpoint is written layer by layer and nothing is whole in
+memory.
+
+Where a pass looks at calibration data, hidden states wait on disk between layers, and every layer is run, once it is
+written, from the bytes that were written, so that the next one sees the errors it will see when it ships.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from compress import parallel, passes
+from compress.apply import stages
+from compress.apply.plan import PassContext, Plan
+from compress.apply.process import peak_rss_bytes
+from compress.calibration import inputs as calibration_inputs
+from compress.calibration.inputs import LayerInputs, UnitInputs
+from compress.checkpoint import writer
+from compress.checkpoint.reader import CHECKPOINT
+from compress.checkpoint.writer import ShardWriter
+from compress.model.weight import Unit, Weight
+from compress.output_folder.workspace import CALIBRATION, Workspace
+from compress.runtime.inference import HiddenStates, embed_windows
+from compress.terminal import progress
+
+
+@dataclass
+class Swept:
+    """What a sweep did: seconds per pass that looked at calibration data, notes per pass and unit, layers left as they were."""
+
+    seconds: float = 0.0
+    pass_seconds: dict[int, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    notes: dict[int, list[dict]] = field(default_factory=dict)
+    reused: int = 0
+    written: int = 0  # units
+
+
+@parallel.steady()
+def run(planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor] | None) -> Swept:
+    """Writes every shard that an earlier run did not finish. `windows` are the calibration tokens, where a pass asks."""
+    (space.folder / CHECKPOINT).mkdir(exist_ok=True)
+    swept, began = Swept(), time.monotonic()
+    with progress.task(stages.COMPRESSING, planned.model.parameters) as advance, _Publisher(space) as publisher:
+        write = _plainly(planned) if windows is None else _Calibrated(planned, context, space, windows, swept)
+        finished = _finished(planned, space, calibrated=windows is not None)
+        if space.is_resumed:
+            progress.tell(_reused(planned, finished))
+        for number, unit in enumerate(planned.units):
+            shard = _shard(planned, number)
+            if number in finished:
+                swept.reused += unit.name.startswith("layer.")
+                advance(sum(weight.parameters for weight in unit.weights.values()))
+                continue
+            swept.written += 1
+            publisher.publish(shard, *write(number, space.folder / shard, advance))
+    swept.notes = _notes(space.folder / CALIBRATION, len(planned.recipe.passes))
+    swept.seconds, swept.peak_rss_bytes = time.monotonic() - began, peak_rss_bytes()
+    for states in (space.folder / CALIBRATION).glob("states.*"):
+        shutil.rmtree(states)
+    return swept
+
+
+def report(planned: Plan, swept: Swept) -> list[dict]:
+    """The report's `passes`. Passes that transform on load share the time of the sweep they run in."""
+    return [
+        {
+            "name": step.name,
+            "seconds": swept.pass_seconds.get(number, swept.seconds),
+            "peak_rss_bytes": swept.peak_rss_bytes,
+            "details": {
+                **planned.modules[number][0].details(planned.modules[number][1], planned.units, swept.notes[number]),
+                **({"notes": list(planned.notes[number])} if planned.notes[number] else {}),
+                "layers_reused": swept.reused,
+            },
+        }
+        for number, step in enumerate(planned.recipe.passes)
+    ]
+
+
+def _shard(planned: Plan, number: int) -> str:
+    return f"{CHECKPOINT}/{writer.shard_name(number, len(planned.units))}"
+
+
+def _finished(planned: Plan, space: Workspace, *, calibrated: bool) -> set[int]:
+    """Units whose shards, and notes, an earlier run finished. Calibration goes on where the states that enter the next unit are
+    still there, and begins anew where they are not (a shard was damaged since)."""
+    done = [all(map(space.is_done, (*_notes_of(planned, n), _shard(planned, n)))) for n in range(len(planned.units))]
+    if not calibrated or all(done):
+        return {number for number, is_done in enumerate(done) if is_done}
+    first = done.index(False)
+    return set(range(first)) if first and space.is_done(_states(first)) else set()
+
+
+def _reused(planned: Plan, finished: set[int]) -> str:
+    layers = [unit.name.startswith("layer.") for unit in planned.units]
+    return f"reused from the earlier run: {sum(layers[number] for number in finished)} of {sum(layers)} layers"
+
+
+def _states(number: int) -> str:
+    return f"{CALIBRATION}/states.{number}"
+
+
+def _note(place: int, number: int) -> str:
+    """What a pass noted of a unit."""
+    return f"{CALIBRATION}/note-{place}-{number:05d}.json"
+
+
+def _notes_of(planned: Plan, number: int) -> list[str]:
+    """Nothing is noted of an embedding, unit 0, that is no output matrix: nothing reaches it."""
+    asking = [place for place, step in enumerate(planned.modules) if passes.needs_calibration(*step)]
+    return [_note(place, number) for place in asking] if number or planned.model.config.tie_word_embeddings else []
+
+
+class _Publisher:
+    """Publishes shards while the next unit is worked on: waiting for the disk takes as long as rounding. One at a time."""
+
+    def __init__(self, space: Workspace):
+        self._space, self._pool, self._pending = space, ThreadPoolExecutor(1), None
+
+    def publish(self, name: str, shard: ShardWriter, then: Callable[[], None]) -> None:
+        """Flushes and renames the shard, notes it as done, and does what may be done only then."""
+        self._wait()
+        self._pending = self._pool.submit(self._finish, name, shard, then)
+
+    def _finish(self, name: str, shard: ShardWriter, then: Callable[[], None]) -> None:
+        shard.publish()
+        self._space.mark_done(name)
+        then()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def __enter__(self) -> "_Publisher":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        with self._pool:
+            if kind is None:
+                self._wait()
+
+
+def _plainly(planned: Plan) -> Callable[[int, Path, Callable], tuple[ShardWriter, Callable[[], None]]]:
+    def write(number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
+        shard = ShardWriter(planned.units[number], path)
+        shard.write_all(planned.units[number], advance)
+        return shard, lambda: None
+
+    return write
+
+
+class _Calibrated:
+    """Writes one unit after another, each from what the units before it, as written, hand on.
+
+    The states that enter unit n are in `calibration/states.n`; they are complete, and noted, before the shard of unit
+    n - 1 is, and are removed when that of unit n is.
+    """
+
+    def __init__(
+        self, planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor], swept: Swept
+    ):
+        self._planned, self._context, self._space, self._swept = planned, context, space, swept
+        self._windows, self._folder = windows, space.folder / CALIBRATION
+        self._states = HiddenStates(self._folder, windows, planned.model.config.hidden_size)
+        self._folder.mkdir(exist_ok=True)
+
+    @torch.inference_mode()
+    def __call__(self, number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
+        planned, last = self._planned.units[number], number == len(self._planned.units) - 1
+        shard = ShardWriter(planned, path)
+        kept: dict[str, Weight] = {}
+
+        def keep(weight: Weight) -> Weight:
+            shard.write(weight, advance)
+            kept[weight.name] = shard.written(weight)
+            return kept[weight.name]
+
+        inputs = self._inputs(number, last, keep)
+        unit = self._passes(number, inputs)
+        for name, weight in unit.weights.items():
+            if kept.get(name) is not weight:
+                reread = keep(weight)
+                unit = unit.replaced(reread) if weight.is_quantized else unit
+        if not last:
+            self._hand_on(number, unit, inputs)
+        return shard, lambda: shutil.rmtree(self._states_folder(number), ignore_errors=True)
+
+    def _inputs(self, number: int, last: bool, keep) -> UnitInputs | None:
+        """Nothing reaches the embedding but tokens, unless it is the output matrix too."""
+        model, device = self._planned.model, self._context.device
+        if number == 0:
+            return calibration_inputs.of_tied_head(model, self._windows, self._folder / "tied", keep, device)
+        entering = self._states.at(self._states_folder(number))
+        if last:
+            return calibration_inputs.of_head(model, entering, keep, device)
+        return LayerInputs(model, number - 1, entering, self._folder / "layer", keep, device)
+
+    def _passes(self, number: int, inputs: UnitInputs | None) -> Unit:
+        unit = self._planned.model.units[number]
+        for place, (module, options) in enumerate(self._planned.modules):
+            context, began = replace(self._context, found=self._planned.found.get(place)), time.monotonic()
+            if inputs is None or not passes.needs_calibration(module, options):
+                unit = module.apply(options, unit, context)
+                continue
+            unit, note = module.calibrate(options, unit, inputs, context)
+            inputs.become(self._planned.stages[place + 1])
+            writer.write_json(self._space.folder / _note(place, number), note)
+            self._space.mark_done(_note(place, number))
+            seconds = self._swept.pass_seconds
+            seconds[place] = seconds.get(place, 0.0) + time.monotonic() - began
+        return unit
+
+    def _hand_on(self, number: int, unit: Unit, inputs: UnitInputs | None) -> None:
+        following = self._states.at(self._states_folder(number + 1))
+        if number == 0:
+            embed_windows(replace(self._planned.model, units=(unit,)), self._windows, following)
+        else:
+            inputs.leave(unit, following)
+        following.flush()
+        self._space.mark_done(_states(number + 1))
+
+    def _states_folder(self, number: int) -> Path:
+        return self._space.folder / _states(number)
+
+
+def _notes(folder: Path, passes: int) -> dict[int, list[dict]]:
+    """What passes noted of every unit, those of an interrupted run included, in order."""
+    return {
+        place: [json.loads(path.read_text()) for path in sorted(folder.glob(f"note-{place}-*.json"))]
+        for place in range(passes)
+    }

@@ -1,0 +1,141 @@
+"""Results kept between runs: `$COMPRESS_CACHE`, else `~/.cache/compress`. Deleting the folder is always safe.
+
+Any number of processes, containers and hosts may share it. An entry ends with a digest of its name and its bytes: what
+was cut short, damaged or copied from another entry does not agree with it, and is made again.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from compress.disk import files, partials
+from compress.errors import InputError
+
+NEWEST_KEPT = 8  # entries of one kind; older ones are removed when a new one is published
+DIGEST_BYTES = hashlib.sha256().digest_size
+BLOCK_BYTES = 1 << 20
+
+
+def location(kind: str) -> Path:
+    """Where entries of one kind go; the folder need not exist yet."""
+    base = os.environ.get("COMPRESS_CACHE")
+    if base:
+        return Path(base) / kind
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise InputError(
+            "the cache has no place, since this user has no home folder; set COMPRESS_CACHE to one"
+        ) from None
+    return home / "compress" / kind
+
+
+def folder(kind: str) -> Path:
+    """The folder for entries of one kind, made where it is missing; refused where nothing can be written to it."""
+    path = location(kind)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be used as the cache ({error.strerror}); set COMPRESS_CACHE to a writable folder"
+        ) from None
+    return path
+
+
+def entry(path: Path, write: Callable[[BinaryIO], None]) -> BinaryIO:
+    """An entry, open for reading from its first byte: as it is kept, or as `write` makes it now.
+
+    It stays readable when another process removes or replaces it.
+    """
+    file = _verified(path)
+    if file is None:
+        with publish(path) as partial, contextlib.ExitStack() as closing:
+            file = closing.enter_context(open(partial, "w+b"))
+            write(file)
+            _seal(file, path.name)
+            closing.pop_all()  # the caller reads from it
+    file.seek(0)
+    return file
+
+
+def _verified(path: Path) -> BinaryIO | None:
+    """The entry, open, where its digest agrees."""
+    if not path.is_file():  # opening a named pipe would wait for ever
+        return None
+    with contextlib.suppress(OSError), contextlib.ExitStack() as closing:
+        file = closing.enter_context(open(path, "rb"))
+        size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
+        if size >= 0 and _digest(file, path.name, size) == file.read():
+            with contextlib.suppress(OSError):  # another user's: it only counts as older than it is
+                os.utime(file.fileno())
+            closing.pop_all()  # the caller reads from it
+            return file
+    return None
+
+
+def _seal(file: BinaryIO, name: str) -> None:
+    digest = _digest(file, name, file.seek(0, os.SEEK_END))
+    file.write(digest)
+    file.flush()
+
+
+def _digest(file: BinaryIO, name: str, size: int) -> bytes:
+    """Of an entry's name and its first `size` bytes, which are read in blocks; what follows them is read next."""
+    found, buffer = hashlib.sha256(name.encode() + b"\0"), memoryview(bytearray(BLOCK_BYTES))
+    file.seek(0)
+    while size and (count := file.readinto(buffer[: min(size, BLOCK_BYTES)])):
+        found.update(buffer[:count])
+        size -= count
+    return found.digest()
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """A name to write a file under; it is flushed and renamed to `path` when the block ends well, else removed."""
+    _remove_leftovers(path.parent)
+    with files.writing(path), partials.beside(path) as room:
+        partial = room / path.name
+        yield partial
+        files.sync(partial)
+        if path.is_dir():
+            partials.remove(path)
+        files.rename(partial, path)
+    kept = [p for p in path.parent.iterdir() if p.suffix != partials.SUFFIX]
+    for old in sorted(kept, key=_last_used)[:-NEWEST_KEPT]:
+        partials.remove(old)
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process removed it meanwhile
+        return 0.0
+
+
+@contextlib.contextmanager
+def scratch(kind: str) -> Iterator[Path]:
+    """A folder for intermediate data, removed at the end."""
+    target = folder("scratch") / kind
+    _remove_leftovers(target.parent)
+    with files.writing(target.parent), partials.beside(target) as path:
+        yield path
+
+
+def _remove_leftovers(folder: Path) -> None:
+    partials.remove_leftovers(folder.glob(f"*{partials.SUFFIX}"))
+
+
+def refuse_full_disk(need: int, what: str) -> None:
+    """Says before the work that so many bytes of intermediate data would not fit."""
+    path = folder("scratch")
+    free = shutil.disk_usage(path).free
+    if need > free:
+        raise InputError(
+            f"{path}: {need / 2**20:,.0f} MiB are needed for {what}, {free / 2**20:,.0f} MiB are free; use fewer --samples"
+        )

@@ -1,0 +1,1 @@
+"""A hybrid model as types: weights with roles, blocks, states, families."""

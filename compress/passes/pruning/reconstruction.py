@@ -1,0 +1,74 @@
+"""What a layer's output loses without some of its experts, and the experts it can best spare.
+
+With y the sum the experts give a token and y' what is left of it, the loss is the mean over the sampled, withheld tokens
+of |y - y'|^2 / |h|^2. Both are combinations of the same outputs f_e(x), so the inner products f_e(x) . f_d(x) of every
+token give the loss of any set of experts. Every set is tried where there are few (as in arXiv 2402.14800), else experts
+are left out one by one, each time the one whose loss is least.
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import combinations
+
+import torch
+
+from compress.model import layers
+from compress.passes.pruning.statistics import Statistics
+
+EXHAUSTIVE = 256  # sets of experts that are all tried
+Kept = tuple[int, ...]  # numbers of the experts that stay, ascending
+
+
+def gates_of(logits: torch.Tensor, kept: Kept, top_k: int, *, keep_rows: bool) -> torch.Tensor:
+    """logits [T, E] of all experts -> the gates [T, k] of those that stay; `keep_rows`: the others' logits stay in the
+    denominator."""
+    order = list(kept) + ([e for e in range(logits.shape[1]) if e not in kept] if keep_rows else [])
+    return layers.gates(logits[:, order], top_k, len(kept))
+
+
+def factor(both: float, own: float) -> float:
+    """What to multiply y' with to come closest to y, from <y, y'> and <y', y'>; 1 where nothing positive does."""
+    return both / own if own > 0 and both > 0 else 1.0
+
+
+class Reconstruction:
+    """Losses of sets of experts of one layer, for one way of treating the router."""
+
+    def __init__(self, statistics: Statistics, router: str):
+        self._logits, self._top_k = statistics.logits[statistics.sample], statistics.top_k
+        self._router, self._full = router, statistics.gates[statistics.sample]
+        self._gram = statistics.gram * statistics.importance[statistics.sample, None, None] / len(statistics.sample)
+        self._experts = statistics.experts
+
+    def loss(self, kept: Kept) -> float:
+        """Of the layer with these experts only; with `rescale`, at the factor that is best for the sample."""
+        gates = torch.zeros_like(self._full)
+        gates[:, list(kept)] = gates_of(self._logits, kept, self._top_k, keep_rows=self._router == "keep_rows")
+        if self._router == "rescale":
+            both, own = self._inner(self._full, gates), self._inner(gates, gates)
+            gates = gates * factor(both, own)
+        return self._inner(self._full - gates, self._full - gates)
+
+    def share(self, loss: float) -> float:
+        """A loss as a share of what the experts give: 1 where nothing is left of it."""
+        return loss / max(self._inner(self._full, self._full), 1e-30)
+
+    def best(self, count: int) -> tuple[Kept, float]:
+        """The `count` experts whose loss is least, and that loss."""
+        return self.curve(count)[count]
+
+    def curve(self, least: int) -> dict[int, tuple[Kept, float]]:
+        """For every count from all but one down to `least`: the best experts and their loss."""
+        found, kept = {}, tuple(range(self._experts))
+        for count in range(self._experts - 1, least - 1, -1):
+            if math.comb(self._experts, count) <= EXHAUSTIVE:
+                candidates: Iterable[Kept] = combinations(range(self._experts), count)
+            else:
+                candidates = combinations(kept, count)
+            loss, kept = min((self.loss(candidate), candidate) for candidate in candidates)
+            found[count] = (kept, loss)
+        return found
+
+    def _inner(self, a: torch.Tensor, b: torch.Tensor) -> float:
+        """Weighted mean over the sample of the inner product of two combinations [n, E] of outputs."""
+        return float(((a[:, None] @ self._gram)[:, 0] * b).sum())

@@ -1,0 +1,130 @@
+"""What calibration tells of the experts of one layer.
+
+Every fourth stretch of STRETCH tokens is withheld: scores and corrections are made from the others, and judged on these.
+Errors of a token count relative to |h|^2, h [H] being what the layer leaves of it: the norms that follow divide by it, so
+that an error of the layer means the same for every token and in every layer.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from compress.calibration.inputs import LayerInputs
+from compress.errors import InputError
+from compress.model import layers
+from compress.model.weight import Unit, is_finite
+from compress.runtime.inference import HiddenStates, LayerWeights
+
+STRETCH, WITHHELD_OF = 64, 4
+SAMPLE_TOKENS = 8192  # withheld tokens that every expert is run on, at most
+GRAM_ELEMENTS = 1 << 25  # of inner products between experts' outputs that are kept: 128 MiB
+TARGET = "target"  # scratch states: what the layer's experts give together
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """T tokens, E experts; n of the withheld tokens are a sample on which all experts were run."""
+
+    top_k: int
+    logits: torch.Tensor  # [T, E], of the router
+    norms: torch.Tensor  # [T, E], of an expert's output, where the token is routed to it
+    importance: torch.Tensor  # [T], 1 / |h|^2
+    withheld: torch.Tensor  # [T], bool
+    sample: torch.Tensor  # [n], which tokens
+    gram: torch.Tensor  # [n, E, E], inner products of the experts' outputs
+
+    @property
+    def experts(self) -> int:
+        return self.logits.shape[1]
+
+    @cached_property
+    def gates(self) -> torch.Tensor:
+        """[T, E]: the raw gates of the layer as it came, zero for experts a token is not routed to."""
+        return layers.gates(self.logits, self.top_k, self.experts)
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Tokens routed to each expert."""
+        return self.gates.bool().sum(0).tolist()
+
+    def similarity(self) -> torch.Tensor:
+        """[E, E]: cosine of the experts' outputs over the sample, tokens weighted by importance."""
+        inner = (self.gram * self.importance[self.sample, None, None]).sum(0)
+        norms = inner.diagonal().clamp_min(1e-30).sqrt()
+        return inner / norms[:, None] / norms
+
+
+def collect(unit: Unit, inputs: LayerInputs) -> Statistics:
+    """One replay of the layer's second half. Leaves what the experts give together in the scratch states `target`."""
+    experts = inputs.architecture.num_experts(inputs.config, inputs.index)
+    target = inputs.scratch(TARGET)
+    withheld = _withheld(target)
+    if not bool(withheld.any()) or bool(withheld.all()):
+        raise InputError(
+            f"calibration: {len(withheld)} tokens are too few to withhold some from fitting; "
+            f"give at least {WITHHELD_OF} windows, or longer ones"
+        )
+    sampled = _sampled(withheld, experts)
+    collector = _Collector(inputs, inputs.weights(unit), experts, target)
+    first = 0
+    for number, hidden, x in inputs.feed_forward_blocks(unit):
+        rows = x.flatten(0, 1)
+        collector.add(number, hidden, rows, sampled[first : first + len(rows)].to(rows.device))
+        first += len(rows)
+    return collector.statistics(withheld, sampled)
+
+
+def _withheld(states: HiddenStates) -> torch.Tensor:
+    """Every fourth stretch of a window; which one of four changes from window to window."""
+    masks = []
+    for block, (windows, length, _) in zip(states.blocks, states.shapes, strict=True):
+        stretch = torch.arange(length) // STRETCH + torch.tensor(block).reshape(windows, 1)
+        masks.append((stretch % WITHHELD_OF == WITHHELD_OF - 1).flatten())
+    return torch.cat(masks)
+
+
+def _sampled(withheld: torch.Tensor, experts: int) -> torch.Tensor:
+    """[T], bool: an even choice of the withheld tokens."""
+    most = max(1, min(SAMPLE_TOKENS, GRAM_ELEMENTS // experts**2))
+    places = withheld.nonzero()[:, 0]
+    chosen = torch.zeros_like(withheld)
+    chosen[places[:: -(-len(places) // most)]] = True
+    return chosen
+
+
+class _Collector:
+    """Adds up the statistics block by block, one expert's weights at a time."""
+
+    def __init__(self, inputs: LayerInputs, weights: LayerWeights, experts: int, target: HiddenStates):
+        self._architecture, self._weights, self._target = inputs.architecture, weights, target
+        self._name = f"layer {inputs.index}"
+        self._experts, self._top_k = experts, inputs.config.num_experts_per_tok
+        self._logits, self._norms, self._importance, self._gram = [], [], [], []
+
+    def add(self, number: int, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> None:
+        """hidden [b, S, H], rows [b S, H] (what the experts see), sampled [b S]."""
+        logits = self._architecture.router_logits(self._weights, rows)
+        gates = layers.gates(logits, self._top_k, self._experts)
+        norms, given = torch.zeros_like(gates), torch.zeros_like(rows)
+        outputs = torch.zeros(int(sampled.sum()), self._experts, rows.shape[1], device=rows.device)
+        for e in range(self._experts):
+            wanted = (sampled | (gates[:, e] > 0)).nonzero()[:, 0]
+            output = self._architecture.expert(self._weights, e, rows[wanted])
+            norms[wanted, e] = output.norm(dim=1) * (gates[wanted, e] > 0)
+            given.index_add_(0, wanted, output * gates[wanted, e, None])
+            outputs[:, e] = output[sampled[wanted]]
+        self._target.write(number, given.view_as(hidden))
+        self._logits.append(logits)
+        self._norms.append(norms)
+        self._importance.append(1 / (hidden.flatten(0, 1) + given).square().sum(1).clamp_min(1e-30))
+        self._gram.append(outputs @ outputs.transpose(1, 2))
+
+    def statistics(self, withheld: torch.Tensor, sampled: torch.Tensor) -> Statistics:
+        logits, norms, importance, gram = map(torch.cat, (self._logits, self._norms, self._importance, self._gram))
+        if not all(map(is_finite, (logits, norms, importance, gram))):
+            raise InputError(f"{self._name}: its experts give NaN or infinity on the calibration tokens")
+        device = logits.device
+        return Statistics(
+            self._top_k, logits, norms, importance, withheld.to(device), sampled.nonzero()[:, 0].to(device), gram
+        )

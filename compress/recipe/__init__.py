@@ -1,0 +1,1 @@
+"""The recipe, the shipped data it may name, and where a model comes from."""

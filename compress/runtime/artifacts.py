@@ -1,0 +1,119 @@
+"""What an ARTIFACT argument means, and what can be done with one: score windows of tokens, or go on token by token.
+
+It is an output folder of `apply`, one of its subfolders, a checkpoint folder, or a model.onnx.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
+from compress.checkpoint.folder import file_sha256
+from compress.checkpoint.reader import Checkpoint
+from compress.errors import InputError
+from compress.model import sizes
+from compress.output_folder import integrity
+from compress.runtime import onnx_layouts
+from compress.runtime.inference import Decoder
+from compress.runtime.onnx_session import OnnxDecoder, OnnxSession
+
+PREFERRED = ("onnxruntime", "onnx", "checkpoint")  # of an output folder: the first that is there
+
+
+def find_artifact(path: Path) -> Path:
+    """The model.onnx, or the checkpoint folder, that `path` means."""
+    if path.is_file():
+        if path.suffix != ".onnx":
+            raise InputError(f"{path}: expected a folder or a model.onnx")
+        return path
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder")
+    if manifest := integrity.manifest_in(path):
+        path = next((path / name for name in PREFERRED if manifest.lists(name) or (path / name).is_dir()), path)
+        if not path.is_dir():
+            raise InputError(f"{path}: is missing, though {manifest.path} lists it; name another part of the output")
+    if graph := onnx_layouts.find(path):
+        return graph
+    if (path / "config.json").is_file():
+        return path
+    raise InputError(f"{path}: neither an output of apply, nor a checkpoint folder, nor a folder with a model.onnx")
+
+
+class Steps(Protocol):
+    """Generation in progress: `step(ids [B, S])` returns the last logits [B, V] and keeps the states."""
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor: ...
+
+
+class Artifact(Protocol):
+    """A model that runs. `folder` has its tokenizer, `config` its validated configuration, `formats` says how many
+    parameters each number format stores, `runtime` what computes it."""
+
+    folder: Path
+    config: object
+    formats: dict[str, int]
+    runtime: str
+
+    def sha256(self) -> str:
+        """Digest of everything that decides its logits."""
+
+    def candidate(self) -> Candidate: ...
+
+    def steps(self, batch: int) -> Steps: ...
+
+
+class CheckpointArtifact:
+    """An opened checkpoint through our own forward; the digest of its weights may be given where it is known already."""
+
+    runtime = "torch"
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", weights_sha256: str | None = None):
+        self.folder, self.config = checkpoint.folder, checkpoint.model.config
+        self._checkpoint, self._model, self._device = checkpoint, checkpoint.model, device
+        self._weights_sha256 = weights_sha256
+        self.formats = sizes.parameters_by_format(checkpoint.model.weights)
+
+    def sha256(self) -> str:
+        self._weights_sha256 = self._weights_sha256 or self._checkpoint.files.sha256()
+        return self._checkpoint.sha256(self._weights_sha256)
+
+    def candidate(self) -> Candidate:
+        return CheckpointCandidate(self._model, self._device)
+
+    def steps(self, batch: int) -> Steps:
+        return Decoder(self._model, batch, self._device)
+
+
+class OnnxArtifact:
+    """An exported model.onnx under onnxruntime."""
+
+    runtime = "onnxruntime"
+
+    def __init__(self, path: Path):
+        from exporters.graph.reading import external_tensors, load, model_config, stored_parameters
+
+        self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, load(path)
+        _, self.config, _ = model_config(graph, path)
+        tensors = external_tensors(graph)
+        self._data, self.formats = {Path(tensor.path) for tensor in tensors}, stored_parameters(tensors)
+
+    def sha256(self) -> str:
+        if self._sha256 is None:
+            files = sorted(file for file in {self._path, *self._data} if file.is_file())
+            self._sha256 = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+        return self._sha256
+
+    def candidate(self) -> Candidate:
+        return OnnxCandidate(self._path)
+
+    def steps(self, batch: int) -> Steps:
+        return OnnxDecoder(OnnxSession(self._path).start(batch))
+
+
+def open_artifact(path: Path, device: str = "cpu") -> Artifact:
+    """Opens what `find_artifact` found."""
+    if path.suffix == ".onnx":
+        return OnnxArtifact(path)
+    return CheckpointArtifact(Checkpoint(path, allow_quantized=True), device)

@@ -1,0 +1,124 @@
+"""Runs an exported decoder under onnxruntime: states are held as OrtValues and handed from step to step uncopied."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import psutil
+import torch
+
+from compress.errors import InputError, first_line
+from compress.runtime import onnx_layouts
+from compress.runtime.onnx_files import open_session
+
+# what onnxruntime says on stderr by itself: nothing, since whatever fails is told in a sentence (3: errors, 4: fatal ones)
+LOG_LEVEL = 3 if os.environ.get("COMPRESS_TRACEBACK") else 4
+ort.set_default_logger_severity(LOG_LEVEL)
+
+ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of states
+LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
+
+
+class OnnxSession:
+    """A loaded model.onnx with the contract's inputs and outputs. `options` are session options by name."""
+
+    def __init__(self, path: Path, options: dict[str, str] | None = None, threads: int = 0):
+        _refuse_too_large(path)
+        self._path, settings = path, ort.SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.log_severity_level = LOG_LEVEL
+        for key, value in (options or {}).items():
+            settings.add_session_config_entry(key, value)
+        try:
+            self._session = open_session(path, settings)
+        except InputError:
+            raise
+        except Exception as error:  # onnxruntime's own exceptions share no public base class
+            raise InputError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self.past = {name: value for name, value in inputs.items() if onnx_layouts.is_past(name)}
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        _refuse_foreign(path, inputs.keys() - self.past.keys(), self.past, outputs)
+        self.vocab_size = int(outputs["logits"].shape[-1])
+
+    def start(self, batch: int) -> "Generation":
+        return Generation(self, batch)
+
+    def run(self, outputs: list[str], feeds: dict[str, ort.OrtValue]) -> list[ort.OrtValue]:
+        """Raises InputError for a graph that loads and then fails: shapes and data that do not belong together."""
+        options = ort.RunOptions()
+        options.log_severity_level = LOG_LEVEL
+        try:
+            return self._session.run_with_ort_values(outputs, feeds, options)
+        except Exception as error:  # as above
+            raise InputError(f"{self._path}: onnxruntime fails while running it ({first_line(error)})") from None
+
+
+class Generation:
+    """One batch of sequences: `step` feeds [B, S] more tokens and returns their logits [B, S, V]."""
+
+    def __init__(self, session: OnnxSession, batch: int):
+        self._session, self._seen = session, np.ones((batch, 0), np.int64)
+        self._outputs = ["logits", *map(onnx_layouts.present_of, session.past)]
+        self._state = {
+            name: ort.OrtValue.ortvalue_from_numpy(_empty(value, batch)) for name, value in session.past.items()
+        }
+
+    def step(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
+        """`attention_mask` [B, S] is 0 for left padding among the new tokens; all are tokens by default."""
+        new = np.ones(ids.shape, np.int64) if attention_mask is None else attention_mask.astype(np.int64)
+        self._seen = np.concatenate([self._seen, new], 1)
+        feeds = {
+            "input_ids": ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(ids, np.int64)),
+            "attention_mask": ort.OrtValue.ortvalue_from_numpy(self._seen),
+            **self._state,
+        }
+        logits, *present = self._session.run(self._outputs, feeds)
+        self._state = dict(zip(self._state, present, strict=True))
+        return logits.numpy()
+
+
+class OnnxDecoder:
+    """`step(ids [B, S])` returns the last logits [B, V]: the tensors-only view that generation shares with checkpoints."""
+
+    def __init__(self, generation: Generation):
+        self._generation = generation
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._generation.step(ids.numpy())[:, -1].copy())
+
+
+def _empty(value, batch: int) -> np.ndarray:
+    """The empty past of one input: batch in the first dimension, a past of length 0 where that is dynamic, zeros."""
+    shape = [batch] + [size if isinstance(size, int) else 0 for size in value.shape[1:]]
+    return np.zeros(shape, ELEMENTS[value.type])
+
+
+def _refuse_foreign(path: Path, others, past: dict, outputs: dict) -> None:
+    """A graph of another tool, or a damaged one: it would fail later, and less clearly."""
+    missing = {"logits", *map(onnx_layouts.present_of, past)} - outputs.keys()
+    states = [name for name, value in past.items() if value.type not in ELEMENTS or not value.shape]
+    if others != {"input_ids", "attention_mask"}:
+        problem = "expected the inputs input_ids and attention_mask, and past_key_values"
+    elif missing:
+        problem = f"the output '{min(missing)}' is missing"
+    elif not outputs["logits"].shape or not isinstance(outputs["logits"].shape[-1], int):
+        problem = "its logits do not say how large the vocabulary is"
+    elif states:
+        problem = f"the state '{states[0]}' is {past[states[0]].type} {past[states[0]].shape}"
+    else:
+        return
+    raise InputError(f"{path}: not a decoder this tool exports; {problem}")
+
+
+def _refuse_too_large(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    parts = (part for part in path.parent.iterdir() if part.name.startswith(path.name) and part.is_file())
+    size = sum(part.stat().st_size for part in parts)
+    available = psutil.virtual_memory().available
+    if size * LOAD_FACTOR > available:
+        raise InputError(
+            f"{path}: needs about {size * LOAD_FACTOR / 2**30:.1f} GiB of memory to run, {available / 2**30:.1f} GiB are free"
+        )

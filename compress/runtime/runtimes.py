@@ -1,0 +1,124 @@
+"""Which runtimes take what a recipe writes, told from formats before any work: what report.json has under `runtimes`.
+
+A minimum is the oldest version that ran: every graph of every format at prefill and decode (tests/compilers), every
+mixture of formats (tests/test_load.py). Older ones were not tried, or failed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from compress import plugins
+from compress.checkpoint.compressed_tensors import Scheme
+from compress.model.hybrid import HybridModel
+from compress.model.roles import Role
+from compress.model.weight import Weight
+
+OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
+ONNXRUNTIME = "1.19"
+INT4_TABLE = "1.23"  # the first that casts to int4, as an int4 embedding is when it is the output matrix too
+BLOCKS = "it wants inputs that blocks of 128 divide"
+SAME_SCALES = {"int8-tensor": "int8", "fp8-e4m3-tensor": "fp8-e4m3"}  # transformers reads either for the other
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Whether a runtime takes an artifact, from which version on, and in a sentence why not."""
+
+    artifact: str
+    name: str
+    minimum: str | None = None
+    loads: bool = True
+    why: str | None = None
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @property
+    def title(self) -> str:
+        return self.name if self.minimum is None else f"{self.name} {self.minimum}"
+
+
+def of(model: HybridModel, exports: Iterable) -> list[Runtime]:
+    """For a model as it will be stored, and the exports of a recipe (each with `name` and `options`). An exporter that
+    says nothing has no rows."""
+    found = of_checkpoint(model)
+    for step in exports:
+        tell = getattr(plugins.load(plugins.EXPORTERS, step.name), "runtimes", lambda *_: [])
+        found += tell(model, step.options)
+    return found
+
+
+def as_lines(found: list[Runtime]) -> list[str]:
+    """One for each artifact, such as `onnx: onnxruntime 1.19, openvino 2026.4; not transformers.js: WHY`."""
+    lines = []
+    for artifact in dict.fromkeys(runtime.artifact for runtime in found):
+        rows = [runtime for runtime in found if runtime.artifact == artifact]
+        taken = ", ".join(runtime.title for runtime in rows if runtime.loads)
+        refused = "".join(f"; not {runtime.name}: {runtime.why}" for runtime in rows if not runtime.loads)
+        lines.append(f"{artifact}: {taken}{refused}")
+    return lines
+
+
+def of_checkpoint(model: HybridModel) -> list[Runtime]:
+    why = why_not_stock(model)
+    stock = Runtime("checkpoint", "transformers", TRANSFORMERS, why is None, why)
+    return [stock, Runtime("checkpoint", "compress.load")]
+
+
+def why_not_stock(model: HybridModel) -> str | None:
+    """What stops transformers without this package, or None. It knows one number of experts for all layers, and while it
+    dequantizes two schemes at most, one for the experts and one for all else."""
+    quantized = [weight for weight in model.weights if weight.is_quantized]
+    experts = [weight for weight in model.weights if weight.role == Role.EXPERTS]
+    reasons = (
+        (_experts_differ(model), "layers have different numbers of experts, or routers rows of removed ones"),
+        (any(w.rotation for w in quantized), "matrices are stored rotated"),
+        (any(w.activation and _is_integer(w) for w in quantized), "it has no int8 matrices beside rounded inputs"),
+        (len(_schemes(experts)) > 1, "experts have more than one format"),
+        (len(_schemes(w for w in quantized if w.role != Role.EXPERTS)) > 1, "matrices other than experts have more than one format"),
+        (experts and not experts[0].is_quantized and any(map(_is_integer, quantized)), "experts are not quantized beside integers"),
+        (any(map(_has_several_blocks, experts)), "experts have scales in more than one block of 128x128"),
+    )  # fmt: skip
+    return next((why for holds, why in reasons if holds), None)
+
+
+def _experts_differ(model: HybridModel) -> bool:
+    architecture, config = model.architecture, model.config
+    layers = [i for i in range(config.num_hidden_layers) if architecture.num_experts(config, i) > 1]
+    sizes = {(architecture.num_experts(config, i), architecture.router_rows(config, i)) for i in layers}
+    return any(size != (config.num_experts, config.num_experts) for size in sizes)
+
+
+def _is_integer(weight: Weight) -> bool:
+    return weight.format.startswith("int")
+
+
+def _schemes(weights: Iterable[Weight]) -> set[tuple]:
+    """The schemes transformers would have to tell apart; inputs of fp8 matrices stay as they are there."""
+    found = set()
+    for scheme in map(Scheme.of, weights):
+        is_fp8 = scheme.format.startswith("fp8")
+        found.add((SAME_SCALES.get(scheme.format, scheme.format), None if is_fp8 else scheme.activation))
+    return found
+
+
+def _has_several_blocks(weight: Weight) -> bool:
+    return weight.format == "fp8-e4m3-b128" and max(weight.shape) > 128
+
+
+def of_onnx(model: HybridModel, artifact: str, layout: str) -> list[Runtime]:
+    """The portable graph."""
+    weights = list(model.weights)
+    takes_int4_table = any(weight.role == Role.EMBEDDING and weight.format.startswith("int4") for weight in weights)
+    why = BLOCKS if any(map(_ends_in_a_block, weights)) else None
+    return [
+        Runtime(artifact, "onnxruntime", INT4_TABLE if takes_int4_table else ONNXRUNTIME),
+        Runtime(
+            artifact, *(("onnxruntime-genai", GENAI) if layout == "genai" else ("transformers.js", TRANSFORMERS_JS))
+        ),
+        Runtime(artifact, "openvino", OPENVINO, why is None, why),
+    ]
+
+
+def _ends_in_a_block(weight: Weight) -> bool:
+    return weight.format == "fp8-e4m3-b128" and weight.shape[1] % 128 != 0 and weight.role != Role.EMBEDDING

@@ -1,0 +1,1 @@
+"""What can be learned about a model without changing it: inspect, experts, sensitivity."""
