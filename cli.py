@@ -12,7 +12,8 @@ import click
 
 import compress as package
 from compress.errors import InputError
-from compress.terminal import streams, usage
+from compress.recipe import completion
+from compress.terminal import streams
 from compress.terminal.escaping import printable, without_controls
 from compress.terminal.exits import MISSED, Commands
 
@@ -22,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 MODEL = click.option(
     "-m",
     "--model",
-    shell_complete=usage.files,
+    shell_complete=completion.files,
     help="Local folder or hub id (id@revision pins one); overrides the recipe's.",
 )
 DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -36,7 +37,7 @@ def main():
 
 
 @main.command()
-@click.argument("recipe", shell_complete=usage.recipes)
+@click.argument("recipe", shell_complete=completion.recipes)
 @MODEL
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default out/RECIPE_NAME.")
 @click.option(
@@ -92,7 +93,7 @@ def _refuse_missing_device(device: str) -> None:
 
 
 @main.command()
-@click.argument("model", metavar="MODEL_OR_ARTIFACT", shell_complete=usage.files)
+@click.argument("model", metavar="MODEL_OR_ARTIFACT", shell_complete=completion.files)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @click.option("--verify", is_flag=True, help="Read every file and compare its digest with the manifest's.")
 def inspect(model, as_json, verify):
@@ -120,7 +121,7 @@ def export(checkpoint, kind, out, overrides):
 
 
 @main.command()
-@click.argument("baseline", shell_complete=usage.files)
+@click.argument("baseline", shell_complete=completion.files)
 @click.argument("candidate", type=click.Path(path_type=Path))
 @click.option(
     "--prompts", multiple=True, help="heldout, recall, self or a .txt/.jsonl file; may be repeated. Default: heldout."
@@ -140,20 +141,19 @@ def export(checkpoint, kind, out, overrides):
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
 def check(baseline, candidate, prompts, limits, limits_file, samples, length, seed, device, json_file):
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
-    from compress.check import command
     from compress.report import terminal
-    from compress.studies import results
+    from compress.studies import comparison, results
 
-    settings = command.settings(prompts, limits, limits_file, samples, length)
+    settings = comparison.settings(prompts, limits, limits_file, samples, length)
     results.refuse_unwritable(json_file)
     _refuse_missing_device(device)
-    result = command.check(baseline, candidate, settings, seed=seed, device=device)
+    result = comparison.compare(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
     sys.exit(0 if result["verdict"] in terminal.GOOD else MISSED)
 
 
 @main.command()
-@click.argument("recipe", shell_complete=usage.recipes)
+@click.argument("recipe", shell_complete=completion.recipes)
 @MODEL
 @click.option(
     "--format", "formats", multiple=True, metavar="FORMAT", help="May be repeated. Default: those the recipe names."
@@ -175,18 +175,17 @@ def sensitivity(recipe, model, formats, samples, length, json_file, html_file, d
     _refuse_missing_device(device)
     from compress.recipe.source import resolve
     from compress.studies import results
-    from compress.studies.sensitivity import cells, command
-    from compress.studies.sensitivity import study as run
+    from compress.studies.sensitivity import cells, command, study
 
     results.refuse_unwritable(json_file, html_file)
-    tried = cells.candidates(run.quantize_options(loaded), formats)
+    tried = cells.candidates(study.quantize_options(loaded), formats)
     source = resolve(name, loaded.folder if model is None else None)
-    result = run.run(run.Job(loaded, source, tried, samples, length, device, seed))
+    result = study.study(study.Job(loaded, source, tried, samples, length, device, seed))
     command.write(result, loaded.name, json_file, html_file)
 
 
 @main.command()
-@click.argument("model", shell_complete=usage.files)
+@click.argument("model", shell_complete=completion.files)
 @click.option(
     "--prompts", multiple=True, help="prose, recall, self or a .txt/.jsonl file; may be repeated. Default: prose."
 )
@@ -211,11 +210,10 @@ def experts(model, prompts, samples, length, json_file, html_file, device, seed)
     _refuse_missing_device(device)
     from compress.recipe.source import resolve
     from compress.studies import results
-    from compress.studies.experts import command
-    from compress.studies.experts import survey as run
+    from compress.studies.experts import command, survey
 
     results.refuse_unwritable(json_file, html_file)
-    command.write(run.run(run.Job(resolve(model), settings, device, seed)), json_file, html_file)
+    command.write(survey.survey(survey.Job(resolve(model), settings, device, seed)), json_file, html_file)
 
 
 def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
@@ -239,7 +237,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
 @SEED
 def run(artifact, prompt, max_tokens, temperature, seed):
     """Stream text from a checkpoint or an ONNX artifact; PROMPT - reads standard input."""
-    from compress.runtime import generation
+    from compress.studies import generation
 
     text = _read_stdin() if prompt == "-" else prompt or ""
     shown = without_controls if sys.stdout.isatty() else str
@@ -259,7 +257,7 @@ def _read_stdin() -> str:
 
 
 @main.command()
-@click.argument("name", required=False, shell_complete=usage.recipe_names)
+@click.argument("name", required=False, shell_complete=completion.recipe_names)
 def recipes(name):
     """List the shipped recipes with a line each; with NAME print it."""
     from compress.recipe import resources
@@ -273,7 +271,7 @@ def recipes(name):
 
 
 @main.command()
-@click.argument("name", required=False, shell_complete=usage.documents)
+@click.argument("name", required=False, shell_complete=completion.documents)
 def docs(name):
     """List the README and the documents it links to; with NAME print one."""
     from compress.recipe import resources

@@ -1,4 +1,13 @@
-"""compress: make hybrid SSM-Transformer-MoE language models small, and check what ships."""
+"""compress: make hybrid SSM-Transformer-MoE language models small, and check what ships.
+
+The rooms, from the ground up. None imports one that stands after it:
+
+    errors  parallel  strict  terminal  disk  output_folder  formats  model  checkpoint  recipe
+    runtime  prompts  calibration  passes  check  report  apply  studies
+
+A room says in its first line what is in it. `plugins` is the one door upwards: by the names that users type it loads
+passes, model families and exporters, of which nothing else here knows.
+"""
 
 __version__ = "0.1.0"
 

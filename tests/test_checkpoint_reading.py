@@ -22,7 +22,7 @@ from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder
 from compress.checkpoint.reader import Checkpoint, open_config
 from compress.checkpoint.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from compress.errors import InputError
-from compress.model import model as model_module
+from compress.model import weight as weight_module
 from compress.model.families import jamba
 from compress.studies import inspection
 
@@ -100,7 +100,7 @@ def test_every_tensor_comes_out_as_the_safetensors_library_reads_it(tmp_path, dt
 
 
 def test_blocks_of_rows_joined_are_the_whole_tensor(small, monkeypatch):
-    monkeypatch.setattr(model_module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(weight_module, "BLOCK_BYTES", 1000)
     for name, weight in weights(small).items():
         blocks = list(weight.row_blocks())
         assert torch.equal(torch.cat([weight.dense(rows) for rows in blocks]), weight.dense()), name
@@ -279,7 +279,7 @@ def differ_in_last_value(embedding):
 @pytest.mark.parametrize("change", [differ_in_last_value, lambda head: head[:-1], lambda head: head.T.contiguous()])
 @pytest.mark.parametrize("block_bytes", [64 << 20, 1000])
 def test_a_head_beside_tied_embeddings_that_differs_is_refused(tied, tmp_path, monkeypatch, change, block_bytes):
-    monkeypatch.setattr(model_module, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(weight_module, "BLOCK_BYTES", block_bytes)
     folder = Path(shutil.copytree(tied, tmp_path / "model"))
     change_tensors(folder, lambda tensors: tensors.update({HEAD: change(tensors[EMBEDDING].clone()).clone()}))
     refused(folder, folder / SINGLE, HEAD, "tie_word_embeddings")

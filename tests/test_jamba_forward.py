@@ -12,7 +12,7 @@ from jamba_models import load_reference, make_jamba
 
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
-from compress.model import model as model_module
+from compress.model import weight as weight_module
 from compress.model.hybrid import HybridModel
 from compress.prompts.windows import encode
 from compress.recipe import resources
@@ -290,7 +290,7 @@ def test_stream_in_small_blocks_gives_the_same(plain_case, tmp_path, monkeypatch
     monkeypatch.setattr(inference, "BLOCK_TOKENS", 16)
     monkeypatch.setattr(inference, "DECODE_TOKENS", 16)
     monkeypatch.setattr(inference, "EMBEDDING_ROWS", 16)
-    monkeypatch.setattr(model_module, "BLOCK_BYTES", 4 * 40 * 10)
+    monkeypatch.setattr(weight_module, "BLOCK_BYTES", 4 * 40 * 10)
     assert_stream_agrees(plain_case, tmp_path, decode=decode)
 
 

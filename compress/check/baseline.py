@@ -11,14 +11,19 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from compress.apply import stages
-from compress.check.runners import Candidate
 from compress.disk import cache
+from compress.disk.paths import as_text
 from compress.prompts import PromptSet, self_text
 from compress.prompts.seeds import derive_seed
+from compress.runtime.candidates import Candidate
 from compress.terminal import progress
 
 VERSION = 1  # part of the key: raise it when our forward changes its values
+
+
+def stage(prompt_set: str) -> str:
+    """What the progress of computing it is shown under."""
+    return f"baseline on {as_text(prompt_set)}"
 
 
 class Baseline:
@@ -84,7 +89,7 @@ def _key(model_sha256: str, prompt_set: PromptSet) -> str:
 def _write(reference: Candidate, prompt_set: PromptSet, file: BinaryIO) -> None:
     starts, row_bytes = _starts(prompt_set), 4 * reference.vocab_size
     total = reference.steps(prompt_set.tokens)
-    with progress.task(stages.baseline(prompt_set.name), total) as advance:
+    with progress.task(stage(prompt_set.name), total) as advance:
         for window, start, logits in reference.logits(prompt_set.windows, "prefill", advance):
             file.seek(row_bytes * int(starts[window] + start))
             file.write(torch.log_softmax(logits.float(), dim=-1).numpy().data)

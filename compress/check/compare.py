@@ -5,15 +5,20 @@ from dataclasses import dataclass
 
 import torch
 
-from compress.apply import stages
 from compress.check.baseline import Baseline
 from compress.check.metrics import Scores, score, summarize
-from compress.check.runners import Candidate
+from compress.disk.paths import as_text
 from compress.prompts import PromptSet
 from compress.recipe.check import METRICS, PHASES
+from compress.runtime.candidates import Candidate
 from compress.terminal import progress
 
 ALL = "all"
+
+
+def stage(artifact: str, phase: str, prompt_set: str) -> str:
+    """What the progress of scoring is shown under."""
+    return f"{artifact}: {phase} on {as_text(prompt_set)}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[
 def _scores(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scores:
     """One phase over one prompt set, positions in the order of the windows."""
     pieces: dict[tuple[int, int], Scores] = {}
-    with progress.task(stages.scoring(artifact, phase, prompts.name), candidate.steps(prompts.tokens)) as advance:
+    with progress.task(stage(artifact, phase, prompts.name), candidate.steps(prompts.tokens)) as advance:
         for window, start, logits in candidate.logits(prompts.windows, phase, advance):
             stop = start + len(logits)
             targets = prompts.windows[window][start + 1 : stop + 1]

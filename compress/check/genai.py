@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from compress.checkpoint.folder import read_json
+from compress.disk.json_files import read_json
 from compress.errors import InputError
-from compress.runtime.onnx_layouts import GENAI
+from compress.output_folder.onnx_layouts import GENAI
 
 
 def refuse_broken(model: Path, config) -> None:

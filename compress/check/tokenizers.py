@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from compress.checkpoint.folder import read_json
+from compress.disk.json_files import read_json
 from compress.errors import InputError, first_line
 from compress.prompts import passages
 from compress.recipe.source import has_tokenizer, load_tokenizer

@@ -7,7 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-from compress.checkpoint.pointers import refuse_pointer
+from compress.disk.pointers import refuse_pointer
 from compress.strict import json_text
 
 COPIED = (

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from compress.checkpoint.folder import read_json
+from compress.disk.json_files import read_json
 from compress.errors import InputError
 
 GENERATION_CONFIG = "generation_config.json"

@@ -1,32 +1,18 @@
 """The weight files of a checkpoint folder: which tensor lies in which file, and refusals of what must not be read."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from compress.checkpoint.pointers import refuse_pointer
-from compress.checkpoint.safetensors_file import Entry, SafetensorsFile, no_duplicates
+from compress.checkpoint.safetensors_file import Entry, SafetensorsFile
+from compress.disk.files import file_sha256
+from compress.disk.json_files import read_json
 from compress.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; raises InputError naming the file."""
-    refuse_pointer(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=no_duplicates)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
 
 
 class WeightFolder:
@@ -71,11 +57,6 @@ class WeightFolder:
             return digests[0][1]
         listing = "".join(f"{digest}  {name}\n" for name, digest in digests)
         return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:

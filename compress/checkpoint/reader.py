@@ -9,13 +9,14 @@ import torch
 from compress import plugins
 from compress.checkpoint import companions, compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
-from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
+from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
+from compress.disk.json_files import read_json
 from compress.errors import InputError
 from compress.model.hybrid import HybridModel
 from compress.model.weight import PLAIN_FORMATS, Spec, Unit, UnitSpec, Weight, is_finite
+from compress.output_folder import onnx_layouts
 from compress.output_folder.integrity import is_output
-from compress.runtime import onnx_layouts
 from compress.terminal import progress
 
 CHECKPOINT = "checkpoint"  # in an output folder of `apply`

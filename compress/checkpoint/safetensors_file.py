@@ -4,7 +4,6 @@ Reads are positional (`pread` into a fresh buffer), never mapped: pages of a map
 Layout (safetensors format): 8 bytes little-endian header length, a JSON header, then the data it points into.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from compress.checkpoint.pointers import refuse_pointer
+from compress.disk.pointers import refuse_pointer
 from compress.errors import InputError
+from compress.strict import json_text
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -86,7 +86,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
 
 def _parse_header(path: Path, raw: bytes, data_start: int, file_size: int) -> dict[str, Entry]:
     try:
-        header = json.loads(raw, object_pairs_hook=no_duplicates)
+        header = json_text.loads(raw)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: its header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
@@ -95,16 +95,6 @@ def _parse_header(path: Path, raw: bytes, data_start: int, file_size: int) -> di
     entries = {name: _entry(path, name, value, data_start) for name, value in header.items()}
     _check_cover(path, entries, data_start, file_size)
     return entries
-
-
-def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """For `json`: a name that occurs twice in an object is an error, of whose values readers disagree which one counts."""
-    result = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"'{name}' occurs twice")
-        result[name] = value
-    return result
 
 
 def _entry(path: Path, name: str, value, data_start: int) -> Entry:

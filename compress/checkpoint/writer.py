@@ -19,6 +19,7 @@ from compress.checkpoint.folder import INDEX
 from compress.checkpoint.safetensors_file import DTYPE_NAMES, SafetensorsFile
 from compress.checkpoint.stored import reread
 from compress.disk import files
+from compress.disk.json_files import write_json
 from compress.errors import WorkError
 from compress.formats.base import Layout, Quantized
 from compress.model.weight import Unit, Weight, is_finite
@@ -137,28 +138,9 @@ def write_index(folder: Path, units: tuple[Unit, ...]) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def write_json(path: Path, value) -> None:
-    """Writes beside and renames: a reader never sees half a file."""
-    write_text(path, json_text.dumps(value) + "\n")
-
-
 def write_config(folder: Path, config: dict) -> None:
     """config.json. What a model's own had is written as it came."""
-    write_text(folder / "config.json", json_text.dumps_as_it_came(config) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with files.writing(path):
-            with open(partial, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            files.rename(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # it may stand in a user's own folder
-        raise
+    files.write_text(folder / "config.json", json_text.dumps_as_it_came(config) + "\n")
 
 
 def copy_companions(source: Path, target: Path) -> None:

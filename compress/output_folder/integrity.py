@@ -8,9 +8,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from compress.checkpoint.folder import file_sha256, read_json
+from compress.disk.files import file_sha256
+from compress.disk.json_files import read_json
 from compress.errors import InputError
-from compress.runtime.onnx_layouts import folder_of
+from compress.output_folder.onnx_layouts import folder_of
 from compress.terminal import progress
 
 MANIFEST = "manifest.json"

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import compress
-from compress.checkpoint.folder import file_sha256
+from compress.disk.files import file_sha256
 from compress.disk.locks import LOCK
 from compress.disk.partials import JOURNAL
 from compress.output_folder.claim import PREVIOUS

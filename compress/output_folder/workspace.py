@@ -6,8 +6,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from compress.checkpoint.writer import write_json
 from compress.disk import files, partials
+from compress.disk.json_files import write_json
 from compress.disk.locks import LOCK
 from compress.disk.partials import JOURNAL
 from compress.errors import InputError

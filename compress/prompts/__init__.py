@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from compress.apply import stages
 from compress.disk.paths import as_text
 from compress.errors import InputError, nearest
 from compress.prompts import passages, recall, self_text
@@ -22,6 +21,11 @@ from compress.terminal.progress import warn
 
 SHIPPED = ("prose", "heldout")
 NAMES = (*SHIPPED, "recall", "self")
+
+
+def stage(name: str) -> str:
+    """What the progress of loading a set is shown under."""
+    return f"prompts: {as_text(name)}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def load_all(
 
 def _load_for(model, model_sha256: str, name: str, settings, purpose: str, seed: int, folder: Path | None) -> PromptSet:
     tokenizer = None if name == "self" else load_tokenizer(model.folder)
-    with progress_task(stages.prompts(name), settings.samples * settings.length) as advance:
+    with progress_task(stage(name), settings.samples * settings.length) as advance:
         prompt_set = load(
             name, purpose=purpose, tokenizer=tokenizer, model=model, model_sha256=model_sha256,
             samples=settings.samples, length=settings.length, seed=seed, folder=folder, progress=advance,

@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-from compress.checkpoint.pointers import refuse_pointer
-from compress.checkpoint.safetensors_file import no_duplicates
+from compress.disk.pointers import refuse_pointer
 from compress.errors import InputError, first_line
 from compress.prompts import chat
 from compress.prompts.text import decode, refuse_surrogates
 from compress.recipe import resources
+from compress.strict import json_text
 
 
 def shipped_file(name: str) -> Path:
@@ -48,7 +48,7 @@ def _from_lines(content: str, path: Path, tokenizer) -> list[str]:
 def _passage(line: str, where: str) -> str | dict:
     """The text of a line, or its chat, to be rendered."""
     try:
-        value = json.loads(line, object_pairs_hook=no_duplicates)
+        value = json_text.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a JSON object ({first_line(error)})") from None
     if isinstance(value, dict) and isinstance(value.get("text"), str):

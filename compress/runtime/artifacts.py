@@ -9,13 +9,12 @@ from typing import Protocol
 
 import torch
 
-from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
-from compress.checkpoint.folder import file_sha256
 from compress.checkpoint.reader import Checkpoint
+from compress.disk.files import file_sha256
 from compress.errors import InputError
 from compress.model import sizes
-from compress.output_folder import integrity
-from compress.runtime import onnx_layouts
+from compress.output_folder import integrity, onnx_layouts
+from compress.runtime.candidates import Candidate, CheckpointCandidate, OnnxCandidate
 from compress.runtime.inference import Decoder
 from compress.runtime.onnx_session import OnnxDecoder, OnnxSession
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from compress.checkpoint.pointers import refuse_pointer
 from compress.disk.paths import is_text, with_text_name
-from compress.runtime.onnx_layouts import data_files
+from compress.disk.pointers import refuse_pointer
+from compress.output_folder.onnx_layouts import data_files
 
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from compress.errors import InputError, first_line
-from compress.runtime import onnx_layouts
+from compress.output_folder import onnx_layouts
 from compress.runtime.onnx_files import open_session
 
 # what onnxruntime says on stderr by itself: nothing, since whatever fails is told in a sentence (3: errors, 4: fatal ones)

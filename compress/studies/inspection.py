@@ -6,9 +6,8 @@ from pathlib import Path
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 from compress.errors import InputError
 from compress.model import sizes
-from compress.output_folder import integrity
+from compress.output_folder import integrity, onnx_layouts
 from compress.recipe import source
-from compress.runtime import onnx_layouts
 from compress.runtime.artifacts import find_artifact
 from compress.terminal.escaping import printable
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from compress.checkpoint.writer import write_text
 from compress.disk import files
 from compress.errors import InputError
 from compress.model.hybrid import HybridModel
@@ -41,7 +40,7 @@ def put_text(text: str, target: str) -> None:
         with gone, files.writing(Path(target)), open(target, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)
     else:
-        write_text(Path(os.path.realpath(target)), text)
+        files.write_text(Path(os.path.realpath(target)), text)
 
 
 def _can_be_written(target: str) -> bool:

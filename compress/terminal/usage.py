@@ -1,7 +1,6 @@
-"""What `compress -h` says beyond the options, and what a shell completes."""
+"""What `compress -h` says beyond the options."""
 
 import click
-from click.shell_completion import CompletionItem
 
 EXIT_CODES = (
     ("0", "done, and every limit held, or none was set"),
@@ -37,25 +36,3 @@ class Helpful(click.Group):
 def _section(formatter: click.HelpFormatter, title: str, rows) -> None:
     with formatter.section(title):
         formatter.write_dl(rows, col_max=len(max((first for first, _ in rows), key=len)))
-
-
-def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """For arguments that are a path or something else."""
-    return [CompletionItem(incomplete, type="file")]
-
-
-def recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of shipped recipes, and files."""
-    return [*files(context, parameter, incomplete), *recipe_names(context, parameter, incomplete)]
-
-
-def documents(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from compress.recipe import resources
-
-    return [CompletionItem(name) for name in resources.documents() if name.startswith(incomplete)]
-
-
-def recipe_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from compress.recipe import resources
-
-    return [CompletionItem(name) for name in resources.shipped_recipes() if name.startswith(incomplete)]

@@ -15,7 +15,7 @@ ROUTERS = get_args(Router)  # ways to treat the router that `prune_experts` know
 DEFAULT_ROUTER = Options.model_fields["router"].default  # the one it takes unasked: sets of experts are chosen for it
 
 
-def survey(unit: Unit, inputs: LayerInputs) -> dict:
+def survey_layer(unit: Unit, inputs: LayerInputs) -> dict:
     """The entry of one MoE layer."""
     statistics = collect(unit, inputs)
     tokens = statistics.tokens

@@ -11,7 +11,7 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def render(result: dict) -> str:
-    """The page for what `run` returned."""
+    """The page of a survey."""
     layers, total = result["layers"], result["total"]
     svgs = {
         "load": plots.load(layers),

@@ -15,7 +15,7 @@ from compress.recipe.calibration import Calibration
 from compress.recipe.source import Source
 from compress.runtime.artifacts import CheckpointArtifact
 from compress.studies import results
-from compress.studies.experts import one_layer as layer
+from compress.studies.experts import one_layer
 from compress.terminal import progress
 
 STATES = 4  # on disk: before a layer, between its halves, after it, and what its experts give
@@ -31,7 +31,7 @@ class Job:
     seed: int = 0
 
 
-def run(job: Job) -> dict:
+def survey(job: Job) -> dict:
     """Refuses what can be refused, surveys, and returns what `--json` writes."""
     checkpoint = Checkpoint(job.source.folder)
     moe = expert_counts.refuse_unprunable(checkpoint.model, str(checkpoint.folder))
@@ -48,7 +48,7 @@ def run(job: Job) -> dict:
         "prompts": prompts.used(sets),
         "tokens": sum(map(len, windows)),
         "layers": layers,
-        "total": layer.total(layers),
+        "total": one_layer.total(layers),
     }
 
 
@@ -62,7 +62,7 @@ def _surveyed(model: HybridModel, moe: Container[int], windows: list[torch.Tenso
         progress.task("experts", model.config.num_hidden_layers) as advance,
     ):
         return [
-            layer.survey(unit, inputs)
+            one_layer.survey_layer(unit, inputs)
             for unit, inputs in walk(model, windows, folder / "states", device, advance)
             if inputs.index in moe
         ]

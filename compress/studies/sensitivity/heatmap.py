@@ -14,7 +14,7 @@ MARGIN_LEFT, MARGIN_BOTTOM, CHARACTER = 1.0, 0.9, 0.07  # inches; the last is th
 
 
 def render(result: dict, recipe: str) -> str:
-    """The page for what `run` returned."""
+    """The page of a study."""
     cells = result["cells"]
     return drawing.render(TEMPLATE, result=result, recipe=recipe, svg=draw(cells), notes=replaced(cells))
 

@@ -32,7 +32,7 @@ class Job:
     seed: int = 0
 
 
-def run(job: Job) -> dict:
+def study(job: Job) -> dict:
     """Refuses what can be refused, measures, and returns what `--json` writes."""
     checkpoint = Checkpoint(job.source.folder)
     options, _ = quantize.fitted(quantize_options(job.recipe), checkpoint.model)

@@ -8,11 +8,10 @@ import torch
 from compress.checkpoint.end_tokens import end_tokens
 from compress.disk.paths import as_text
 from compress.errors import InputError
-from compress.output_folder import integrity
+from compress.output_folder import integrity, onnx_layouts
 from compress.prompts.text import refuse_surrogates
 from compress.prompts.windows import encode, refuse_foreign_tokens, too_long
 from compress.recipe.source import load_tokenizer
-from compress.runtime import onnx_layouts
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.runtime.inference import sample
 from compress.terminal import progress

@@ -3,17 +3,15 @@
 from pathlib import Path
 
 from compress import prompts
-from compress.check import genai, tokenizers
-from compress.check import judge as check_run
+from compress.check import genai, judge, tokenizers
 from compress.check.compare import verdict
 from compress.disk.paths import as_text
 from compress.errors import InputError
-from compress.output_folder import integrity
+from compress.output_folder import integrity, onnx_layouts
 from compress.output_folder.manifest import versions
 from compress.recipe import source
 from compress.recipe.check import Check
 from compress.report import terminal
-from compress.runtime import onnx_layouts
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.models import from_flags, no_truth_value
@@ -50,7 +48,7 @@ def _file_limits(path: Path | None) -> dict:
     return values
 
 
-def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict:
+def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, original_path = find_artifact(candidate), _baseline_path(baseline)
     for artifact in (original_path, path):
@@ -61,7 +59,7 @@ def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: s
     for artifact in (original_path, path):  # last: it reads everything
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
-    rows, used = check_run.run(original, {_kind(path): path}, checks, seed=seed, device=device)
+    rows, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
     result = {
         "schema": 1,
         "verdict": verdict(rows),
