@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from compress.recipe import completion
 from compress.terminal import streams
 from compress.terminal.escaping import printable, without_controls
 from compress.terminal.exits import MISSED, Commands
+
+if TYPE_CHECKING:
+    from compress.recipe.recipe import LoadedRecipe
 
 # waiting threads sleep: where cores are shared, spinning ones take many times as long (set before torch is imported)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,7 +36,7 @@ SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package.__version__, "-V", "--version", prog_name="compress")
-def main():
+def main() -> None:
     """Compress hybrid SSM-Transformer-MoE language models, export them, and check what ships."""
 
 
@@ -52,7 +56,8 @@ def main():
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Validate and print the plan with predicted sizes; write nothing.")
-def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_run):
+def apply(recipe: str, model: str | None, out: Path | None, overrides: tuple[str, ...], device: str, seed: int, resume: bool,
+          overwrite: bool, dry_run: bool) -> None:  # fmt: skip
     """Run RECIPE (a path or a shipped name): passes, checkpoint, exports, check, report."""
     from compress.recipe.recipe import load_recipe
 
@@ -75,9 +80,9 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
     sys.exit(0 if report["verdict"] in terminal.GOOD else MISSED)
 
 
-def _model_name(loaded, model: str | None) -> str:
+def _model_name(loaded: "LoadedRecipe", model: str | None) -> str:
     """What -m gives, else what the recipe names."""
-    name = loaded.recipe.model if model is None else model
+    name: str | None = loaded.recipe.model if model is None else model
     if name is None:
         raise InputError(f"{loaded.path}: names no model; add 'model:' or pass -m")
     return name
@@ -96,7 +101,7 @@ def _refuse_missing_device(device: str) -> None:
 @click.argument("model", metavar="MODEL_OR_ARTIFACT", shell_complete=completion.files)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @click.option("--verify", is_flag=True, help="Read every file and compare its digest with the manifest's.")
-def inspect(model, as_json, verify):
+def inspect(model: str, as_json: bool, verify: bool) -> None:
     """Layers, roles, parameters, bytes, experts and state sizes of a model folder, hub id or ONNX artifact."""
     from compress.strict import json_text
     from compress.studies import inspection
@@ -112,7 +117,7 @@ def inspect(model, as_json, verify):
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set an option of the exporter: layout=genai."
 )
-def export(checkpoint, kind, out, overrides):
+def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, ...]) -> None:
     """Export one CHECKPOINT: its folder, or an output folder of apply."""
     from compress.apply import exporting
 
@@ -139,7 +144,8 @@ def export(checkpoint, kind, out, overrides):
 @SEED
 @DEVICE
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
-def check(baseline, candidate, prompts, limits, limits_file, samples, length, seed, device, json_file):
+def check(baseline: str, candidate: Path, prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None,
+          samples: int, length: int, seed: int, device: str, json_file: str | None) -> None:  # fmt: skip
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
     from compress.report import terminal
     from compress.studies import comparison, results
@@ -166,7 +172,8 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
 @click.option("--html", "html_file", metavar="FILE", help="Write a heat map as one HTML file.")
 @DEVICE
 @SEED
-def sensitivity(recipe, model, formats, samples, length, json_file, html_file, device, seed):
+def sensitivity(recipe: str, model: str | None, formats: tuple[str, ...], samples: int | None, length: int | None,
+                json_file: str | None, html_file: str | None, device: str, seed: int) -> None:  # fmt: skip
     """Measure what quantizing each layer's roles costs, alone and in every format that RECIPE names."""
     from compress.recipe.recipe import load_recipe
 
@@ -201,7 +208,8 @@ def sensitivity(recipe, model, formats, samples, length, json_file, html_file, d
 @click.option("--html", "html_file", metavar="FILE", help="Write plots and tables as one HTML file.")
 @DEVICE
 @SEED
-def experts(model, prompts, samples, length, json_file, html_file, device, seed):
+def experts(model: str, prompts: tuple[str, ...], samples: int, length: int, json_file: str | None, html_file: str | None,
+            device: str, seed: int) -> None:  # fmt: skip
     """Survey the experts of MODEL (a folder or hub id): load, scores, likeness, and what pruning would lose."""
     from compress.recipe.calibration import Calibration
     from compress.strict.models import from_flags
@@ -235,7 +243,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     help="0 takes the most likely token.",
 )
 @SEED
-def run(artifact, prompt, max_tokens, temperature, seed):
+def run(artifact: Path, prompt: str | None, max_tokens: int, temperature: float, seed: int) -> None:
     """Stream text from a checkpoint or an ONNX artifact; PROMPT - reads standard input."""
     from compress.studies import generation
 
@@ -258,7 +266,7 @@ def _read_stdin() -> str:
 
 @main.command()
 @click.argument("name", required=False, shell_complete=completion.recipe_names)
-def recipes(name):
+def recipes(name: str | None) -> None:
     """List the shipped recipes with a line each; with NAME print it."""
     from compress.recipe import resources
 
@@ -272,7 +280,7 @@ def recipes(name):
 
 @main.command()
 @click.argument("name", required=False, shell_complete=completion.documents)
-def docs(name):
+def docs(name: str | None) -> None:
     """List the README and the documents it links to; with NAME print one."""
     from compress.recipe import resources
 

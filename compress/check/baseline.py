@@ -13,8 +13,9 @@ import torch
 
 from compress.disk import cache
 from compress.disk.paths import as_text
-from compress.prompts import PromptSet, self_text
+from compress.prompts import PromptSet, Settings, self_text
 from compress.prompts.seeds import derive_seed
+from compress.runtime.artifacts import Artifact
 from compress.runtime.candidates import Candidate
 from compress.terminal import progress
 
@@ -47,7 +48,7 @@ def bytes_needed(tokens: int, vocab_size: int) -> int:
     return 4 * tokens * vocab_size
 
 
-def refuse_full_disk(artifact, model_sha256: str, sets: list[PromptSet]) -> None:
+def refuse_full_disk(artifact: Artifact, model_sha256: str, sets: list[PromptSet]) -> None:
     """Says before the work that what is not in the cache yet would not fit beside the hidden states of one set.
 
     `artifact` is the baseline's; hidden states wait on disk where a checkpoint is computed, the candidate's included.
@@ -59,7 +60,7 @@ def refuse_full_disk(artifact, model_sha256: str, sets: list[PromptSet]) -> None
     cache.refuse_full_disk(need, "the baseline's log-probabilities and hidden states")
 
 
-def refuse_long_own_text(artifact, model_sha256: str, settings, seed: int) -> None:
+def refuse_long_own_text(artifact: Artifact, model_sha256: str, settings: Settings, seed: int) -> None:
     """The same for text that the model is to write itself, which is as long as asked for: before it is written."""
     seed = derive_seed(seed, "check", "self")
     kept = self_text.path(artifact, model_sha256, seed, settings.samples, settings.length)

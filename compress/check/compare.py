@@ -9,8 +9,9 @@ from compress.check.baseline import Baseline
 from compress.check.metrics import Scores, score, summarize
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet
-from compress.recipe.check import METRICS, PHASES
+from compress.recipe.check import METRICS, PHASES, MetricName
 from compress.runtime.candidates import Candidate
+from compress.strict.json_text import JsonObject
 from compress.terminal import progress
 
 ALL = "all"
@@ -26,7 +27,7 @@ class Row:
     """One line of the report's `checks`. Rows over all prompts carry a limit where the recipe gives one."""
 
     artifact: str
-    metric: str
+    metric: MetricName
     phase: str
     prompts: str
     value: float
@@ -41,13 +42,13 @@ class Row:
     def is_finite(self) -> bool:
         return math.isfinite(self.value)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> JsonObject:
         """`value` is None where it is not a number."""
         return {**self.__dict__, "value": self.value if self.is_finite else None, "passed": self.passed}
 
 
 def compare(
-    artifact: str, candidate: Candidate, sets: list[tuple[PromptSet, Baseline]], limits: dict[str, float]
+    artifact: str, candidate: Candidate, sets: list[tuple[PromptSet, Baseline]], limits: dict[MetricName, float]
 ) -> list[Row]:
     """Scores one artifact in both phases. Limits bind the rows over all prompts; rows per set inform."""
     rows = []
@@ -66,7 +67,7 @@ def verdict(rows: list[Row]) -> str:
     return "pass" if any(row.passed for row in rows) else "not_checked"
 
 
-def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[str, float]) -> list[Row]:
+def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[MetricName, float]) -> list[Row]:
     positions = len(scores.kl_divergence)
     return [
         Row(artifact, metric, phase, prompts, value, positions, limits.get(metric))

@@ -11,7 +11,7 @@ from compress.runtime.artifacts import Artifact, open_artifact
 
 
 def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed: int, device: str = "cpu",
-        prompt_folder: Path | None = None) -> tuple[list[Row], list[dict]]:  # fmt: skip
+        prompt_folder: Path | None = None) -> tuple[list[Row], list[prompts.Used]]:  # fmt: skip
     """Compares each artifact (name -> path) with the original. Returns the rows, and what was used of each prompt set."""
     digest = original.sha256()
     baseline.refuse_long_own_text(original, digest, settings, seed)

@@ -80,23 +80,32 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _index_files(folder: Path) -> list[str]:
     """File names of a sharded index, each a plain name inside the folder that exists."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{folder / INDEX}: 'weight_map' must map tensor names to files")
     inside = {path.name for path in folder.iterdir() if path.is_file()}
-    for name in weight_map.values():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise InputError(f"{folder / INDEX}: '{name!s:.200}' is not a safetensors file inside the folder")
+    names = sorted(set(_weight_map(folder).values()))
+    for name in names:
         if name not in inside:
             raise InputError(f"{folder / INDEX}: the file '{name}' it names is missing")
-    return sorted(set(weight_map.values()))
+    return names
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of every tensor, as an index names them."""
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{folder / INDEX}: 'weight_map' must map tensor names to files")
+    found: dict[str, str] = {}
+    for tensor, name in listed.items():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise InputError(f"{folder / INDEX}: '{name!s:.200}' is not a safetensors file inside the folder")
+        found[tensor] = name
+    return found
 
 
 def _check_index(folder: Path, files: dict[str, SafetensorsFile]) -> None:
     """An index must list exactly the tensors its files hold, each in the file it says."""
     if not (folder / INDEX).is_file():
         return
-    weight_map = read_json(folder / INDEX)["weight_map"]
+    weight_map = _weight_map(folder)
     for name, file_name in weight_map.items():
         if name not in files or files[name].path.name != file_name:
             raise InputError(f"{folder / INDEX}: tensor '{name}' is not in the file '{file_name}' as the index says")

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from compress.model.config import Config
 from compress.model.weight import Unit, Weight
 
 
@@ -57,7 +58,7 @@ class HybridModel:
     config.json as it is."""
 
     architecture: ModuleType
-    config: object
+    config: Config
     units: tuple[Unit, ...]
     config_json: dict
 

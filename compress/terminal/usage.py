@@ -1,5 +1,7 @@
 """What `compress -h` says beyond the options."""
 
+from collections.abc import Sequence
+
 import click
 
 EXIT_CODES = (
@@ -24,7 +26,7 @@ class Helpful(click.Group):
     """A group whose help has every command's whole summary, examples, exit codes and environment variables."""
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        commands = ((name, self.get_command(context, name)) for name in self.list_commands(context))
+        commands = ((name, self.commands[name]) for name in self.list_commands(context))
         _section(formatter, "Commands", [(name, command.get_short_help_str(limit=1000)) for name, command in commands])
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -33,6 +35,6 @@ class Helpful(click.Group):
         _section(formatter, "Environment", ENVIRONMENT)
 
 
-def _section(formatter: click.HelpFormatter, title: str, rows) -> None:
+def _section(formatter: click.HelpFormatter, title: str, rows: Sequence[tuple[str, str]]) -> None:
     with formatter.section(title):
         formatter.write_dl(rows, col_max=len(max((first for first, _ in rows), key=len)))

@@ -16,6 +16,7 @@ from compress.recipe.source import Source
 from compress.runtime.artifacts import CheckpointArtifact
 from compress.studies import results
 from compress.studies.experts import one_layer
+from compress.studies.experts.findings import Layer, Survey
 from compress.terminal import progress
 
 STATES = 4  # on disk: before a layer, between its halves, after it, and what its experts give
@@ -31,7 +32,7 @@ class Job:
     seed: int = 0
 
 
-def survey(job: Job) -> dict:
+def survey(job: Job) -> Survey:
     """Refuses what can be refused, surveys, and returns what `--json` writes."""
     checkpoint = Checkpoint(job.source.folder)
     moe = expert_counts.refuse_unprunable(checkpoint.model, str(checkpoint.folder))
@@ -54,7 +55,7 @@ def survey(job: Job) -> dict:
 
 @parallel.steady()
 @torch.inference_mode()
-def _surveyed(model: HybridModel, moe: Container[int], windows: list[torch.Tensor], device: str) -> list[dict]:
+def _surveyed(model: HybridModel, moe: Container[int], windows: list[torch.Tensor], device: str) -> list[Layer]:
     """What is found in every MoE layer, in order."""
     cache.refuse_full_disk(STATES * 4 * sum(map(len, windows)) * model.config.hidden_size, "hidden states")
     with (
