@@ -22,7 +22,7 @@ from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder
 from compress.checkpoint.reader import Checkpoint, open_config
 from compress.checkpoint.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from compress.errors import InputError
-from compress.model import model as model_module
+from compress.model import weight as model_module
 from compress.model.families import jamba
 from compress.studies import inspection
 

@@ -12,7 +12,7 @@ from jamba_models import load_reference, make_jamba
 
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import InputError
-from compress.model import model as model_module
+from compress.model import weight as model_module
 from compress.model.hybrid import HybridModel
 from compress.prompts.windows import encode
 from compress.recipe import resources

@@ -26,7 +26,7 @@ from compress.checkpoint.reader import Checkpoint
 from compress.formats import hadamard
 from compress.formats.activations import NAMES as ACTIVATIONS
 from compress.formats.activations import Activation
-from compress.model import model as compress_model
+from compress.model import weight as compress_model
 from compress.model.roles import Role
 from compress.model.weight import PLAIN_DTYPES, Weight
 from compress.recipe.recipe import load_recipe
