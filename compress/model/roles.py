@@ -9,6 +9,8 @@ class Role(StrEnum):
     NORM = "norm"
     ROUTER = "router"
     EXPERTS = "experts"
+    SHARED_EXPERTS = "shared_experts"
+    MOE_LATENT = "moe_latent"
     MLP = "mlp"
     ATTENTION_QKV = "attention_qkv"
     ATTENTION_OUT = "attention_out"
