@@ -14,7 +14,7 @@ MAX_SIZE = 1 << 31
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def size(default: int | None, most: int = MAX_SIZE, least: int = 1) -> Any:
+def size(default: Any, most: int = MAX_SIZE, least: int = 1) -> Any:
     return Field(default, ge=least, le=most)
 
 
