@@ -2,7 +2,7 @@
 
 The rooms, from the ground up. None imports one that stands after it:
 
-    errors  parallel  strict  terminal  disk  output_folder  formats  model  checkpoint  recipe
+    errors  parallel  arithmetic  strict  terminal  disk  output_folder  formats  model  checkpoint  recipe
     runtime  prompts  calibration  passes  check  report  apply  studies
 
 A room says in its first line what is in it. `plugins` is the one door upwards: by the names that users type it loads

@@ -19,7 +19,7 @@ from compress.checkpoint.reader import Checkpoint
 from compress.disk import json_files
 from compress.errors import WorkError
 from compress.formats.base import Quantized
-from compress.model import weight as weight_module
+from compress.model import weight as model_module
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
 from compress.passes import quantize
@@ -118,7 +118,7 @@ def test_writing_twice_gives_the_same_bytes(small, tmp_path, kind):
 @pytest.mark.parametrize("block_bytes", [1, 1000, 5000])
 def test_the_size_of_the_row_blocks_does_not_change_a_byte(small, tmp_path, monkeypatch, kind, block_bytes):
     whole = contents(write_all(UNITS[kind](small), tmp_path / "whole"))
-    monkeypatch.setattr(weight_module, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(model_module, "BLOCK_BYTES", block_bytes)
     assert contents(write_all(UNITS[kind](small), tmp_path / "blocks")) == whole
 
 
@@ -127,7 +127,7 @@ def test_a_matrix_of_few_rows_is_written_whole_when_each_row_is_a_block(tmp_path
     """Two rows are as many as the stored shape has elements: the two must not be taken for each other."""
     unit = matrix(torch.randn(rows, 9, generator=torch.Generator().manual_seed(0)), "int8")
     writer.write_shard(unit, tmp_path / "whole.safetensors")
-    monkeypatch.setattr(weight_module, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(model_module, "BLOCK_BYTES", 1)
     writer.write_shard(unit, tmp_path / "rows.safetensors")
     expected = load_file(tmp_path / "whole.safetensors")
     written = load_file(tmp_path / "rows.safetensors")
@@ -137,7 +137,7 @@ def test_a_matrix_of_few_rows_is_written_whole_when_each_row_is_a_block(tmp_path
 
 
 def test_blocks_are_loaded_one_after_another_and_none_exceeds_the_block_size(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(model_module, "BLOCK_BYTES", 1000)
     asked: list[slice] = []
 
     def watched(weight: Weight) -> Weight:
@@ -155,7 +155,7 @@ def test_blocks_are_loaded_one_after_another_and_none_exceeds_the_block_size(sma
 
 
 def test_progress_adds_up_to_the_parameters_written(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(model_module, "BLOCK_BYTES", 1000)
     for number, unit in enumerate(int8_units(small)):
         steps: list[int] = []
         writer.write_shard(unit, tmp_path / f"{number}.safetensors", steps.append)
@@ -175,7 +175,7 @@ def failing_in_the_second_block(values: torch.Tensor) -> Unit:
 
 
 def test_a_failure_half_way_leaves_no_file_under_the_final_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_module, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(model_module, "BLOCK_BYTES", 1)
     path = tmp_path / "model-00001-of-00001.safetensors"
     with pytest.raises(RuntimeError, match="power cut"):
         writer.write_shard(failing_in_the_second_block(torch.ones(4, 3)), path)
@@ -183,7 +183,7 @@ def test_a_failure_half_way_leaves_no_file_under_the_final_name(tmp_path, monkey
 
 
 def test_a_failure_half_way_leaves_an_earlier_file_as_it_was_and_a_second_try_succeeds(tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_module, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(model_module, "BLOCK_BYTES", 1)
     path = tmp_path / "x.safetensors"
     writer.write_shard(matrix(torch.zeros(4, 3)), path)
     earlier = path.read_bytes()

@@ -26,7 +26,7 @@ from compress.checkpoint.reader import Checkpoint
 from compress.formats import hadamard
 from compress.formats.activations import NAMES as ACTIVATIONS
 from compress.formats.activations import Activation
-from compress.model import weight as weight_module
+from compress.model import weight as compress_model
 from compress.model.roles import Role
 from compress.model.weight import PLAIN_DTYPES, Weight
 from compress.recipe.recipe import load_recipe
@@ -128,7 +128,7 @@ def assert_product(actual: np.ndarray, x: torch.Tensor, weight: Weight):
 def test_a_product_with_a_stored_matrix(tmp_path, monkeypatch, number_format, wide):
     """K is no multiple of the block of 128, nor N; the matrix is read in several blocks of rows."""
     shape = (150, 192 if number_format != "int4-g128" else 256)
-    monkeypatch.setattr(weight_module, "BLOCK_BYTES", 4 * 130 * shape[1])
+    monkeypatch.setattr(compress_model, "BLOCK_BYTES", 4 * 130 * shape[1])
     weight, x = make_weight(number_format, shape, wide=wide), make_inputs(shape[1])
     assert len(list(weight.row_blocks())) > 1
     actual = run_graph(tmp_path, x, shape[0], lambda graph, value: blocks.linear(graph, value, weight))
@@ -561,9 +561,9 @@ def test_an_input_that_several_matrices_share_is_rounded_once(rounded_to):
     """Query, key and value; gate and up. Two grids where a matrix beside int8 ones has another format."""
     model, groups = rounded_to.model, 0
     for index in range(model.config.num_hidden_layers):
-        weights, prefix = model.unit(f"layer.{index}").weights, model.architecture.layer_prefix(index)
-        halves = model.architecture.input_groups(model.config, index)
-        for group in (group for half in halves for level in half for group in level):
+        weights, layer = model.unit(f"layer.{index}").weights, model.layer(index)
+        prefix = layer.prefix
+        for group in (group for half in layer.residuals for level in half.block.levels() for group in level):
             inputs = [weights[prefix + name] for name in group.names]
             assert len({w.activation and w.activation.scale and w.activation.scale() for w in inputs}) == 1
             groups += len({w.format in WHOLE for w in inputs if w.activation})

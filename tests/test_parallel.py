@@ -12,7 +12,7 @@ from jamba_models import make_jamba
 from compress import parallel
 from compress.apply import pipeline
 from compress.errors import InputError
-from compress.model import weight as weight_module
+from compress.model import weight as model
 from compress.passes.quantization import cholesky
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
@@ -51,7 +51,7 @@ def many_pieces(monkeypatch):
     """Pieces so small that the matrices of a test are cut into several."""
     for name, value in (("PIECE", 1 << 14), ("LEAST_ROWS", 16), ("TILE", 48)):
         monkeypatch.setattr(parallel, name, value)
-    monkeypatch.setattr(weight_module, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(model, "BLOCK_BYTES", 1 << 14)
 
 
 @pytest.fixture(scope="module")

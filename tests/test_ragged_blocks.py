@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
-from compress.model import weight as weight_module
+from compress.model import weight as model
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
 from compress.runtime.inference import Head, stream
@@ -69,7 +69,7 @@ class Applied:
 @pytest.fixture(scope="module")
 def applied(tmp_path_factory) -> Applied:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_module, "BLOCK_BYTES", 1)
+        patch.setattr(model, "BLOCK_BYTES", 1)
         yield Applied(tmp_path_factory.mktemp("ragged"))
 
 
