@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from compress import formats, plugins
-from compress.runtime import onnx_layouts
-from compress.runtime.onnx_layouts import GENAI, TRANSFORMERS_JS
+from compress.output_folder import onnx_layouts
+from compress.output_folder.onnx_layouts import GENAI, TRANSFORMERS_JS
 from compress.strict.models import Strict
 from exporters import Exported
 
@@ -54,7 +54,8 @@ def export(checkpoint, folder: Path, options: Options, advance) -> None:
 
     import compress
     from compress.checkpoint.companions import without_code
-    from compress.checkpoint.writer import copy_companions, write_json
+    from compress.checkpoint.writer import copy_companions
+    from compress.disk.json_files import write_json
     from compress.disk.paths import with_text_name
     from exporters.graph import genai, reading, transformers_js
     from exporters.graph.builder import Graph, WeightFile

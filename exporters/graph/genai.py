@@ -1,8 +1,8 @@
 """genai_config.json: how onnxruntime-genai runs the graph. `decoder` is the type that takes hybrid states by name."""
 
 from compress.checkpoint.end_tokens import end_tokens
+from compress.output_folder.onnx_layouts import GENAI
 from compress.recipe.source import tokenizer_of
-from compress.runtime.onnx_layouts import GENAI
 
 
 def config(checkpoint) -> dict:

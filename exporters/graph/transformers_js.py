@@ -8,7 +8,7 @@ these (Granite 4's); the model's own values stay, and the graph's metadata carry
 import onnx_ir as ir
 
 from compress.checkpoint.companions import without_code
-from compress.runtime.onnx_layouts import in_transformers_js
+from compress.output_folder.onnx_layouts import in_transformers_js
 
 # one Mamba head: transformers' tokenizers read this file too, and check that heads divide the width
 POSE = {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"], "mamba_n_heads": 1}
