@@ -7,7 +7,8 @@ from optimum.utils.normalized_config import NormalizedTextConfigWithGQA
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress.errors import InputError
-from compress.model.expert_counts import SECTION, ExpertCounts
+from compress.model.expert_counts import SECTION
+from compress.model.records import Compressed
 
 MAX_COUNT = 10_000  # of layers and of experts: far beyond any model, keeps a corrupt config from being enumerated
 MAX_EXPERTS_IN_ALL = 50_000
@@ -49,7 +50,7 @@ class JambaConfig(BaseModel):
     bos_token_id: int | None = _size(1, least=0)
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = _size(0, least=0)
-    compress: ExpertCounts = ExpertCounts()  # what `prune_experts` left that one num_experts cannot say
+    compress: Compressed = Compressed()  # what passes left that other keys cannot say
 
     @model_validator(mode="after")
     def _consistent(self):

@@ -7,7 +7,7 @@ are left out one by one, each time the one whose loss is least.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 import torch
@@ -22,8 +22,13 @@ Kept = tuple[int, ...]  # numbers of the experts that stay, ascending
 def gates_of(logits: torch.Tensor, kept: Kept, top_k: int, *, keep_rows: bool) -> torch.Tensor:
     """logits [T, E] of all experts -> the gates [T, k] of those that stay; `keep_rows`: the others' logits stay in the
     denominator."""
-    order = list(kept) + ([e for e in range(logits.shape[1]) if e not in kept] if keep_rows else [])
+    order = router_order(kept, logits.shape[1], keep_rows=keep_rows)
     return layers.gates(logits[:, order], top_k, len(kept))
+
+
+def router_order(kept: Sequence[int], experts: int, *, keep_rows: bool) -> list[int]:
+    """Which rows a router has, in order."""
+    return [*kept, *((expert for expert in range(experts) if expert not in kept) if keep_rows else ())]
 
 
 def factor(both: float, own: float) -> float:

@@ -7,13 +7,13 @@ import torch
 from compress.calibration.inputs import LayerInputs
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
-from compress.passes.pruning.reconstruction import Kept
+from compress.passes.pruning.reconstruction import Kept, router_order
 
 
 def keep(unit: Unit, inputs: LayerInputs, kept: Kept, *, keep_rows: bool) -> Unit:
     """The unit with the experts `kept` as 0, 1, ...; with `keep_rows` the router's other rows follow those of the kept."""
     experts = inputs.architecture.num_experts(inputs.config, inputs.index)
-    order = [*kept, *((e for e in range(experts) if e not in kept) if keep_rows else ())]
+    order = router_order(kept, experts, keep_rows=keep_rows)
     router = inputs.prefix + inputs.architecture.ROUTER
     weights: dict[str, Weight] = {}
     for name, weight in unit.weights.items():

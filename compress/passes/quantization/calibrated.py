@@ -12,14 +12,21 @@ from compress.calibration.moments import Moments
 from compress.formats.activations import Activation, static_scale
 from compress.formats.base import NumberFormat, Quantized
 from compress.model.hybrid import InputGroup
+from compress.model.records import Folded
+from compress.model.tensor_names import in_short
 from compress.model.weight import Unit, Weight
+from compress.passes import Note
 from compress.passes.quantization import equalization, gptq, rounding
+from compress.passes.quantize import Options
+from compress.strict.plain import Plain
 
 
-def quantize(options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit, dict]:
-    """The unit as the options of the `quantize` pass want it, and a note: tokens per expert, experts that had too few."""
+def quantize(options: Options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit, Note]:
+    """The unit as the options of the `quantize` pass want it, and a note: tokens per expert, experts that had too few, what
+    was done to its tensors."""
+    folds: list[Folded] = []
     if options.equalize is not None:
-        unit = equalization.equalize(unit, inputs, options.equalize)
+        unit, folds = equalization.equalize(unit, inputs, options.equalize)
     planned = unit.map(lambda weight: rounding.lazily(weight, options, device))
     # what this pass quantizes: not what it leaves plain, nor what an earlier pass has quantized
     mine = {n: weight for n, weight in planned.weights.items() if weight.is_quantized and weight is not unit.weights[n]}
@@ -27,10 +34,11 @@ def quantize(options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit
     for level in inputs.levels:
         unit = quantizer.level(unit, level)
     rest = {name: weight for name, weight in planned.weights.items() if not unit.weights[name].is_quantized}
-    return Unit(unit.name, unit.weights | rest), {key: values for key, values in quantizer.note.items() if values}
+    note = {**quantizer.note, "folds": [fold.model_dump() for fold in folds], "gptq": in_short(quantizer.gptq)}
+    return Unit(unit.name, unit.weights | rest), {key: values for key, values in note.items() if values}
 
 
-def _wanted(options, weights: list[Weight]) -> Wanted:
+def _wanted(options: Options, weights: list[Weight]) -> Wanted:
     rotations = {weight.name: weight.rotation for weight in weights if weight.rotation}
     is_static = any(weight.activation and weight.activation.is_static for weight in weights)
     return Wanted(options.method == "gptq", is_static and options.activation_range != "minmax", rotations)
@@ -40,12 +48,15 @@ def _wanted(options, weights: list[Weight]) -> Wanted:
 class _Quantizer:
     """Quantizes the matrices in `planned` (by full name, rounded to nearest so far), level by level."""
 
-    options: object
+    options: Options
     planned: dict[str, Weight]
     inputs: UnitInputs
     wanted: Wanted
     device: str
-    note: dict[str, list] = field(default_factory=lambda: {"experts": [], "experts_from_every_token": []})
+    note: dict[str, list[dict[str, Plain]]] = field(
+        default_factory=lambda: {"experts": [], "experts_from_every_token": []}
+    )
+    gptq: list[str] = field(default_factory=list)  # matrices whose errors were compensated for
 
     def level(self, unit: Unit, groups: tuple[InputGroup, ...]) -> Unit:
         """The unit with the matrices of one level quantized, written and read back."""
@@ -99,6 +110,7 @@ class _Quantizer:
         search = rounding.search_for(number_format, options.clip == "mse", moments.square)
         scales = number_format.join_scales([search(dense)])
         found = gptq.quantize(dense, factor, number_format, scales)
+        self.gptq.append(planned.name)
         return replace(planned, load=_rows_of(found, number_format), activation=activation)
 
     def _with_range(self, activation: Activation | None, moments: Moments) -> Activation | None:

@@ -13,12 +13,13 @@ from compress.formats.activations import Activation
 from compress.formats.base import NumberFormat, Quantized
 from compress.model.weight import PLAIN_DTYPES, Weight, is_finite
 from compress.passes.quantization import scales
+from compress.passes.quantize import Options
 
 LEAST_ROTATION = 8
 ScaleSearch = Callable[[torch.Tensor], torch.Tensor]
 
 
-def lazily(weight: Weight, options, device: str) -> Weight:
+def lazily(weight: Weight, options: Options, device: str) -> Weight:
     """The weight in the format the options of `quantize` give it; as it came where they leave it alone."""
     asked = options.format_for(weight)
     if asked == formats.AS_IT_CAME or len(weight.shape) != 2:  # biases of a projection stay as they came
