@@ -6,25 +6,29 @@ from pathlib import Path
 import torch
 
 import compress
-from compress import plugins, prompts
+from compress import prompts
 from compress.apply import exporting, plan, stages, surveys, sweep
-from compress.apply.plan import PassContext, Plan
+from compress.apply.plan import Plan
 from compress.check import judge as check_run
 from compress.check.compare import Row, verdict
 from compress.checkpoint import companions, compressed_tensors, config_dtype, writer
 from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache, files
 from compress.errors import InputError
+from compress.model import records
+from compress.model.records import Record
 from compress.output_folder import manifest
 from compress.output_folder.integrity import MANIFEST
 from compress.output_folder.workspace import Workspace
-from compress.recipe.recipe import LoadedRecipe
+from compress.passes import PassContext
+from compress.plugins import Exported
+from compress.recipe.recipe import ExportStep, LoadedRecipe
 from compress.recipe.source import Source
 from compress.report import build as report_build
 from compress.report import markdown, model_card
 from compress.runtime.artifacts import CheckpointArtifact
+from compress.report.passes import PassDone
 from compress.terminal import progress
-from exporters import Exported
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Outcome:
     """What was done, as the report tells it."""
 
     weights_sha256: str
-    passes: list[dict] = field(default_factory=list)
+    passes: list[PassDone] = field(default_factory=list)
     calibration: list[dict] = field(default_factory=list)
     exported: list[Exported] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -109,8 +113,8 @@ def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspac
         space.forget([step.name for step in planned.recipe.export])
     folder = space.folder / "checkpoint"
     writer.write_index(folder, planned.units)
-    _write_companions(planned, folder)
-    outcome.passes = sweep.report(planned, swept)
+    _write_companions(planned, folder, sweep.records(planned, swept))
+    outcome.passes = sweep.done(planned, swept)
 
 
 def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torch.Tensor]:
@@ -124,10 +128,10 @@ def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torc
     return prompts.longest_first(sets)
 
 
-def _write_companions(planned: Plan, folder: Path) -> None:
-    """config.json with its quantization section, the tokenizer and papers of the source."""
+def _write_companions(planned: Plan, folder: Path, done: list[Record]) -> None:
+    """config.json with its quantization section and what passes did, the tokenizer and papers of the source."""
     restated = config_dtype.restated(planned.result.config_json, planned.model, planned.result)
-    config = companions.without_code(restated)
+    config = records.added(companions.without_code(restated), done)
     section = compressed_tensors.quantization_config(
         weight for unit in planned.units for weight in unit.weights.values()
     )
@@ -137,16 +141,16 @@ def _write_companions(planned: Plan, folder: Path) -> None:
     writer.copy_companions(planned.source.folder, folder)
 
 
-def _export(step, written: Checkpoint, space: Workspace) -> Exported:
+def _export(step: ExportStep, written: Checkpoint, space: Workspace) -> Exported:
     """One export into its folder; one that an earlier run finished is only described again."""
-    module, folder = plugins.load(plugins.EXPORTERS, step.name), space.folder / step.name
+    exporter, folder = step.bound(), space.folder / step.name
     if not space.is_done(step.name):
         exporting.remove_unfinished(folder)
-        exporting.export_to(module, step.name, step.options, written, folder)
+        exporting.export_to(exporter, step.name, written, folder)
         space.mark_done(step.name)
     else:
         progress.tell(f"reused from the earlier run: the export {step.name}")
-    return module.describe(folder)
+    return exporter.describe(folder)
 
 
 def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
@@ -165,7 +169,7 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dic
     """Report, recipe, and last of all the manifest; then the folder gets its name."""
     report = report_build.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
     writer.write_json(space.folder / "report.json", report)
-    writer.write_text(space.folder / "report.md", markdown.render(report))
+    writer.write_text(space.folder / "report.md", markdown.render(report, outcome.passes))
     writer.write_text(space.folder / "recipe.yaml", job.recipe.text)
     writer.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
     formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}

@@ -15,18 +15,22 @@ from pathlib import Path
 
 import torch
 
-from compress import parallel, passes
+from compress import parallel
 from compress.apply import stages
-from compress.apply.plan import PassContext, Plan
+from compress.apply.plan import Plan
 from compress.apply.process import peak_rss_bytes
 from compress.calibration import inputs as calibration_inputs
 from compress.calibration.inputs import LayerInputs, UnitInputs
 from compress.checkpoint import writer
 from compress.checkpoint.reader import CHECKPOINT
 from compress.checkpoint.writer import ShardWriter
+from compress.model.records import Record
 from compress.model.weight import Unit, Weight
 from compress.output_folder.workspace import CALIBRATION, Workspace
+from compress.passes import Note, PassContext
+from compress.report.passes import PassDone
 from compress.runtime.inference import HiddenStates, embed_windows
+from compress.strict.plain import plain
 from compress.terminal import progress
 
 
@@ -37,7 +41,7 @@ class Swept:
     seconds: float = 0.0
     pass_seconds: dict[int, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
-    notes: dict[int, list[dict]] = field(default_factory=dict)
+    notes: list[list[Note]] = field(default_factory=list)
     reused: int = 0
     written: int = 0  # units
 
@@ -60,27 +64,37 @@ def run(planned: Plan, context: PassContext, space: Workspace, windows: list[tor
                 continue
             swept.written += 1
             publisher.publish(shard, *write(number, space.folder / shard, advance))
-    swept.notes = _notes(space.folder / CALIBRATION, len(planned.recipe.passes))
+    swept.notes = _notes(space.folder / CALIBRATION, len(planned.passes))
     swept.seconds, swept.peak_rss_bytes = time.monotonic() - began, peak_rss_bytes()
     for states in (space.folder / CALIBRATION).glob("states.*"):
         shutil.rmtree(states)
     return swept
 
 
-def report(planned: Plan, swept: Swept) -> list[dict]:
-    """The report's `passes`. Passes that transform on load share the time of the sweep they run in."""
+def done(planned: Plan, swept: Swept) -> list[PassDone]:
+    """Every pass as the report tells of it. Passes that transform on load share the time of the sweep they run in."""
     return [
-        {
-            "name": step.name,
-            "seconds": swept.pass_seconds.get(number, swept.seconds),
-            "peak_rss_bytes": swept.peak_rss_bytes,
-            "details": {
-                **planned.modules[number][0].details(planned.modules[number][1], planned.units, swept.notes[number]),
-                **({"notes": list(planned.notes[number])} if planned.notes[number] else {}),
-                "layers_reused": swept.reused,
-            },
-        }
-        for number, step in enumerate(planned.recipe.passes)
+        PassDone(
+            name=planned.recipe.passes[number].name,
+            step=step,
+            seconds=swept.pass_seconds.get(number, swept.seconds),
+            peak_rss_bytes=swept.peak_rss_bytes,
+            details=step.details(planned.units, swept.notes[number]),
+            notes=planned.notes[number],
+            layers_reused=swept.reused,
+        )
+        for number, step in enumerate(planned.passes)
+    ]
+
+
+def records(planned: Plan, swept: Swept) -> list[Record]:
+    """What every pass did to the tensors."""
+    stages = zip(planned.stages[:-1], planned.stages[1:], strict=True)
+    return [
+        Record(name=named.name, changes=step.records(before, after, notes))
+        for named, step, (before, after), notes in zip(
+            planned.recipe.passes, planned.passes, stages, swept.notes, strict=True
+        )
     ]
 
 
@@ -107,15 +121,15 @@ def _states(number: int) -> str:
     return f"{CALIBRATION}/states.{number}"
 
 
-def _note(place: int, number: int) -> str:
+def _note(pass_number: int, number: int) -> str:
     """What a pass noted of a unit."""
-    return f"{CALIBRATION}/note-{place}-{number:05d}.json"
+    return f"{CALIBRATION}/note-{pass_number}-{number:05d}.json"
 
 
 def _notes_of(planned: Plan, number: int) -> list[str]:
     """Nothing is noted of an embedding, unit 0, that is no output matrix: nothing reaches it."""
-    asking = [place for place, step in enumerate(planned.modules) if passes.needs_calibration(*step)]
-    return [_note(place, number) for place in asking] if number or planned.model.config.tie_word_embeddings else []
+    asking = [pass_number for pass_number, step in enumerate(planned.passes) if step.needs_calibration]
+    return [_note(pass_number, number) for pass_number in asking] if number or planned.model.config.tie_word_embeddings else []
 
 
 class _Publisher:
@@ -204,17 +218,17 @@ class _Calibrated:
 
     def _passes(self, number: int, inputs: UnitInputs | None) -> Unit:
         unit = self._planned.model.units[number]
-        for place, (module, options) in enumerate(self._planned.modules):
-            context, began = replace(self._context, found=self._planned.found.get(place)), time.monotonic()
-            if inputs is None or not passes.needs_calibration(module, options):
-                unit = module.apply(options, unit, context)
+        for pass_number, step in enumerate(self._planned.passes):
+            context, began = replace(self._context, found=self._planned.found.get(pass_number)), time.monotonic()
+            if inputs is None or not step.needs_calibration:
+                unit = step.apply(unit, context)
                 continue
-            unit, note = module.calibrate(options, unit, inputs, context)
-            inputs.become(self._planned.stages[place + 1])
-            writer.write_json(self._space.folder / _note(place, number), note)
-            self._space.mark_done(_note(place, number))
+            unit, note = step.calibrate(unit, inputs, context)
+            inputs.become(self._planned.stages[pass_number + 1])
+            writer.write_json(self._space.folder / _note(pass_number, number), plain(note))
+            self._space.mark_done(_note(pass_number, number))
             seconds = self._swept.pass_seconds
-            seconds[place] = seconds.get(place, 0.0) + time.monotonic() - began
+            seconds[pass_number] = seconds.get(pass_number, 0.0) + time.monotonic() - began
         return unit
 
     def _hand_on(self, number: int, unit: Unit, inputs: UnitInputs | None) -> None:
@@ -230,9 +244,9 @@ class _Calibrated:
         return self._space.folder / _states(number)
 
 
-def _notes(folder: Path, passes: int) -> dict[int, list[dict]]:
-    """What passes noted of every unit, those of an interrupted run included, in order."""
-    return {
-        place: [json.loads(path.read_text()) for path in sorted(folder.glob(f"note-{place}-*.json"))]
-        for place in range(passes)
-    }
+def _notes(folder: Path, passes: int) -> list[list[Note]]:
+    """What every pass noted of every unit, in an interrupted run too, in order."""
+    return [
+        [json.loads(path.read_text()) for path in sorted(folder.glob(f"note-{number}-*.json"))]
+        for number in range(passes)
+    ]

@@ -52,7 +52,7 @@ class Kept(_Change):
     kind: Literal["kept"] = "kept"
     stem: StrictStr  # such as `model.layers.1.feed_forward.experts.`
     sources: Numbers
-    merged: tuple[Annotated[Numbers, Field(min_length=2)], ...] = ()
+    merged: tuple[Annotated[Numbers, Field(min_length=2)], ...] | None = None
 
 
 class Rows(_Change):

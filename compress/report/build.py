@@ -4,9 +4,9 @@ from pathlib import Path
 
 from compress.checkpoint import config_dtype
 from compress.checkpoint.companions import left_behind
-from compress.model import expert_counts, sizes
+from compress.model import sizes
 from compress.output_folder.manifest import versions
-from compress.passes.prune_experts import FEW_TOKENS
+from compress.passes import Coverage
 from compress.runtime import runtimes
 
 # of a checkpoint: what it needs to run but the tokenizer
@@ -17,7 +17,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
     """Assembles the report from the plan, what was done and the files as written."""
     model, result = planned.model, planned.result
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
-    notes = expert_counts.changes(model, result) + config_dtype.changes(model, result)
+    notes = [fact.text for fact in planned.changes] + config_dtype.changes(model, result)
     if notes := notes + left_behind(planned.source.folder):
         artifacts[0]["notes"] = notes
     artifacts += [
@@ -42,7 +42,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
             "bits_per_weight": smallest["bits_per_weight"],
             "candidate_parameters": planned.result.parameters,
         },
-        "passes": outcome.passes,
+        "passes": [step.to_json() for step in outcome.passes],
         **({"calibration": _calibration(outcome)} if outcome.calibration else {}),
         "artifacts": artifacts,
         "runtimes": [runtime.to_json() for runtime in runtimes.of(result, planned.recipe.export)],
@@ -61,25 +61,14 @@ def _calibration(outcome) -> dict:
     }
     if warnings := [f"{entry['name']}: {entry['warning']}" for entry in outcome.calibration if "warning" in entry]:
         found["warnings"] = warnings
-    counted = [step["details"] for step in outcome.passes if step["details"].get("experts")]
-    return found | ({"expert_coverage": _coverage(counted[-1])} if counted else {})
+    covered = [coverage for step in outcome.passes if (coverage := step.step.coverage(step.details))]
+    return found | ({"expert_coverage": _coverage(covered[-1])} if covered else {})
 
 
-# what a pass did about experts that too few tokens reached, by the key under which its details list them
-FEW = {
-    "experts_from_every_token": "saw fewer tokens than min_tokens, and were calibrated on all of their layer",
-    "experts_judged_on_few": f"saw fewer than {FEW_TOKENS} tokens, and were judged on those",
-}
-
-
-def _coverage(details: dict) -> dict:
+def _coverage(coverage: Coverage) -> dict:
     """Of the last pass that counted: an earlier one may have removed experts, and numbered the others anew."""
-    below = [(key, entry) for key in FEW for entry in details.get(key, [])]
-    found = {
-        "min_tokens": min(entry["tokens"] for entry in details["experts"]),
-        "experts_below_threshold": sorted({f"layer {e['layer']} expert {e['expert']}" for _, e in below}),
-    }
-    return found | ({"below_threshold": FEW[below[0][0]]} if below else {})
+    found = {"min_tokens": coverage.min_tokens, "experts_below_threshold": list(coverage.below)}
+    return found | ({"below_threshold": coverage.sentence} if coverage.below else {})
 
 
 def _checkpoint_artifact(planned, folder: Path) -> dict:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from compress import plugins
 from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
 from compress.checkpoint.folder import file_sha256
 from compress.checkpoint.reader import Checkpoint
@@ -92,12 +93,11 @@ class OnnxArtifact:
     runtime = "onnxruntime"
 
     def __init__(self, path: Path):
-        from exporters.graph.reading import external_tensors, load, model_config, stored_parameters
-
-        self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, load(path)
-        _, self.config, _ = model_config(graph, path)
-        tensors = external_tensors(graph)
-        self._data, self.formats = {Path(tensor.path) for tensor in tensors}, stored_parameters(tensors)
+        reading = plugins.graph_reading()
+        self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, reading.load(path)
+        _, self.config, _ = reading.model_config(graph, path)
+        tensors = reading.external_tensors(graph)
+        self._data, self.formats = {Path(tensor.path) for tensor in tensors}, reading.stored_parameters(tensors)
 
     def sha256(self) -> str:
         if self._sha256 is None:

@@ -7,11 +7,11 @@ mixture of formats (tests/test_load.py). Older ones were not tried, or failed.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from compress import plugins
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight
+from compress.recipe.recipe import ExportStep
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
@@ -38,14 +38,9 @@ class Runtime:
         return self.name if self.minimum is None else f"{self.name} {self.minimum}"
 
 
-def of(model: HybridModel, exports: Iterable) -> list[Runtime]:
-    """For a model as it will be stored, and the exports of a recipe (each with `name` and `options`). An exporter that
-    says nothing has no rows."""
-    found = of_checkpoint(model)
-    for step in exports:
-        tell = getattr(plugins.load(plugins.EXPORTERS, step.name), "runtimes", lambda *_: [])
-        found += tell(model, step.options)
-    return found
+def of(model: HybridModel, exports: Iterable[ExportStep]) -> list[Runtime]:
+    """For a model as it will be stored, and the exports of a recipe. An exporter that says nothing has no rows."""
+    return of_checkpoint(model) + [runtime for step in exports for runtime in step.bound().runtimes(model)]
 
 
 def as_lines(found: list[Runtime]) -> list[str]:

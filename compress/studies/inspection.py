@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from compress import plugins
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 from compress.errors import InputError
 from compress.model import sizes
@@ -61,8 +62,7 @@ def _checkpoint_facts(folder: Path) -> dict:
 
 def _onnx_facts(path: Path) -> dict:
     """An exported graph carries its model's config.json; states count in the types the graph declares."""
-    from exporters.graph import reading
-
+    reading = plugins.graph_reading()
     graph = reading.load(path)
     architecture, config, values = reading.model_config(graph, path)
     units = list(architecture.layout(config))

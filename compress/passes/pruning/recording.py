@@ -18,7 +18,8 @@ def of_layer(note: LayerNote, model: HybridModel, router: str) -> Iterator[Chang
     architecture, prefix = model.architecture, model.architecture.layer_prefix(note.layer)
     down = [prefix + architecture.expert_prefix(expert) + DOWN for expert in range(len(note.kept))]
     stem = prefix + architecture.expert_prefix(0).removesuffix("0.")
-    yield Kept(stem=stem, sources=note.kept, merged=[group for group in note.groups or () if len(group) > 1])
+    merged = [group for group in note.groups or () if len(group) > 1]
+    yield Kept(stem=stem, sources=note.kept, merged=merged or None)
     rows = router_order(note.kept, note.experts, keep_rows=router == KEEP_ROWS)
     yield Rows(tensors=(prefix + architecture.ROUTER,), rows=rows)
     if note.scale not in (None, 1.0):

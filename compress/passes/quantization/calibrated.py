@@ -34,7 +34,7 @@ def quantize(options: Options, unit: Unit, inputs: UnitInputs, device: str) -> t
     for level in inputs.levels:
         unit = quantizer.level(unit, level)
     rest = {name: weight for name, weight in planned.weights.items() if not unit.weights[name].is_quantized}
-    note = {**quantizer.note, "folds": [fold.model_dump() for fold in folds], "gptq": in_short(quantizer.gptq)}
+    note = {**quantizer.note, "folds": [fold.model_dump() for fold in folds], "gptq": in_short(quantizer.compensated)}
     return Unit(unit.name, unit.weights | rest), {key: values for key, values in note.items() if values}
 
 
@@ -56,7 +56,7 @@ class _Quantizer:
     note: dict[str, list[dict[str, Plain]]] = field(
         default_factory=lambda: {"experts": [], "experts_from_every_token": []}
     )
-    gptq: list[str] = field(default_factory=list)  # matrices whose errors were compensated for
+    compensated: list[str] = field(default_factory=list)  # matrices whose errors were compensated for
 
     def level(self, unit: Unit, groups: tuple[InputGroup, ...]) -> Unit:
         """The unit with the matrices of one level quantized, written and read back."""
@@ -110,7 +110,7 @@ class _Quantizer:
         search = rounding.search_for(number_format, options.clip == "mse", moments.square)
         scales = number_format.join_scales([search(dense)])
         found = gptq.quantize(dense, factor, number_format, scales)
-        self.gptq.append(planned.name)
+        self.compensated.append(planned.name)
         return replace(planned, load=_rows_of(found, number_format), activation=activation)
 
     def _with_range(self, activation: Activation | None, moments: Moments) -> Activation | None:
