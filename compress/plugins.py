@@ -54,7 +54,9 @@ def _class_in(package: str, name: str, contract: type[ContractT]) -> type[Contra
         raise InputError(f"{file}: {error}") from None
     except Exception as error:  # whatever stands in that file is run
         raise InputError(f"{file}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from None
-    found = [value for key, value in vars(module).items() if not key.startswith("_") and _is_brought(value, module, contract)]
+    found = [
+        value for key, value in vars(module).items() if not key.startswith("_") and _is_brought(value, module, contract)
+    ]
     if len(found) != 1:
         had = ", ".join(sorted(value.__name__ for value in found)) or "none"
         raise InputError(f"{file}: expected one class that inherits from {contract.__name__}, found {had}")

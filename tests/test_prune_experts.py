@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 
 from compress.apply import pipeline
-from compress.passes import prune_experts
+from compress.passes._prune_report import FEW_TOKENS
 from compress.passes.pruning import reconstruction
 from compress.runtime.artifacts import find_artifact, open_artifact
 
@@ -327,7 +327,7 @@ def test_the_report_counts_experts_and_the_tokens_that_reached_them(whole, unifo
     assert sum(entry["tokens"] for entry in expected) == 2 * 2 * 5 * 71
     coverage = uniform.report["calibration"]["expert_coverage"]
     assert coverage["min_tokens"] == min(entry["tokens"] for entry in expected)
-    few = [f"layer {e['layer']} expert {e['expert']}" for e in expected if e["tokens"] < prune_experts.FEW_TOKENS]
+    few = [f"layer {e['layer']} expert {e['expert']}" for e in expected if e["tokens"] < FEW_TOKENS]
     assert few, "these windows are short"
     assert coverage["experts_below_threshold"] == sorted(few)
     assert "judged on those" in coverage["below_threshold"]

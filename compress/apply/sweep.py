@@ -129,7 +129,11 @@ def _note(pass_number: int, number: int) -> str:
 def _notes_of(planned: Plan, number: int) -> list[str]:
     """Nothing is noted of an embedding, unit 0, that is no output matrix: nothing reaches it."""
     asking = [pass_number for pass_number, step in enumerate(planned.passes) if step.needs_calibration]
-    return [_note(pass_number, number) for pass_number in asking] if number or planned.model.config.tie_word_embeddings else []
+    return (
+        [_note(pass_number, number) for pass_number in asking]
+        if number or planned.model.config.tie_word_embeddings
+        else []
+    )
 
 
 class _Publisher:

@@ -36,7 +36,9 @@ def _distinct(numbers: tuple[int, ...]) -> tuple[int, ...]:
     return numbers
 
 
-Names = Annotated[tuple[StrictStr, ...], Field(min_length=1), AfterValidator(_readable)]  # as `tensor_names` writes them
+Names = Annotated[
+    tuple[StrictStr, ...], Field(min_length=1), AfterValidator(_readable)
+]  # as `tensor_names` writes them
 Number = Annotated[StrictInt, Field(ge=0, lt=MOST_EXPERTS)]
 Numbers = Annotated[tuple[Number, ...], Field(min_length=1), AfterValidator(_distinct)]
 

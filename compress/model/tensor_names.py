@@ -27,7 +27,9 @@ def _joined_at(found: Iterable[Parts], at: int) -> dict[Parts, None]:
             groups.setdefault((parts[:at], parts[at + 1 :]), []).append(int(parts[at]))
         else:
             others[parts] = None
-    return others | {(*before, _ranges(sorted(set(numbers))), *after): None for (before, after), numbers in groups.items()}
+    return others | {
+        (*before, _ranges(sorted(set(numbers))), *after): None for (before, after), numbers in groups.items()
+    }
 
 
 def _is_number(part: str) -> bool:

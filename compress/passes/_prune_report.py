@@ -7,9 +7,7 @@ from compress.strict.models import Strict
 
 FEW_TOKENS = 256  # calibration tokens of an expert below which its figures are rough
 STEPS = {"pruned": "without the others", "rescaled": "rescaled", "stored": "as stored"}
-ABOUT_LOSSES = (
-    "Losses are means over withheld calibration tokens of the squared error, as a share of what the layer leaves of the token."
-)
+ABOUT_LOSSES = "Losses are means over withheld calibration tokens of the squared error, as a share of what the layer leaves of the token."
 
 
 class Loss(Strict):

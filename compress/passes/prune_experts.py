@@ -136,7 +136,9 @@ class PruneExperts(Pass[Options]):
         """How many experts stay; before a survey only the sum is known."""
         if self.needs_survey and found is None:
             left, whole = (sum(expert_counts.of_model(model).values()) for model in (after, before))
-            return (Fact("experts", f"{left} of {whole} experts stay, shared among layers by a survey of their losses."),)
+            return (
+                Fact("experts", f"{left} of {whole} experts stay, shared among layers by a survey of their losses."),
+            )
         return tuple(Fact("experts", sentence) for sentence in expert_counts.changes(before, after))
 
     def records(self, before: HybridModel, after: HybridModel, notes: Sequence[Note]) -> Sequence[Change]:
@@ -147,7 +149,9 @@ class PruneExperts(Pass[Options]):
 
     def details(self, units: Sequence[Unit], notes: Sequence[Note]) -> Details:
         options = self.options
-        return report.details(options.method, options.router, options.recovery, _layers(notes)).model_dump(exclude_unset=True)
+        return report.details(options.method, options.router, options.recovery, _layers(notes)).model_dump(
+            exclude_unset=True
+        )
 
     def sentences(self, details: Details) -> list[str]:
         return report.sentences(PruneDetails.model_validate(details))

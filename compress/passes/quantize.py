@@ -153,7 +153,9 @@ class Quantize(Pass[Options]):
     def needs_calibration(self) -> bool:
         options = self.options
         asked = (options.activations, *options.activation_roles.values())
-        return options.method == "gptq" or options.equalize is not None or any(name.startswith("static") for name in asked)
+        return (
+            options.method == "gptq" or options.equalize is not None or any(name.startswith("static") for name in asked)
+        )
 
     def calibrate(self, unit: Unit, inputs: UnitInputs, context: PassContext) -> tuple[Unit, Note]:
         """The unit quantized with regard to what reaches its matrices, and a note on what that was."""

@@ -219,7 +219,9 @@ def _known_keys(path: KeyPath) -> list[str]:
     model: type[Strict] | None = Recipe
     for part in path:
         if model is not None and isinstance(part, str):
-            model = model.options_of(part) if issubclass(model, Step) else _inner_model(model.model_fields[part].annotation)
+            model = (
+                model.options_of(part) if issubclass(model, Step) else _inner_model(model.model_fields[part].annotation)
+            )
     if model is None:
         return []
     return plugins.names(model.PACKAGE) if issubclass(model, Step) else list(model.model_fields)
