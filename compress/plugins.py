@@ -1,4 +1,4 @@
-"""Finds passes, exporters and architectures by file name: the file's name is the word the user types.
+"""Finds passes and exporters by file name: the file's name is the word the user types.
 
 A file is imported only where its name is used, so that a broken one breaks nothing else. This is the one module that knows
 where exporters are.
@@ -18,7 +18,7 @@ from compress.strict.plugin import ContractError, Plugin
 from exporters import Exported, Exporter
 
 __all__ = ["Exported", "Exporter", "Pass", "graph_reading", "load", "load_exporter", "load_pass", "names"]
-PASSES, EXPORTERS, ARCHITECTURES = "compress.passes", "exporters", "compress.model.families"
+PASSES, EXPORTERS = "compress.passes", "exporters"
 ContractT = TypeVar("ContractT", bound=Plugin[Strict])
 
 

@@ -17,7 +17,7 @@ from compress.checkpoint.folder import INDEX
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import WorkError
 from compress.formats.base import Quantized
-from compress.model import model as model_module
+from compress.model import weight as model_module
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
 from compress.passes import PassContext

@@ -12,7 +12,7 @@ from jamba_models import make_jamba
 from compress import parallel
 from compress.apply import pipeline
 from compress.errors import InputError
-from compress.model import model
+from compress.model import weight as model
 from compress.passes.quantization import cholesky
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
-from compress.model import model
+from compress.model import weight as model
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
 from compress.runtime.inference import Head, stream

@@ -2,71 +2,57 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import Any
 
-import torch
-
+from compress.model.architecture import Architecture
+from compress.model.block import Layer
+from compress.model.config import Config
 from compress.model.weight import Unit, Weight
-
-
-class Weights(Protocol):
-    """A layer's weights as its arithmetic sees them, by name within the layer."""
-
-    def __call__(self, name: str) -> torch.Tensor:
-        """The tensor as float32."""
-
-    def linear(self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., K] times the transpose of the matrix [N, K]; the input is rounded first where it is stored so."""
-
-
-class InputGroup(NamedTuple):
-    """Matrices of a layer that multiply the same input; `expert` is the one they belong to."""
-
-    names: tuple[str, ...]
-    expert: int | None = None
-
-
-class LayerGroups(NamedTuple):
-    """The matrices of a layer's halves, level by level: a level's inputs depend on the matrices of earlier levels only."""
-
-    mixer: tuple[tuple[InputGroup, ...], ...]
-    feed_forward: tuple[tuple[InputGroup, ...], ...]
-
-
-class Place(NamedTuple):
-    """Where a tensor of a checkpoint belongs in transformers' model: a parameter, or a part of one."""
-
-    parameter: str
-    index: tuple[int | slice, ...] = ()
-
-
-class Fold(NamedTuple):
-    """`source` (a norm, or a matrix by its rows) produces, channel by channel, the input of the matrices `targets`.
-
-    `others` see the same input and are never quantized."""
-
-    source: str
-    targets: tuple[str, ...]
-    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class HybridModel:
-    """An opened model: its architecture module, its validated configuration, its units in order of computation, and
-    config.json as it is."""
+    """A family bound to a configuration, its units in order of computation, and config.json as it is."""
 
-    architecture: ModuleType
-    config: object
+    architecture: Architecture
     units: tuple[Unit, ...]
-    config_json: dict
+    config_json: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        return self.architecture.config
 
     def unit(self, name: str) -> Unit:
         return next(unit for unit in self.units if unit.name == name)
 
+    def layer(self, index: int) -> Layer:
+        return self.architecture.layers[index]
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.architecture.layers
+
     @property
     def model_type(self) -> str:
-        return self.architecture.__name__.rpartition(".")[2]
+        return self.architecture.model_type
+
+    @property
+    def embedding(self) -> Weight:
+        return self.unit("embedding").weights[self.architecture.EMBEDDING]
+
+    @property
+    def final_norm(self) -> Weight:
+        return self.unit("head").weights[self.architecture.FINAL_NORM]
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the embedding is the output matrix too."""
+        return self.architecture.LM_HEAD not in self.unit("head").weights
+
+    @property
+    def output_matrix(self) -> Weight:
+        """[V, H]: the LM head, or the embedding it is tied to."""
+        return self.embedding if self.is_tied else self.unit("head").weights[self.architecture.LM_HEAD]
 
     @property
     def weights(self) -> Iterator[Weight]:

@@ -23,7 +23,9 @@ from compress.passes._prune_report import LayerNote, PruneDetails
 from compress.strict.models import Number, Strict, WholeNumber
 
 if TYPE_CHECKING:  # a recipe is validated without torch
+    from compress.model import routing
     from compress.calibration.inputs import LayerInputs, UnitInputs
+    from compress.model.config import Config
     from compress.model.hybrid import HybridModel
     from compress.model.weight import Spec, Stored, Unit, UnitSpec, Weight
 
@@ -70,6 +72,7 @@ class PruneExperts(Pass[Options]):
     def requires(self, model: HybridModel) -> None:
         """Refuses amounts this model cannot spare, and models that have no experts or whose experts are quantized."""
         counts = expert_counts.refuse_unprunable(model, "prune_experts")
+        _refuse_router(self.options, [layer.experts.router for layer in model.layers if layer.experts])
         experts = [weight for weight in model.weights if weight.role == Role.EXPERTS]
         formats = {weight.format for weight in experts}
         if any(weight.is_quantized for weight in experts):
@@ -86,13 +89,16 @@ class PruneExperts(Pass[Options]):
 
     def restructure(self, model: HybridModel, context: PassContext) -> HybridModel:
         """The model with fewer experts; which of them stay is not known before calibration."""
-        rows = model.config.num_experts if self.options.router == KEEP_ROWS else None
+        architecture = model.architecture
+        rows = model.config.total_experts if self.options.router == KEEP_ROWS else None
         kept = _kept(self.options, model, context.found)
-        values = expert_counts.pruned(model.config_json, kept, model.config.num_hidden_layers, rows)
-        config = model.architecture.parse_config(values, "config.json after prune_experts")
+        values = expert_counts.pruned(
+            model.config_json, architecture.EXPERTS_KEY, kept, model.config.num_hidden_layers, rows
+        )
+        pruned = type(architecture).parse(values, "config.json after prune_experts")
         sources = {unit.name: unit for unit in model.units}
-        units = tuple(_planned_unit(sources[unit.name], unit) for unit in model.architecture.layout(config))
-        return replace(model, config=config, units=units, config_json=values)
+        units = tuple(_planned_unit(sources[unit.name], unit) for unit in pruned.layout())
+        return replace(model, architecture=pruned, units=units, config_json=values)
 
     @property
     def needs_survey(self) -> bool:
@@ -106,9 +112,9 @@ class PruneExperts(Pass[Options]):
 
         curves, experts = {}, 0
         for unit, inputs in layers:
-            count = inputs.architecture.num_experts(inputs.config, inputs.index)
-            if count > 1:
-                least, experts = expert_counts.fewest(inputs.config.num_experts_per_tok), count
+            if inputs.layer.experts:
+                experts = inputs.experts.count
+                least = expert_counts.fewest(inputs.experts.router.top_k)
                 curve = Reconstruction(collect(unit, inputs), self.options.router).curve(least)
                 curves[inputs.index] = {kept: loss for kept, (_, loss) in curve.items()}
         kept = allocation.allocate(curves, experts, _removed(self.options, experts, len(curves)))
@@ -128,8 +134,7 @@ class PruneExperts(Pass[Options]):
         if context.found is not None:
             count = Shares.model_validate(context.found).kept[inputs.index]
         else:
-            experts = inputs.architecture.num_experts(inputs.config, inputs.index)
-            count = experts - _removed(self.options, experts, 1)
+            count = inputs.experts.count - _removed(self.options, inputs.experts.count, 1)
         return layer.prune(self.options, unit, inputs, count)
 
     def changes(self, before: HybridModel, after: HybridModel, found: Found | None) -> tuple[Fact, ...]:
@@ -165,8 +170,21 @@ def _layers(notes: Sequence[Note]) -> list[LayerNote]:
     return [LayerNote.model_validate(note) for note in notes if note]
 
 
-def _refuse_amount(options: Options, config, layers: int) -> None:
-    experts, top_k = config.num_experts, config.num_experts_per_tok
+def _refuse_router(options: Options, routers: list[routing.Router]) -> None:
+    """Those of a model in which removal would break the choice of experts, or kept rows mean nothing."""
+    if options.router == KEEP_ROWS and not all(router.inflates for router in routers):
+        raise InputError(
+            "prune_experts.router is keep_rows, but the gates of this model do not depend on the experts that are not "
+            "chosen: rows of removed experts would change nothing"
+        )
+    if any(router.groups > 1 for router in routers):
+        raise InputError(
+            "prune_experts: experts are chosen from groups of equal size in this model, which removal breaks"
+        )
+
+
+def _refuse_amount(options: Options, config: Config, layers: int) -> None:
+    experts, top_k = config.total_experts, config.num_experts_per_tok
     least = expert_counts.fewest(top_k)
     if options.keep is not None and options.keep > experts:
         raise InputError(
@@ -205,7 +223,7 @@ def _kept(options: Options, model: HybridModel, found: Found | None) -> dict[int
     if found is not None:
         return Shares.model_validate(found).kept
     counts = expert_counts.of_model(model)
-    removed = _removed(options, model.config.num_experts, len(counts))
+    removed = _removed(options, model.config.total_experts, len(counts))
     each, more = divmod(removed, len(counts))
     return {layer: count - each - (number < more) for number, (layer, count) in enumerate(counts.items())}
 
@@ -221,4 +239,5 @@ def _planned_unit(source: Unit, planned: UnitSpec) -> Unit:
         changes = spec.role in (Role.EXPERTS, Role.ROUTER)
         return replace(came, shape=spec.shape, load=load) if changes else came
 
-    return replace(source, weights={spec.name: weight(spec) for spec in planned.specs})
+    travelling = {name: came for name, came in source.weights.items() if came.role == Role.MTP}
+    return replace(source, weights={spec.name: weight(spec) for spec in planned.specs} | travelling)

@@ -1,20 +1,20 @@
-"""Model families. A file is named by its `model_type` in config.json and defines
+"""Model families: a file here is named by its `model_type` and defines one `Architecture`. Files that begin with an underscore
+are helpers."""
 
-- `parse_config(values, source)`: config.json -> a validated, frozen configuration (InputError naming the key);
-- `layout(config)`: the units in order of computation, each with the name, shape and role of every tensor;
-- `layer_kind(config, index)`: `attention` or `mamba`; `num_experts(config, index)`: 1 is a dense feed-forward;
-- `router_rows(config, index)`: of a layer with experts, with those of removed ones that stay in the denominator;
-- `active_share(config, spec)`: the share of a tensor that works on one token; `layer_prefix(index)` of tensor names;
-- `initial_state(config, index, batch, device)` and `forward(config, index, weights, hidden, state, mask)`: one layer;
-- `mix` and `feed_forward`, its halves; `feed_forward_input(config, weights, hidden)`: what the router and experts see;
-- `router_logits(weights, x)`: [..., H] -> [..., R], the experts' rows first, in the order of their numbers;
-- `expert(weights, number, rows)`: one expert on rows [n, H]; `expert_hidden(weights, number, rows)`: what its last
-  matrix multiplies, [n, F]; `expert_prefix(number)`: what its tensor names begin with, within the layer;
-- `input_groups(config, index)` and `folds(config, index)`: matrices by the input they share, and what produces it;
-- `transformers_place(config, name)`: where a tensor belongs in transformers' model; `fit_transformers(config, model)`:
-  replaces, in that model on the meta device, what its own configuration gives another shape than ours has;
-- `EMBEDDING`, `FINAL_NORM`, `LM_HEAD`: tensor names; `normalized(config)`: the optimum view that exporters read.
+import importlib
+import pkgutil
 
-Of these, `router_rows` and the functions of routers and experts are only called where a layer has more than one expert.
-A file that begins with an underscore is a helper.
-"""
+from compress.model.architecture import Architecture
+
+
+def names() -> list[str]:
+    """The model types that are known."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+def get(model_type: str) -> type[Architecture]:
+    """The family of one of `names()`."""
+    module = importlib.import_module(f"{__name__}.{model_type}")
+    defined = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Architecture))
+    return next(family for family in defined if family.__module__ == module.__name__)

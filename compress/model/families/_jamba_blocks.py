@@ -7,17 +7,20 @@ Its modelling code takes one number of experts from the configuration and gives 
 import copy
 
 import torch
+from transformers import JambaConfig, PreTrainedModel
 from transformers.models.jamba.modeling_jamba import JambaSparseMoeBlock, JambaTopKRouter
 
-from compress.model import layers
+from compress.model import routing
+from compress.model.experts import Experts
 
 
 class Router(JambaTopKRouter):
     """A router that may still have the rows of experts that were removed, after those of the experts that are there."""
 
-    def __init__(self, config, rows: int):
+    def __init__(self, config: JambaConfig, ours: routing.Router):
         super().__init__(config)
-        self.weight = torch.nn.Parameter(torch.empty(rows, self.hidden_dim))
+        self.ours = ours
+        self.weight = torch.nn.Parameter(torch.empty(ours.rows, self.hidden_dim))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[tokens, H] -> logits [tokens, R], then weights and numbers of the experts chosen, [tokens, top-k] each.
@@ -25,17 +28,17 @@ class Router(JambaTopKRouter):
         As the class above it, but of equal experts the lower number is chosen, and only the first E are chosen from: the
         others count in the denominator.
         """
-        logits = layers.router_logits(hidden_states, self.weight)
+        logits = routing.logits(hidden_states, self.weight)
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        chosen = layers.choose_experts(logits[:, : self.num_experts], self.top_k)
+        chosen = routing.choose(logits[:, : self.num_experts], self.top_k)
         return logits, probabilities.gather(-1, chosen).to(hidden_states.dtype), chosen
 
 
-def replace(model, index: int, experts: int, rows: int) -> None:
-    """Puts an MoE block of `experts` experts and a router of `rows` rows, empty, in place of the layer's own."""
+def replace(model: PreTrainedModel, index: int, experts: Experts) -> None:
+    """Puts an MoE block of these experts and a router of their rows, empty, in place of the layer's own."""
     config = copy.deepcopy(model.config)
-    config.num_experts = experts
+    config.num_experts = experts.count
     block = JambaSparseMoeBlock(config)
-    block.router = Router(config, rows)
+    block.router = Router(config, experts.router)
     block.experts.config = model.config  # where it looks up how experts are computed, which a user may set later
     model.model.layers[index].feed_forward = block.to(model.dtype)

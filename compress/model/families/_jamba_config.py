@@ -1,56 +1,49 @@
 """config.json of a Jamba, validated."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from optimum.utils.normalized_config import NormalizedTextConfigWithGQA
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from compress.errors import InputError
-from compress.model.expert_counts import SECTION
-from compress.model.records import Compressed
-
-MAX_COUNT = 10_000  # of layers and of experts: far beyond any model, keeps a corrupt config from being enumerated
-MAX_EXPERTS_IN_ALL = 50_000
-MAX_SIZE = 1 << 31
+from compress.model.config import MAX_COUNT, MAX_EXPERTS_IN_ALL, Config, size
 
 
-def _size(default: int, most: int = MAX_SIZE, least: int = 1):
-    return Field(default, ge=least, le=most)
-
-
-class JambaConfig(BaseModel):
+class JambaConfig(Config):
     """The keys of config.json that decide shapes and arithmetic; defaults are those of transformers' JambaConfig."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, strict=True)
-
-    vocab_size: int = _size(65536)
-    hidden_size: int = _size(4096)
-    intermediate_size: int = _size(14336)
-    num_hidden_layers: int = _size(32, MAX_COUNT)
-    num_attention_heads: int = _size(32)
-    num_key_value_heads: int = _size(8)
-    head_dim: int | None = _size(None)
-    num_experts: int = _size(16, MAX_COUNT)
-    num_experts_per_tok: int = _size(2, MAX_COUNT)
-    expert_layer_period: int = _size(2)
-    expert_layer_offset: int = _size(1, least=0)
-    attn_layer_period: int = _size(8)
-    attn_layer_offset: int = _size(4, least=0)
-    mamba_d_state: int = _size(16)
-    mamba_d_conv: int = _size(4, least=2)
-    mamba_expand: int = _size(2)
-    mamba_dt_rank: Annotated[int, _size(...)] | Literal["auto"] = "auto"
+    vocab_size: int = size(65536)
+    hidden_size: int = size(4096)
+    intermediate_size: int = size(14336)
+    num_hidden_layers: int = size(32, MAX_COUNT)
+    num_attention_heads: int = size(32)
+    num_key_value_heads: int = size(8)
+    head_dim: int | None = size(None)
+    num_experts: int = size(16, MAX_COUNT)
+    num_experts_per_tok: int = size(2, MAX_COUNT)
+    expert_layer_period: int = size(2)
+    expert_layer_offset: int = size(1, least=0)
+    attn_layer_period: int = size(8)
+    attn_layer_offset: int = size(4, least=0)
+    mamba_d_state: int = size(16)
+    mamba_d_conv: int = size(4, least=2)
+    mamba_expand: int = size(2)
+    mamba_dt_rank: Annotated[int, size(...)] | Literal["auto"] = "auto"
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
     rms_norm_eps: float = Field(1e-6, gt=0)
     hidden_act: Literal["silu"] = "silu"
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = _size(262144)
-    bos_token_id: int | None = _size(1, least=0)
+    max_position_embeddings: int = size(262144)
+    bos_token_id: int | None = size(1, least=0)
     eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = _size(0, least=0)
-    compress: Compressed = Compressed()  # what passes left that other keys cannot say
+    pad_token_id: int | None = size(0, least=0)
+
+    @classmethod
+    def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """transformers reads null as one KV head per query head."""
+        if values.get("num_key_value_heads", 0) is None:
+            return values | {"num_key_value_heads": values.get("num_attention_heads", 32)}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -94,27 +87,12 @@ class JambaConfig(BaseModel):
     def dt_rank(self) -> int:
         return math.ceil(self.hidden_size / 16) if self.mamba_dt_rank == "auto" else self.mamba_dt_rank
 
+    @property
+    def total_experts(self) -> int:
+        return self.num_experts
 
-class JambaNormalizedConfig(NormalizedTextConfigWithGQA):
-    """optimum's names for a Jamba configuration, plus those of its states."""
-
-    HEAD_DIM = "attention_head_dim"
-    CONV_KERNEL = "mamba_d_conv"
-    STATE_SIZE = "mamba_d_state"
-    CONTEXT_LENGTH = "max_position_embeddings"
-
-
-def parse_config(values: dict, source: str) -> JambaConfig:
-    """Validates config.json; raises InputError naming the file and the key."""
-    values = dict(values)
-    if values.get("num_key_value_heads", 0) is None:  # transformers reads null as one KV head per query head
-        values["num_key_value_heads"] = values.get("num_attention_heads", 32)
-    try:
-        return JambaConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        inside = None if first["loc"][:1] == (SECTION,) else 1  # of other keys pydantic adds what it tried
-        key = ".".join(str(part) for part in first["loc"][:inside])
-        message = first["msg"].removeprefix("Value error, ")
-        given = f" (it is {first['input']!r:.80})" if key else ""
-        raise InputError(f"{source}: {key + ': ' if key else ''}{message}{given}") from None
+    def experts_of(self, index: int) -> int:
+        """Experts of a layer's feed-forward; 1 means a dense MLP."""
+        if index % self.expert_layer_period != self.expert_layer_offset:
+            return 1
+        return self.compress.of_layer(index, self.num_experts)

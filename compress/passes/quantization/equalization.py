@@ -11,7 +11,7 @@ import torch
 
 from compress.calibration.inputs import UnitInputs, Wanted
 from compress.errors import InputError
-from compress.model.hybrid import Fold
+from compress.model.block import Fold
 from compress.model.records import Folded, packed
 from compress.model.tensor_names import in_short
 from compress.model.weight import Unit, Weight

@@ -1,0 +1,19 @@
+"""The convolution of Mamba layers."""
+
+import torch
+import torch.nn.functional as F
+
+
+def causal_conv(x: torch.Tensor, conv_state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask=None):
+    """Depthwise causal convolution over time. x [B, S, D], weight [D, 1, W] -> y [B, S, D], new conv_state.
+
+    The state is that after the last token: padding may stand before the tokens or after them, and x is 0 there.
+    """
+    padded = torch.cat([conv_state, x.transpose(1, 2)], dim=2)  # [B, D, W - 1 + S]
+    y = F.conv1d(padded, weight, bias, groups=weight.shape[0])
+    kept = weight.shape[2] - 1
+    if mask is None:
+        return y.transpose(1, 2), padded[:, :, -kept:].contiguous()
+    last = (mask * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(1)  # tokens up to the last real one, [B]
+    newest = (last[:, None] + torch.arange(kept, device=x.device)).long()
+    return y.transpose(1, 2), padded.gather(2, newest[:, None].expand(-1, padded.shape[1], -1))

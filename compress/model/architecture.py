@@ -1,0 +1,70 @@
+"""What a family of models is to the rest of the code: its layers as blocks, and names."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from compress.model.block import Layer
+from compress.model.config import Config
+from compress.model.roles import Role
+from compress.model.weight import Spec, UnitSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Place(NamedTuple):
+    """Where a tensor of a checkpoint belongs in transformers' model: a parameter, or a part of one."""
+
+    parameter: str
+    index: tuple[int | slice, ...] = ()
+
+
+class Architecture(ABC):
+    """A configuration and what follows from it. A family is one file in `families/`, named by its `model_type`."""
+
+    CONFIG: ClassVar[type[Config]]
+    EMBEDDING: ClassVar[str]
+    FINAL_NORM: ClassVar[str]
+    LM_HEAD: ClassVar[str] = "lm_head.weight"
+    EXPERTS_KEY: ClassVar[str]  # of config.json: how many experts a layer has
+    TRAVELLING: ClassVar[tuple[str, ...]] = ()  # what names of tensors begin with that nothing here uses
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], source: str) -> Self:
+        """Of a config.json; `source` says where it stands. Raises InputError naming it and the key."""
+        return cls(cls.CONFIG.parse(values, source))
+
+    @property
+    def model_type(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    @abstractmethod
+    def layer(self, index: int) -> Layer:
+        """One layer's blocks."""
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(map(self.layer, range(self.config.num_hidden_layers)))
+
+    def layout(self) -> Iterator[UnitSpec]:
+        """The units in order of computation, lazily: a caller may stop at the first surprise."""
+        config = self.config
+        yield UnitSpec("embedding", (Spec(self.EMBEDDING, (config.vocab_size, config.hidden_size), Role.EMBEDDING),))
+        for index in range(config.num_hidden_layers):
+            yield UnitSpec(f"layer.{index}", tuple(self.layer(index).specs()))
+        head = [Spec(self.FINAL_NORM, (config.hidden_size,), Role.NORM)]
+        if not config.tie_word_embeddings:
+            head.append(Spec(self.LM_HEAD, (config.vocab_size, config.hidden_size), Role.LM_HEAD))
+        yield UnitSpec("head", tuple(head))
+
+    def transformers_place(self, name: str) -> Place:
+        """Where a tensor belongs in transformers' model."""
+        return Place(name)
+
+    def fit_transformers(self, model: "PreTrainedModel") -> None:  # noqa: B027 - most fit as they are
+        """Replaces, in that model on the meta device, what its own configuration gives another shape than ours has."""

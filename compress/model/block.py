@@ -1,0 +1,143 @@
+"""What a layer is made of: residual blocks  h += multiplier * block(norm(h)).
+
+A block is one file in `blocks/`: a frozen dataclass of sizes and names that knows its tensors, its states, which matrices share
+an input, and its arithmetic in `Operators`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple, TypeVar
+
+from compress.model.experts import Experts
+from compress.model.operators import Operators
+from compress.model.roles import Role
+from compress.model.states import StateSpec
+from compress.model.weight import Spec
+
+T = TypeVar("T")
+
+
+class InputGroup(NamedTuple):
+    """Matrices of a layer that multiply the same input; `expert` is the one they belong to."""
+
+    names: tuple[str, ...]
+    expert: int | None = None
+
+
+Level = tuple[InputGroup, ...]
+
+
+class Fold(NamedTuple):
+    """`source` (a norm, or a matrix by its rows) produces, channel by channel, the input of the matrices `targets`.
+
+    `others` see the same input and are never quantized."""
+
+    source: str
+    targets: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+class Block(ABC):
+    """One branch of a layer, on what its norm gives. Names of tensors are within the layer."""
+
+    kind: ClassVar[str]  # what people call it
+
+    @abstractmethod
+    def specs(self) -> Iterator[Spec]:
+        """Its tensors, in the order in which they are stored."""
+
+    @abstractmethod
+    def run(self, ops: Operators[T], x: T, state: dict[str, T]) -> tuple[T, dict[str, T]]:
+        """x [B, S, H], the layer's states by name -> [B, S, H], and the new ones of this block."""
+
+    @abstractmethod
+    def levels(self) -> tuple[Level, ...]:
+        """Its matrices by the input they share, level by level: a level's inputs depend on the matrices of earlier levels
+        only. A group is known by its first name."""
+
+    def states(self) -> tuple[StateSpec, ...]:
+        """What it carries from call to call."""
+        return ()
+
+    def folds(self, norm: str) -> tuple[Fold, ...]:
+        """Where a factor per channel can move from the input of matrices into what produces it, the norm in front of the
+        block to begin with, without a change of output."""
+        return ()
+
+    @property
+    def experts(self) -> Experts | None:
+        """Where tokens are routed to experts: what pruning and surveys speak to."""
+        return None
+
+
+@dataclass(frozen=True)
+class Residual:
+    """h + multiplier * block(rms_norm(h))."""
+
+    norm: str
+    block: Block
+    eps: float
+    multiplier: float = 1.0
+
+    def normed(self, ops: Operators[T], hidden: T) -> T:
+        """What the block sees."""
+        return ops.rms_norm(hidden, self.norm, self.eps)
+
+    def run(self, ops: Operators[T], hidden: T, state: dict[str, T]) -> tuple[T, dict[str, T]]:
+        """hidden [B, S, H] -> the same after the block, and the block's new states."""
+        given, state = self.block.run(ops, self.normed(ops, hidden), state)
+        return ops.add(hidden, given if self.multiplier == 1 else ops.scale(given, self.multiplier)), state
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`prefix` is what the names of its tensors begin with."""
+
+    index: int
+    prefix: str
+    hidden_size: int
+    residuals: tuple[Residual, ...]
+
+    @property
+    def kind(self) -> str:
+        """Of its first block: the mixer, where it has one."""
+        return self.residuals[0].block.kind
+
+    @cached_property
+    def states(self) -> tuple[StateSpec, ...]:
+        return tuple(spec for residual in self.residuals for spec in residual.block.states())
+
+    @cached_property
+    def experts(self) -> Experts | None:
+        """Of its block that has them."""
+        return next((r.block.experts for r in self.residuals if r.block.experts is not None), None)
+
+    @property
+    def num_experts(self) -> int:
+        """1 where there is nothing to route to."""
+        return self.experts.count if self.experts else 1
+
+    def specs(self) -> Iterator[Spec]:
+        """Its tensors by full name, in the order in which they are stored: each norm, then its block."""
+        for residual in self.residuals:
+            for spec in (Spec(residual.norm, (self.hidden_size,), Role.NORM), *residual.block.specs()):
+                yield Spec(self.prefix + spec.name, spec.shape, spec.role)
+
+    def folds(self) -> tuple[Fold, ...]:
+        return tuple(fold for residual in self.residuals for fold in residual.block.folds(residual.norm))
+
+    def active_share(self, role: Role) -> float:
+        """The share of its tensors of a role that works on one token: top-k of the experts, all of anything else."""
+        experts = self.experts
+        return experts.router.top_k / experts.count if experts and role == Role.EXPERTS else 1.0
+
+    def run(self, ops: Operators[T], hidden: T, kept: dict[str, T]) -> tuple[T, dict[str, T]]:
+        """The whole layer on hidden [B, S, H], from states as they were kept to states as they are kept."""
+        state = {spec.name: ops.state_in(spec, kept[spec.name]) for spec in self.states}
+        new: dict[str, T] = {}
+        for residual in self.residuals:
+            hidden, found = residual.run(ops, hidden, state)
+            new |= found
+        return hidden, {spec.name: ops.state_out(spec, new[spec.name]) for spec in self.states}

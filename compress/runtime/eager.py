@@ -1,0 +1,132 @@
+"""The operators of blocks computed with torch, one layer at a time."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from compress.arithmetic.attention import attention, rotated
+from compress.arithmetic.convolution import causal_conv
+from compress.arithmetic.mixture import mixture
+from compress.arithmetic.norm import rms_norm
+from compress.arithmetic.selective_scan import selective_scan
+from compress.arithmetic.ssd import ssd_scan
+from compress.model import routing
+from compress.model.operators import Operators
+from compress.model.routing import Router
+from compress.model.states import StateSpec
+
+Tensor = torch.Tensor
+
+
+class Weights(Protocol):
+    """A layer's weights as its arithmetic sees them, by name within the layer."""
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor as float32."""
+
+    def linear(self, name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] times the transpose of the matrix [N, K]; the input is rounded first where it is stored so."""
+
+
+class Eager(Operators[Tensor]):
+    """`mask` [B, past + S] is 1 for tokens and 0 for padding, or None. `only` limits mixtures to some experts, to look at
+    what reaches them."""
+
+    def __init__(self, weights: Weights, mask: Tensor | None = None, only: set[int] | None = None):
+        self.weights, self._mask, self._only = weights, mask, only
+
+    def linear(self, name: str, x: Tensor, bias: str | None = None) -> Tensor:
+        return self.weights.linear(name, x, None if bias is None else self.weights(bias))
+
+    def rms_norm(self, x: Tensor, name: str, eps: float, groups: int = 1) -> Tensor:
+        return rms_norm(x, self.weights(name), eps, groups)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def squared_relu(self, x: Tensor) -> Tensor:
+        return torch.relu(x).square()
+
+    def softplus(self, x: Tensor) -> Tensor:
+        return F.softplus(x)
+
+    def add_weight(self, x: Tensor, name: str) -> Tensor:
+        return x + self.weights(name)
+
+    def split(self, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        return torch.split(x, list(sizes), dim=-1)
+
+    def causal_conv(self, x: Tensor, state: Tensor, weight: str, bias: str | None) -> tuple[Tensor, Tensor]:
+        kernel, shift = self.weights(weight), None if bias is None else self.weights(bias)
+        return causal_conv(self._without_padding(x), state, kernel, shift, self._new(x))
+
+    def selective_scan(
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a_log: str, d: str
+    ) -> tuple[Tensor, Tensor]:
+        a = -torch.exp(self.weights(a_log)).T
+        return selective_scan(x, self._without_padding(dt), a, b, c, self.weights(d), state)
+
+    def ssd(
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a_log: str, d: str
+    ) -> tuple[Tensor, Tensor]:
+        a = -torch.exp(self.weights(a_log))
+        heads, width = x.unflatten(2, (len(a), -1)), state.shape[2]
+        b, c = (matrix.unflatten(2, (-1, width)) for matrix in (b, c))
+        y, state = ssd_scan(heads, self._without_padding(dt), a, b, c, self.weights(d), state)
+        return y.flatten(2), state
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, rotary: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (x.unflatten(2, (-1, past_key.shape[3])).transpose(1, 2) for x in (query, key, value))
+        if rotary is not None:
+            positions = self._positions(query.shape[0], past_key.shape[2], query.shape[2], query.device)
+            query, key = rotated(query, positions, rotary), rotated(key, positions, rotary)
+        key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+        return attention(query, key, value, self._mask).transpose(1, 2).flatten(2), key, value
+
+    def mixture(
+        self, x: Tensor, rows: Tensor, router: Router, experts: int, run: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        return mixture(rows, self.gates(x, router, experts), run, self._only)
+
+    def gates(self, x: Tensor, router: Router, experts: int) -> Tensor:
+        """x [..., H] -> [..., E]."""
+        bias = None if router.bias is None else self.weights(router.bias)
+        return router.gates(self.router_logits(x, router), experts, bias)
+
+    def router_logits(self, x: Tensor, router: Router) -> Tensor:
+        """x [..., H] -> [..., R]."""
+        return routing.logits(x, self.weights(router.weight))
+
+    def state_in(self, spec: StateSpec, stored: Tensor) -> Tensor:
+        return stored.float()
+
+    def state_out(self, spec: StateSpec, value: Tensor) -> Tensor:
+        return spec.stored(value)
+
+    def _new(self, x: Tensor) -> Tensor | None:
+        """The mask of the new tokens, [B, S]."""
+        return None if self._mask is None else self._mask[:, -x.shape[1] :].to(x.dtype)
+
+    def _without_padding(self, x: Tensor) -> Tensor:
+        """x [B, S, D], zero at padding."""
+        new = self._new(x)
+        return x if new is None else x * new[:, :, None]
+
+    def _positions(self, batch: int, past: int, length: int, device: torch.device) -> Tensor:
+        """Of the new tokens among the real ones, [B, S]; 0 at padding in front."""
+        if self._mask is None:
+            return torch.arange(past, past + length, device=device).expand(batch, -1)
+        return (self._mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
