@@ -33,11 +33,11 @@ def load(package: str, name: str) -> ModuleType:
 
 
 def load_pass(name: str) -> type[Pass[Strict]]:
-    return _class_in(PASSES, name, Pass)
+    return _class_in(PASSES, name, Pass)  # type: ignore[type-abstract] # what is returned is not
 
 
 def load_exporter(name: str) -> type[Exporter[Strict]]:
-    return _class_in(EXPORTERS, name, Exporter)
+    return _class_in(EXPORTERS, name, Exporter)  # type: ignore[type-abstract] # what is returned is not
 
 
 def graph_reading() -> ModuleType:
@@ -62,7 +62,8 @@ def _class_in(package: str, name: str, contract: type[ContractT]) -> type[Contra
         raise InputError(f"{file}: expected one class that inherits from {contract.__name__}, found {had}")
     if missing := sorted(found[0].__abstractmethods__):
         raise InputError(f"{file}: {found[0].__name__} lacks {', '.join(missing)}")
-    return found[0]
+    only: type[ContractT] = found[0]
+    return only
 
 
 def _file_of(package: str, name: str) -> str:

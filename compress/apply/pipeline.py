@@ -26,8 +26,8 @@ from compress.recipe.recipe import ExportStep, LoadedRecipe
 from compress.recipe.source import Source
 from compress.report import build as report_build
 from compress.report import markdown, model_card
-from compress.runtime.artifacts import CheckpointArtifact
 from compress.report.passes import PassDone
+from compress.runtime.artifacts import CheckpointArtifact
 from compress.terminal import progress
 
 

@@ -8,7 +8,7 @@ were made, and speak of the tensors by the names they have after the pass. Numbe
 import base64
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
@@ -125,7 +125,7 @@ class Compressed(ExpertCounts):
     passes: tuple[Record, ...] = ()
 
 
-def added(values: dict, records: Sequence[Record]) -> dict:
+def added(values: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     """config.json with the records of one more run."""
     section = values.get(SECTION) or {}
     new = [record.model_dump(mode="json", exclude_none=True) for record in records]

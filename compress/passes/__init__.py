@@ -60,10 +60,10 @@ class Pass(Plugin[OptionsT]):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         for hooks in TOGETHER:
-            if missing := [hook for hook in hooks if not cls._defines(hook)]:
-                if len(missing) == 1:
-                    other = next(hook for hook in hooks if hook not in missing)
-                    raise ContractError(f"{cls.__name__} defines {other}, which does nothing without {missing[0]}")
+            defined = [hook for hook in hooks if cls._defines(hook)]
+            if len(defined) == 1:
+                (missing,) = set(hooks) - set(defined)
+                raise ContractError(f"{cls.__name__} defines {defined[0]}, which does nothing without {missing}")
 
     def fitted(self, model: HybridModel) -> tuple[Self, tuple[str, ...]]:
         """The pass as it applies to this model, and sentences on what is different from what its options say. All that

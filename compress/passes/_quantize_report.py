@@ -38,10 +38,10 @@ class FromEveryToken(ExpertTokens):
 class UnitNote(Strict):
     """Of a unit that was calibrated; `gptq` names the matrices whose errors were compensated for."""
 
-    experts: list[ExpertTokens] = []
-    experts_from_every_token: list[FromEveryToken] = []
-    folds: list[Folded] = []
-    gptq: list[str] = []
+    experts: tuple[ExpertTokens, ...] = ()
+    experts_from_every_token: tuple[FromEveryToken, ...] = ()
+    folds: tuple[Folded, ...] = ()
+    gptq: tuple[str, ...] = ()
 
 
 class Count(Strict):
@@ -60,8 +60,7 @@ class Replaced(Strict):
 
 
 class QuantizeDetails(Strict):
-    """What each format holds, what stands in for a format that does not fit, which experts saw
-    too few tokens."""
+    """What each format holds, what stands in for a format that does not fit, which experts saw too few tokens."""
 
     method: str
     formats: dict[str, Count]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,8 +23,8 @@ from compress.passes._prune_report import LayerNote, PruneDetails
 from compress.strict.models import Number, Strict, WholeNumber
 
 if TYPE_CHECKING:  # a recipe is validated without torch
-    from compress.model import routing
     from compress.calibration.inputs import LayerInputs, UnitInputs
+    from compress.model import routing
     from compress.model.config import Config
     from compress.model.hybrid import HybridModel
     from compress.model.weight import Spec, Stored, Unit, UnitSpec, Weight
@@ -47,7 +47,7 @@ class Options(Strict):
     merge_weights: Literal["frequency", "mean_gate"] = "frequency"
 
     @model_validator(mode="after")
-    def _one_amount(self):
+    def _one_amount(self) -> Self:
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) != 1:
             more = f", not {' and '.join(given)}; null switches one off" if given else ""
@@ -209,7 +209,7 @@ def _removed(options: Options, experts: int, layers: int) -> int:
         return (experts - options.keep) * layers
     if options.fraction is not None:
         return _floor(options.fraction, experts) * layers
-    return _floor(options.budget, experts * layers)
+    return _floor(options.budget or 0, experts * layers)
 
 
 def _floor(share: float, count: int) -> int:

@@ -7,6 +7,7 @@ docs/quantization.md argues the defaults with figures.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -21,13 +22,16 @@ from compress.passes import Coverage, Details, Note, Pass, PassContext
 from compress.passes import _quantize_report as report
 from compress.passes._quantize_report import QuantizeDetails, UnitNote
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
+from compress.strict.plain import Plain
 
 if TYPE_CHECKING:  # a recipe is validated without torch
     from compress.calibration.inputs import UnitInputs
     from compress.model.hybrid import HybridModel
     from compress.model.weight import Unit, Weight
 
-WeightFormat = Literal[*formats.NAMES]
+    WeightFormat = str
+else:
+    WeightFormat = Literal[*formats.NAMES]
 ActivationFormat = Literal["none", "dynamic-int8", "static-int8", "dynamic-fp8", "static-fp8"]
 
 
@@ -50,15 +54,16 @@ class Override(Strict):
             raise ValueError(_always_kept(role))
         return role
 
-    def parts(self) -> Iterator["Override"]:
+    def parts(self) -> Iterator[Override]:
         """One for every layer and projection that is named."""
-        for layers in [(layer,) for layer in self.layers] or [()]:
-            for projections in [(projection,) for projection in self.projections] or [()]:
-                yield self.model_copy(update={"layers": layers, "projections": projections})
+        layers: list[tuple[int, ...]] = [(layer,) for layer in self.layers]
+        projections: list[tuple[str, ...]] = [(projection,) for projection in self.projections]
+        for some, others in product(layers or [()], projections or [()]):
+            yield self.model_copy(update={"layers": some, "projections": others})
 
     def covers(self, weight: Weight) -> bool:
         """`projections` are the matrix's own name, such as `down_proj`: all experts of a layer are stored alike."""
-        projection = weight.name.removesuffix(".weight").rpartition(".")[2]
+        projection: str = weight.name.removesuffix(".weight").rpartition(".")[2]
         return (
             weight.role == self.role
             and (not self.layers or layer_of(weight.name) in self.layers)
@@ -84,7 +89,7 @@ class Options(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _clip_by_method(cls, given):
+    def _clip_by_method(cls, given: Plain) -> Plain:
         """The default is written out: a resolved recipe says all that decides the weights."""
         if isinstance(given, dict) and given.get("method") == "gptq":
             return {"clip": "mse", **given}
@@ -92,7 +97,7 @@ class Options(Strict):
 
     @field_validator("roles", "activation_roles")
     @classmethod
-    def _only_matrices(cls, roles: dict) -> dict:
+    def _only_matrices(cls, roles: dict[Role, str]) -> dict[Role, str]:
         for role, format_name in roles.items():
             if role in KEPT_BY_DEFAULT and format_name != formats.AS_IT_CAME:
                 raise KeyedError(role, _always_kept(role))

@@ -18,6 +18,9 @@ from compress.strict.plain import Plain
 from compress.strict.yaml_text import Document, KeyPath
 
 
+Settable = dict[str, Plain] | list[Plain]  # what has keys or items in plain recipe data
+
+
 class NestedError(ValueError):
     """What pydantic refused of a step's options, beneath the step's name."""
 
@@ -145,21 +148,21 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> LoadedRec
     return LoadedRecipe(path, path.read_bytes().decode("utf-8"), recipe)  # bytes: line ends stay as they are
 
 
-def override_key(data: dict, override: str, example: str = "passes.0.quantize.weights=int8") -> KeyPath:
+def override_key(data: dict[str, Plain], override: str, example: str = "passes.0.quantize.weights=int8") -> KeyPath:
     """Sets one dotted key in plain recipe data; a number addresses a list item, a missing mapping is made."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"--set {override}: expected KEY=VALUE, such as {example}")
     value = yaml_text.parse_scalar(text, f"--set {key}")
     path = tuple(int(part) if part.isascii() and part.isdigit() else part for part in key.split("."))
-    target: Any = data
+    target: Settable = data
     for part in path[:-1]:
         target = _step(target, part, key)
     _assign(target, path[-1], value, key)
     return path
 
 
-def _step(target, part, key: str):
+def _step(target: Settable, part: str | int, key: str) -> Settable:
     if isinstance(target, list):
         if not isinstance(part, int) or part >= len(target):
             raise InputError(f"--set {key}: there is no item '{part}' in that list of {len(target)}")
@@ -174,7 +177,7 @@ def _step(target, part, key: str):
     return inner
 
 
-def _assign(target, part, value, key: str) -> None:
+def _assign(target: Settable, part: str | int, value: Plain, key: str) -> None:
     if not isinstance(target, list):
         target[str(part)] = value
     elif isinstance(part, int) and part < len(target):
