@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 
 from compress.apply import pipeline
-from compress.passes._prune_report import FEW_TOKENS
+from compress.passes.prune_experts import FEW_TOKENS
 from compress.passes.pruning import reconstruction
 from compress.runtime.artifacts import find_artifact, open_artifact
 

@@ -18,8 +18,8 @@ from compress.model import expert_counts
 from compress.model.records import Change
 from compress.model.roles import Role
 from compress.passes import Coverage, Details, Fact, Found, Note, Pass, PassContext
-from compress.passes import _prune_report as report
-from compress.passes._prune_report import LayerNote, PruneDetails
+from compress.passes.pruning import report
+from compress.passes.pruning.report import LayerNote, PruneDetails
 from compress.strict.models import Number, Strict, WholeNumber
 
 if TYPE_CHECKING:  # a recipe is validated without torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # a recipe is validated without torch
 
 AMOUNTS = ("keep", "fraction", "budget")
 KEEP_ROWS = "keep_rows"
+FEW_TOKENS = 256  # calibration tokens of an expert below which its figures are rough
 
 
 Router = Literal["slice", "rescale", "keep_rows"]  # what is done about the rows of removed experts
@@ -153,16 +154,15 @@ class PruneExperts(Pass[Options]):
         return [change for layer in _layers(notes) for change in recording.of_layer(layer, after, self.options.router)]
 
     def details(self, units: Sequence[Unit], notes: Sequence[Note]) -> Details:
-        options = self.options
-        return report.details(options.method, options.router, options.recovery, _layers(notes)).model_dump(
-            exclude_unset=True
-        )
+        options, layers = self.options, _layers(notes)
+        found = report.details(options.method, options.router, options.recovery, layers, FEW_TOKENS)
+        return found.model_dump(exclude_unset=True)
 
     def sentences(self, details: Details) -> list[str]:
         return report.sentences(PruneDetails.model_validate(details))
 
     def coverage(self, details: Details) -> Coverage | None:
-        return report.coverage(PruneDetails.model_validate(details))
+        return report.coverage(PruneDetails.model_validate(details), FEW_TOKENS)
 
 
 def _layers(notes: Sequence[Note]) -> list[LayerNote]:

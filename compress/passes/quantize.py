@@ -19,8 +19,8 @@ from compress.model.records import Change, Rotated, Rounded
 from compress.model.roles import ACTIVATED_BY_DEFAULT, KEPT_BY_DEFAULT, QUANTIZABLE, Role
 from compress.model.tensor_names import in_short, written_out
 from compress.passes import Coverage, Details, Note, Pass, PassContext
-from compress.passes import _quantize_report as report
-from compress.passes._quantize_report import QuantizeDetails, UnitNote
+from compress.passes.quantization import report
+from compress.passes.quantization.report import QuantizeDetails, UnitNote
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 from compress.strict.plain import Plain
 

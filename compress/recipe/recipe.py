@@ -17,7 +17,6 @@ from compress.strict.models import KeyedError, Strict, key_path, no_truth_value,
 from compress.strict.plain import Plain
 from compress.strict.yaml_text import Document, KeyPath
 
-
 Settable = dict[str, Plain] | list[Plain]  # what has keys or items in plain recipe data
 
 

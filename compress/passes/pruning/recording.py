@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from compress.model.hybrid import HybridModel
 from compress.model.records import Change, Kept, Recomputed, Rows, Scaled
 from compress.model.tensor_names import in_short
-from compress.passes._prune_report import LayerNote
 from compress.passes.prune_experts import KEEP_ROWS
 from compress.passes.pruning.reconstruction import router_order
+from compress.passes.pruning.report import LayerNote
 
 
 def of_layer(note: LayerNote, model: HybridModel, router: str) -> Iterator[Change]:

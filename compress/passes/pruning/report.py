@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from compress.passes import Coverage
 from compress.strict.models import Strict
 
-FEW_TOKENS = 256  # calibration tokens of an expert below which its figures are rough
 STEPS = {"pruned": "without the others", "rescaled": "rescaled", "stored": "as stored"}
 ABOUT_LOSSES = "Losses are means over withheld calibration tokens of the squared error, as a share of what the layer leaves of the token."
 
@@ -54,7 +53,8 @@ class PruneDetails(Strict):
     experts_judged_on_few: list[ExpertTokens]
 
 
-def details(method: str, router: str, recovery: str, layers: list[LayerNote]) -> PruneDetails:
+def details(method: str, router: str, recovery: str, layers: list[LayerNote], few: int) -> PruneDetails:
+    """`few`: calibration tokens of an expert below which its figures are rough."""
     experts = [
         ExpertTokens(layer=entry.layer, expert=expert, tokens=tokens)
         for entry in layers
@@ -68,7 +68,7 @@ def details(method: str, router: str, recovery: str, layers: list[LayerNote]) ->
         experts_after=sum(len(entry.kept) for entry in layers),
         layers=layers,
         experts=experts,
-        experts_judged_on_few=[entry for entry in experts if entry.tokens < FEW_TOKENS],
+        experts_judged_on_few=[entry for entry in experts if entry.tokens < few],
     )
 
 
@@ -80,12 +80,12 @@ def sentences(details: PruneDetails) -> list[str]:
     ]
 
 
-def coverage(details: PruneDetails) -> Coverage | None:
+def coverage(details: PruneDetails, few: int) -> Coverage | None:
     if not details.experts:
         return None
     below = {f"layer {entry.layer} expert {entry.expert}" for entry in details.experts_judged_on_few}
     least = min(entry.tokens for entry in details.experts)
-    return Coverage(least, tuple(sorted(below)), f"saw fewer than {FEW_TOKENS} tokens, and were judged on those")
+    return Coverage(least, tuple(sorted(below)), f"saw fewer than {few} tokens, and were judged on those")
 
 
 def _layer(note: LayerNote) -> str:
