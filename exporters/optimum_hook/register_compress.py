@@ -9,7 +9,7 @@ from optimum.commands.export.base import ExportCommand
 
 
 class CompressExportCommand(BaseOptimumCLICommand):
-    COMMAND = CommandInfo(name="compress", help="Export a hybrid SSM-Transformer-MoE checkpoint (Jamba) to ONNX.")
+    COMMAND = CommandInfo(name="compress", help="Export a hybrid SSM-Transformer-MoE checkpoint to ONNX.")
 
     @staticmethod
     def parse_args(parser):
