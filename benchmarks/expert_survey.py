@@ -70,7 +70,7 @@ def with_layer(model: HybridModel, index: int, unit: Unit, count: int) -> Hybrid
     counts = expert_counts.of_model(model) | {index: count}
     values = expert_counts.pruned(model.config_json, counts, model.config.num_hidden_layers, None)
     units = tuple(unit if unit.name == other.name else other for other in model.units)
-    return replace(model, config=model.architecture.parse_config(values, "config.json"), units=units)
+    return replace(model, architecture=type(model.architecture).parse(values, "config.json"), units=units)
 
 
 @torch.inference_mode()

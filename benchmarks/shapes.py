@@ -56,7 +56,7 @@ def make(shape: str, folder: Path) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     config = COMMON | SHAPES[shape]
-    units = [_unit(spec) for spec in jamba.layout(jamba.parse_config(config, shape))]
+    units = [_unit(spec) for spec in jamba.Jamba.parse(config, shape).layout()]
     total = sum(weight.parameters for unit in units for weight in unit.weights.values())
     with task(f"writing {shape}", total) as advance:
         for number, unit in enumerate(units):

@@ -1,5 +1,6 @@
 """Small random Jamba checkpoints, made by transformers so that they are what a user would have."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ AWKWARD = {
     "use_mamba_kernels": False,
 }
 
+WHOLE_MODEL = {"vocab_size": 2048, "num_hidden_layers": 4, "spread": 0.7}  # of the shipped model's tokenizer
+TIED = WHOLE_MODEL | {"tie_word_embeddings": True, "num_experts": 4, "hidden_size": 64, "num_attention_heads": 4,
+                      "intermediate_size": 96}  # fmt: skip
+
 
 def make_jamba(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, shards: str | None = None,
                spread: float = 1.5, **changes) -> Path:  # fmt: skip
@@ -45,6 +50,14 @@ def make_jamba(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0,
             elif name.endswith("bias"):
                 parameter.uniform_(-1.0, 1.0)
     model.to(dtype).save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
+    return folder
+
+
+def make_whole_model(folder: Path, tiny: Path, **changes) -> Path:
+    """A random model with the tokenizer of the shipped one, `tiny`: `changes` are WHOLE_MODEL or TIED, and others."""
+    make_jamba(folder, **changes)
+    for path in tiny.glob("*token*"):
+        shutil.copy(path, folder)
     return folder
 
 

@@ -23,7 +23,7 @@ from compress.checkpoint.reader import Checkpoint, open_config
 from compress.checkpoint.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from compress.errors import InputError
 from compress.model import weight as model_module
-from compress.model.families import jamba
+from compress.model.block import Layer
 from compress.studies import inspection
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.final_layernorm.weight"
@@ -133,7 +133,7 @@ def test_a_pickle_beside_safetensors_is_never_opened(folder):
 
 def test_defaults_of_an_empty_config_are_those_of_transformers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "jamba"}')
-    _, ours, _ = open_config(tmp_path)
+    ours = open_config(tmp_path)[0].config
     reference = JambaConfig()
     for name in type(ours).model_fields.keys() - {"compress"}:  # a section of ours
         expected = getattr(reference, name, None)
@@ -143,7 +143,7 @@ def test_defaults_of_an_empty_config_are_those_of_transformers(tmp_path):
 def test_null_key_value_heads_mean_one_per_query_head(folder):
     """As transformers 4 read it; transformers 5 refuses null, so there is nothing to compare with."""
     change_json(folder / "config.json", num_key_value_heads=None)
-    _, config, _ = open_config(folder)
+    config = open_config(folder)[0].config
     assert config.num_key_value_heads == config.num_attention_heads == 5
 
 
@@ -546,27 +546,28 @@ def test_a_billion_layers_are_refused_from_the_config_alone(folder):
 
 def test_more_layers_than_there_are_tensors_are_refused_before_they_are_enumerated(folder, monkeypatch):
     change_json(folder / "config.json", num_hidden_layers=5000)
-    monkeypatch.setattr(jamba, "Spec", limited(jamba.Spec, 0))
+    limit_tensors(monkeypatch, 0)
     refused(folder, folder / "config.json", "num_hidden_layers", 5000, len(load_file(folder / SINGLE)))
 
 
 def test_layers_times_experts_are_not_enumerated_without_bound(tmp_path, monkeypatch):
     """A config of a few bytes must not fill the memory, whether it is refused or worked out."""
     (tmp_path / "config.json").write_text('{"model_type": "jamba", "num_hidden_layers": 10000, "num_experts": 10000}')
-    monkeypatch.setattr(jamba, "Spec", limited(jamba.Spec, 200_000))
+    limit_tensors(monkeypatch, 200_000)
     with contextlib.suppress(InputError):
         inspection.inspect(str(tmp_path))
 
 
-def limited(function, most: int):
-    """`function`, failing the test after `most` calls."""
-    calls = itertools.count(1)
+def limit_tensors(monkeypatch, most: int) -> None:
+    """Fails the test when more than `most` tensors of layers are enumerated."""
+    calls, real = itertools.count(1), Layer.specs
 
-    def call(*arguments):
-        assert next(calls) <= most, f"more than {most} tensors were enumerated"
-        return function(*arguments)
+    def specs(layer):
+        for spec in real(layer):
+            assert next(calls) <= most, f"more than {most} tensors were enumerated"
+            yield spec
 
-    return call
+    monkeypatch.setattr(Layer, "specs", specs)
 
 
 # ---- random damage

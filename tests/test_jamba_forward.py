@@ -18,7 +18,8 @@ from compress.prompts.windows import encode
 from compress.recipe import resources
 from compress.recipe.source import load_tokenizer
 from compress.runtime import inference
-from compress.runtime.inference import Decoder, Head, LayerWeights, embed, layer_weights, sample, stream
+from compress.runtime.eager import Eager
+from compress.runtime.inference import Decoder, Head, LayerWeights, embed, empty_state, layer_weights, sample, stream
 
 AGREEMENT = 1e-4  # largest difference between logits of the two: the project's requirement on float32 arithmetic
 # Standard deviation of random weights times sqrt(inputs). At 0.7 transformers in float32 is 1e-6 to 3e-5 away from itself
@@ -63,7 +64,7 @@ class Case:
 
 def make_case(folder: Path, ids: torch.Tensor) -> Case:
     model = Checkpoint(folder).model
-    kinds = [model.architecture.layer_kind(model.config, i) for i in range(model.config.num_hidden_layers)]
+    kinds = [layer.kind for layer in model.layers]
     has_cache = "attention" in kinds  # without attention, transformers' cache does not know its length and refuses
     with torch.inference_mode():
         output = load_reference(folder)(ids, use_cache=has_cache)
@@ -116,15 +117,13 @@ class Run:
         layers = range(model.config.num_hidden_layers)
         self.model, self.head = model, Head(model, "cpu")
         self.weights = [layer_weights(model, i, "cpu") for i in layers]
-        self.states = [model.architecture.initial_state(model.config, i, batch) for i in layers]
+        self.states = [empty_state(layer, batch, "cpu") for layer in model.layers]
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         hidden = embed(self.model, ids)
         for i, weights in enumerate(self.weights):
-            hidden, self.states[i] = self.model.architecture.forward(
-                self.model.config, i, weights, hidden, self.states[i], mask
-            )
+            hidden, self.states[i] = self.model.layer(i).run(Eager(weights, mask), hidden, self.states[i])
         return self.head(hidden)
 
 

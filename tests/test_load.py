@@ -21,7 +21,7 @@ from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import WorkError
 from compress.model.families import jamba
-from compress.model.hybrid import Place
+from compress.model.architecture import Place
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
 from compress.runtime import loading, runtimes
@@ -304,11 +304,11 @@ FINAL, FIRST = "model.final_layernorm.weight", "model.layers.0.input_layernorm.w
     ({FINAL: EMBEDDING, EMBEDDING: FINAL}, f"'{EMBEDDING}' is"),  # another shape
 ])  # fmt: skip
 def test_a_tensor_without_a_place_of_its_own_is_named(copy, monkeypatch, places, named):
-    def misplaced(config, name):
-        return Place(places[name]) if name in places else place_of(config, name)
+    def misplaced(family, name):
+        return Place(places[name]) if name in places else place_of(family, name)
 
-    place_of = jamba.transformers_place
-    monkeypatch.setattr(jamba, "transformers_place", misplaced)
+    place_of = jamba.Jamba.transformers_place
+    monkeypatch.setattr(jamba.Jamba, "transformers_place", misplaced)
     with pytest.raises(WorkError, match=named):
         compress.load(copy)
 

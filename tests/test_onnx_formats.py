@@ -561,9 +561,9 @@ def test_an_input_that_several_matrices_share_is_rounded_once(rounded_to):
     """Query, key and value; gate and up. Two grids where a matrix beside int8 ones has another format."""
     model, groups = rounded_to.model, 0
     for index in range(model.config.num_hidden_layers):
-        weights, prefix = model.unit(f"layer.{index}").weights, model.architecture.layer_prefix(index)
-        halves = model.architecture.input_groups(model.config, index)
-        for group in (group for half in halves for level in half for group in level):
+        weights, layer = model.unit(f"layer.{index}").weights, model.layer(index)
+        prefix = layer.prefix
+        for group in (group for half in layer.residuals for level in half.block.levels() for group in level):
             inputs = [weights[prefix + name] for name in group.names]
             assert len({w.activation and w.activation.scale and w.activation.scale() for w in inputs}) == 1
             groups += len({w.format in WHOLE for w in inputs if w.activation})

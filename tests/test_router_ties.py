@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import compress
 from compress.apply import exporting
 from compress.checkpoint.reader import Checkpoint
-from compress.model import layers
+from compress.model import routing
+from compress.model.routing import Router
 from compress.runtime.inference import Head, stream
 from compress.runtime.onnx_session import OnnxSession
 
@@ -118,7 +119,7 @@ def test_equal_rows_of_a_router_give_equal_logits_whatever_their_place(experts, 
     g = torch.Generator().manual_seed(experts)
     row = torch.randn(width, generator=g)
     for count in (1, 2, 7, 64):
-        logits = layers.router_logits(torch.randn(count, width, generator=g), row.expand(experts, width))
+        logits = routing.logits(torch.randn(count, width, generator=g), row.expand(experts, width))
         assert torch.equal(logits, logits[:, :1].expand_as(logits))
 
 
@@ -127,11 +128,11 @@ def test_of_equal_logits_the_lower_number_is_chosen(top_k):
     """Logits of three values only, so that most tokens tie; numpy's stable sort is the reference."""
     logits = np.random.default_rng(0).integers(0, 3, (50, EXPERTS)).astype(np.float32)
     expected = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
-    assert np.array_equal(layers.choose_experts(torch.from_numpy(logits), top_k).numpy(), expected)
+    assert np.array_equal(routing.choose(torch.from_numpy(logits), Router("router", 0, top_k)).numpy(), expected)
 
 
 def test_logits_whose_softmax_is_equal_are_told_apart_and_removed_rows_are_not_chosen():
     """Two logits a float32 apart at 1e-6 have one probability; the greater goes first. The fourth row has no expert."""
     close = np.nextafter(np.float32(1e-6), np.float32(1))
-    gates = layers.gates(torch.tensor([[1e-6, close, -1.0, 5.0]]), 1, 3)
+    gates = Router("router", 4, 1).gates(torch.tensor([[1e-6, close, -1.0, 5.0]]), 3)
     assert gates[0, 1] > 0 and gates[0, [0, 2]].eq(0).all()

@@ -16,7 +16,7 @@ from compress import formats, prompts
 from compress.check import baseline
 from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache
-from compress.model.families import jamba
+from compress.model.block import Layer
 from compress.passes.quantize import Options
 from compress.prompts import PromptSet
 from compress.recipe.check import Check
@@ -229,13 +229,13 @@ def test_what_has_a_fallback_says_what_was_really_stored(found):
 
 def test_the_original_is_computed_once_and_a_cell_only_from_its_own_layer_on(model, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
-    calls, real = [], jamba.forward
+    calls, real = [], Layer.run
 
-    def counted(config, index, *arguments):
-        calls.append(index)
-        return real(config, index, *arguments)
+    def counted(layer, *arguments):
+        calls.append(layer.index)
+        return real(layer, *arguments)
 
-    monkeypatch.setattr(jamba, "forward", counted)
+    monkeypatch.setattr(Layer, "run", counted)
     for name in ("cold", "warm"):
         calls.clear()
         bench = Bench(model, tmp_path / name)

@@ -1,12 +1,11 @@
 """Every shipped recipe on the reference model: briefly in every run of the tests, as shipped where `slow` ones are asked for."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from jamba_models import load_reference, make_jamba
+from jamba_models import TIED, WHOLE_MODEL, load_reference, make_whole_model
 from refusals import refusal_of_command
 from transformers import JambaForCausalLM
 
@@ -20,15 +19,7 @@ CALIBRATED = [name for name in RECIPES if name != "tiny-int8"]
 BRIEF = ("check.samples=2", "check.length=96", "check.prompts=[heldout]")
 BRIEF_CALIBRATION = ("calibration.samples=4", "calibration.length=128", "calibration.prompts=[prose]")
 TWO_WINDOWS = ("calibration.samples=2", "calibration.length=256", "calibration.prompts=[prose]")
-SPREAD = 0.7  # of random weights: see test_jamba_forward.py
-WHOLE_MODEL = {
-    "vocab_size": 2048,
-    "num_hidden_layers": 4,
-    "spread": SPREAD,
-}  # its tokenizer is that of the shipped model
-TIED = WHOLE_MODEL | {"tie_word_embeddings": True, "num_experts": 4, "hidden_size": 64, "num_attention_heads": 4,
-                      "intermediate_size": 96}  # fmt: skip
-# the divergence of such a model's random weights; a table that is rounded for other inputs, or a head whose input is
+# the divergence of random weights; a table that is rounded for other inputs, or a head whose input is
 # rounded on another grid than its weights, costs ten times as much
 TIED_MOST = {"int8": 0.01, "tiny-int8": 0.01, "int8-w8a8": 0.02, "fp8-dynamic": 0.1, "fp8-static": 0.1, "mixed": 0.1,
              "int4-gptq": 0.2, "prune-experts": 1.0}  # fmt: skip
@@ -80,10 +71,7 @@ def make_model(tmp_path_factory, tiny):
     """A random model with the shipped tokenizer."""
 
     def make(**changes) -> Path:
-        folder = make_jamba(tmp_path_factory.mktemp("model") / "random", **changes)
-        for path in tiny.glob("*token*"):
-            shutil.copy(path, folder)
-        return folder
+        return make_whole_model(tmp_path_factory.mktemp("model") / "random", tiny, **changes)
 
     return make
 

@@ -211,7 +211,7 @@ def describe(plan: Plan, out: Path) -> str:
     """The plan as text, for --dry-run."""
     destination.refuse_unusable(destination.resolve(out))
     model, check = plan.model, plan.recipe.check
-    active = sizes.active_parameters(model.architecture, model.config, model.units)
+    active = sizes.active_parameters(model.architecture, model.units)
     counts = Counter(weight.format for unit in plan.units for weight in unit.weights.values())
     lines = [
         f"model     {plan.source.name} ({model.model_type}), {plan.source_bytes:,} bytes",

@@ -1,11 +1,12 @@
 """What reaches the matrices of a unit, pulled by replaying it over the calibration tokens.
 
-A layer is replayed in halves, and of the experts only those that are asked for: statistics are collected for as many
+A layer is replayed block by block, and of the experts only those that are asked for: statistics are collected for as many
 groups of matrices at a time as fit into a budget, so that memory does not grow with the number of experts. Where
 matrices of the unit have been quantized already, what they give is what the later ones see.
 """
 
 import contextlib
+import operator
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import torch
 
+from compress.arithmetic.norm import rms_norm
 from compress.calibration.moments import SAMPLE_ROWS, Moments
 from compress.checkpoint.writer import ShardWriter
-from compress.model.hybrid import HybridModel, InputGroup
-from compress.model.layers import rms_norm
+from compress.errors import WorkError
+from compress.model.block import Fold, InputGroup, Level
+from compress.model.experts import Experts
+from compress.model.hybrid import HybridModel
 from compress.model.weight import Unit, Weight
+from compress.runtime.eager import Eager
 from compress.runtime.inference import HiddenStates, LayerWeights, stream
 from compress.terminal import progress
 
@@ -51,128 +56,150 @@ class Wanted:
 
 class LayerInputs:
     """The inputs of one layer. `entering` are the hidden states before it; `keep` writes a weight and gives it back as
-    it was written."""
+    it was written.
+
+    Each residual block has hidden states that enter it: for the first they are given, for the others they are computed, and
+    wait on disk until a weight before them changes.
+    """
 
     def __init__(self, model: HybridModel, index: int, entering: HiddenStates, folder: Path, keep: Keep, device: str):
-        self.architecture, self.index, self.device = model.architecture, index, device
-        self._entering, self._folder, self._mixed = entering, folder, entering.at(folder / "mixed")
-        self.keep, self._mixer_used, self._stashes = keep, None, 0
-        self.prefix = model.architecture.layer_prefix(index)
+        self.index, self.device, self.keep = index, device, keep
+        self._folder, self._stashes = folder, 0
         self.become(model)
+        blocks = len(self.layer.residuals)
+        self._entering = [entering, *(entering.at(folder / f"block-{number}") for number in range(1, blocks))]
+        self._made_with: list[list[Weight] | None] = [None] * blocks  # the weights that gave the states entering a block
 
     def become(self, model: HybridModel) -> None:
         """From now on the layer is that of another model: the one a pass has made of it."""
-        self.config = model.config
-        self._groups = model.architecture.input_groups(model.config, self.index)
+        self.layer = model.layer(self.index)
+        self.prefix = self.layer.prefix
+        self._levels = [(n, level) for n, r in enumerate(self.layer.residuals) for level in r.block.levels()]
 
     @property
-    def levels(self) -> tuple[tuple[InputGroup, ...], ...]:
+    def levels(self) -> tuple[Level, ...]:
         """Groups of matrices by depth: the inputs of a level depend on the matrices of earlier ones only."""
-        return (*self._groups.mixer, *self._groups.feed_forward)
+        return tuple(level for _, level in self._levels)
 
-    def folds(self):
-        return self.architecture.folds(self.config, self.index)
+    @property
+    def experts(self) -> Experts:
+        """Of a layer that has them."""
+        if self.layer.experts is None:
+            raise WorkError(f"layer {self.index} has no experts")
+        return self.layer.experts
+
+    def folds(self) -> tuple[Fold, ...]:
+        return self.layer.folds()
 
     def full_names(self, group: InputGroup) -> tuple[str, ...]:
         return tuple(self.prefix + name for name in group.names)
 
-    def moments(
-        self, unit: Unit, groups: tuple[InputGroup, ...], wanted: Wanted
-    ) -> Iterator[tuple[InputGroup, Moments]]:
+    def moments(self, unit: Unit, groups: Level, wanted: Wanted) -> Iterator[tuple[InputGroup, Moments]]:
         """Statistics of the inputs of groups of one level, as many at a time as the budget allows."""
+        number = next(number for number, level in self._levels if groups[0] in level)
         for batch in _batches(unit, self.prefix, groups, wanted):
             found = {group: self._empty(unit, group, wanted) for group in batch}
-            if groups[0] in {group for level in self._groups.mixer for group in level}:
-                self._replay_mixer(unit, found)
-            else:
-                self._replay_feed_forward(unit, found)
+            self._replay(unit, number, found)
             yield from found.items()
 
     def moments_of_every_token(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
         """The same for the matrices of one expert, were all tokens of the layer routed to it."""
         moments, rows = self._empty(unit, group, wanted), 0
-        weights = self.weights(unit, {group: moments})
-        for number in range(len(self._mixed)):
+        ops = self.operators(unit, {group: moments})
+        for _, _, x in self.expert_blocks(unit):
             if rows >= EVERY_TOKEN_ROWS:
                 break
-            x = self.architecture.feed_forward_input(self.config, weights, self._mixed.read(number).to(self.device))
-            self.architecture.expert(weights, group.expert, x.flatten(0, 1))
+            self.experts.run_one(ops, expert_of(group), self.experts.inputs(ops, x).flatten(0, 1))
             rows += x.shape[0] * x.shape[1]
         return moments
 
     def leave(self, unit: Unit, following: HiddenStates) -> None:
         """Runs the finished layer and writes the states that enter the next one."""
-        self._mix(unit)
-        weights = self.weights(unit)
-        for number in range(len(self._mixed)):
-            hidden = self._mixed.read(number).to(self.device)
-            following.write(number, self.architecture.feed_forward(self.config, self.index, weights, hidden))
-        shutil.rmtree(self._folder)
+        last, ops = len(self.layer.residuals) - 1, self.operators(unit)
+        for number, hidden in self._states(unit, last):
+            following.write(number, self._run(ops, last, hidden))
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def feed_forward_blocks(self, unit: Unit) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Block by block: its number, the states [b, S, H] that enter the second half of the layer, and what its router
-        and experts see of them."""
-        self._mix(unit)
-        weights = self.weights(unit)
-        for number in range(len(self._mixed)):
-            hidden = self._mixed.read(number).to(self.device)
-            yield number, hidden, self.architecture.feed_forward_input(self.config, weights, hidden)
+    def expert_blocks(self, unit: Unit) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Block of windows by block: its number, the states [b, S, H] that enter the part of the layer with experts, and what
+        its router sees of them."""
+        place = next(n for n, residual in enumerate(self.layer.residuals) if residual.block.experts)
+        ops = self.operators(unit)
+        for number, hidden in self._states(unit, place):
+            yield number, hidden, self.layer.residuals[place].normed(ops, hidden)
 
     def scratch(self, name: str) -> HiddenStates:
         """Room on disk for another set of states of this layer; gone when the layer is left."""
-        return self._entering.at(self._folder / name)
+        return self._entering[0].at(self._folder / name)
 
     def stash(self, unit: Unit) -> ShardWriter:
         """Room on disk for new weights of the unit, in its names, formats and shapes; gone when the layer is left. Each
         pass has its own: a later one reads what an earlier one wrote."""
         self._stashes += 1
+        self._folder.mkdir(parents=True, exist_ok=True)
         return ShardWriter(unit, self._folder / f"weights-{self._stashes}.safetensors")
 
     def _empty(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
         names = self.full_names(group)
         return wanted.moments(unit.weights[names[0]].shape[1], self.device, names)
 
-    def weights(self, unit: Unit, found: dict[InputGroup, Moments] | None = None) -> LayerWeights:
-        """The unit's weights for arithmetic, adding up in `found` what reaches them."""
-        by_name = {group.names[0]: moments for group, moments in (found or {}).items()}
+    def operators(self, unit: Unit, found: dict[InputGroup, Moments] | None = None) -> Eager:
+        """The unit's arithmetic, adding up in `found` what reaches its matrices."""
+        groups = found or {}
+        by_name = {group.names[0]: moments for group, moments in groups.items()}
+        is_alone = len(groups) == 1 and all(group.expert is None for group in groups)
 
         def tap(name: str, x: torch.Tensor) -> None:
             if name in by_name:
                 by_name[name].add(x, self.prefix + name)
-                if len(by_name) == 1 and next(iter(found)).expert is None:
+                if is_alone:
                     raise _Seen  # the rest of this block's replay, such as the scan, would be for nothing
 
-        return LayerWeights(unit, self.prefix, self.device, tap=tap if found else None)
+        weights = LayerWeights(unit, self.prefix, self.device, tap=tap if found else None)
+        return Eager(weights, only={g.expert for g in groups if g.expert is not None} or None)
 
-    def _replay_mixer(self, unit: Unit, found: dict[InputGroup, Moments]) -> None:
-        weights = self.weights(unit, found)
-        for number in range(len(self._entering)):
+    def _replay(self, unit: Unit, place: int, found: dict[InputGroup, Moments]) -> None:
+        ops = self.operators(unit, found)
+        for _, hidden in self._states(unit, place):
             with contextlib.suppress(_Seen):
-                self._run_mixer(weights, self._entering.read(number))
+                self._run(ops, place, hidden)
 
-    def _replay_feed_forward(self, unit: Unit, found: dict[InputGroup, Moments]) -> None:
-        self._mix(unit)
-        weights, experts = self.weights(unit, found), {group.expert for group in found}
-        for number in range(len(self._mixed)):
-            hidden = self._mixed.read(number).to(self.device)
-            with contextlib.suppress(_Seen):
-                self.architecture.feed_forward(self.config, self.index, weights, hidden, only=experts - {None} or None)
+    def _states(self, unit: Unit, place: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The states that enter a residual block, by block of windows."""
+        self._compute(unit, place)
+        for number in range(len(self._entering[place])):
+            yield number, self._entering[place].read(number).to(self.device)
 
-    def _mix(self, unit: Unit) -> None:
-        """Hidden states after the mixer, made again only where the mixer's weights are others than last time."""
-        names = {self.prefix + name for level in self._groups.mixer for group in level for name in group.names}
-        used = [id(weight) for name, weight in unit.weights.items() if name in names]
-        if used == self._mixer_used:
+    def _compute(self, unit: Unit, place: int) -> None:
+        """Writes the states that enter a residual block, where weights before it are others than last time."""
+        if place == 0:
             return
-        weights = self.weights(unit)
-        for number in range(len(self._entering)):
-            self._mixed.write(number, self._run_mixer(weights, self._entering.read(number)))
-        self._mixer_used, self._held = used, unit  # the unit is held so that ids stay its own
+        used = self._weights_before(unit, place)
+        made_with = self._made_with[place] or []
+        if len(used) == len(made_with) and all(map(operator.is_, used, made_with)):
+            return
+        ops = self.operators(unit)
+        for number, hidden in self._states(unit, place - 1):
+            self._entering[place].write(number, self._run(ops, place - 1, hidden))
+        self._made_with[place] = used
 
-    def _run_mixer(self, weights: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.to(self.device)
-        state = self.architecture.initial_state(self.config, self.index, hidden.shape[0], self.device)
-        return self.architecture.mix(self.config, self.index, weights, hidden, state)[0]
+    def _weights_before(self, unit: Unit, place: int) -> list[Weight]:
+        """The matrices of the residual blocks before one: what calibration may have changed."""
+        names = (name for number, level in self._levels if number < place for group in level for name in group.names)
+        return [unit.weights[self.prefix + name] for name in names]
+
+    def _run(self, ops: Eager, place: int, hidden: torch.Tensor) -> torch.Tensor:
+        """One residual block on hidden states [b, S, H], from an empty past."""
+        residual = self.layer.residuals[place]
+        past = {spec.name: spec.empty(len(hidden), self.device) for spec in residual.block.states()}
+        return residual.run(ops, hidden, past)[0]
+
+
+def expert_of(group: InputGroup) -> int:
+    """The expert a group of its matrices belongs to."""
+    if group.expert is None:
+        raise WorkError(f"{group.names[0]} belongs to no expert")
+    return group.expert
 
 
 class HeadInputs:
@@ -198,7 +225,7 @@ class HeadInputs:
     def moments(
         self, unit: Unit, groups: tuple[InputGroup, ...], wanted: Wanted
     ) -> Iterator[tuple[InputGroup, Moments]]:
-        norm = self._model.unit("head").weights[self._model.architecture.FINAL_NORM].dense().to(self.device)
+        norm = self._model.final_norm.dense().to(self.device)
         for group in groups:
             moments = wanted.moments(unit.weights[group.names[0]].shape[1], self.device, group.names)
             for hidden in self._final():
@@ -209,8 +236,7 @@ class HeadInputs:
 
 def of_head(model: HybridModel, entering: HiddenStates, keep: Keep, device: str) -> HeadInputs:
     """What reaches the head; nothing to look at where the output matrix is the embedding."""
-    name = model.architecture.LM_HEAD
-    return HeadInputs(model, name if name in model.unit("head").weights else None, entering.read_all, keep, device)
+    return HeadInputs(model, None if model.is_tied else model.output_matrix.name, entering.read_all, keep, device)
 
 
 def of_tied_head(
@@ -221,7 +247,7 @@ def of_tied_head(
     It is written first, since every layer is calibrated on what the written table gives, but what reaches it comes last:
     so the model is run once as it came. docs/quantization.md says how little that differs.
     """
-    if model.architecture.LM_HEAD in model.unit("head").weights:
+    if not model.is_tied:
         return None
 
     def final() -> Iterator[torch.Tensor]:
@@ -232,7 +258,7 @@ def of_tied_head(
                 yield hidden
         shutil.rmtree(folder)
 
-    return HeadInputs(model, model.architecture.EMBEDDING, final, keep, device, LOOKUP_SHARE)
+    return HeadInputs(model, model.embedding.name, final, keep, device, LOOKUP_SHARE)
 
 
 UnitInputs = LayerInputs | HeadInputs

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
-from compress import plugins
 from compress.checkpoint import companions, compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
 from compress.errors import InputError
+from compress.model import families
+from compress.model.architecture import Architecture
 from compress.model.hybrid import HybridModel
+from compress.model.roles import Role
 from compress.model.weight import PLAIN_FORMATS, Spec, Unit, UnitSpec, Weight, is_finite
 from compress.output_folder.integrity import is_output
 from compress.runtime import onnx_layouts
@@ -22,20 +24,20 @@ CHECKPOINT = "checkpoint"  # in an output folder of `apply`
 CONFIG_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def open_config(folder: Path):
-    """The architecture module, its validated configuration and config.json itself."""
+def open_config(folder: Path) -> tuple[Architecture, dict]:
+    """The family, bound to its validated configuration, and config.json itself."""
     path = folder / "config.json"
-    return parse_config(read_json(path), str(path))
+    values = read_json(path)
+    return parse_config(values, str(path)), values
 
 
-def parse_config(values: dict, source: str):
+def parse_config(values: dict, source: str) -> Architecture:
     """The same of a config.json that was read already; `source` says where it stood."""
-    supported = plugins.names(plugins.ARCHITECTURES)
+    supported = families.names()
     model_type = values.get("model_type")
     if model_type not in supported:
         raise InputError(f"{source}: model_type '{model_type}' is not supported; supported: {', '.join(supported)}")
-    architecture = plugins.load(plugins.ARCHITECTURES, model_type)
-    return architecture, architecture.parse_config(values, source), values
+    return families.get(model_type).parse(values, source)
 
 
 def has_weights(folder: Path) -> bool:
@@ -65,7 +67,7 @@ def config_dtype(values: dict, source: str) -> torch.dtype:
 
 def model_of_config(folder: Path) -> HybridModel:
     """The model a folder with only config.json describes: shapes, roles and formats, and no weights to load."""
-    architecture, parsed, values = open_config(folder)
+    architecture, values = open_config(folder)
     number_format = PLAIN_FORMATS[config_dtype(values, str(folder / "config.json"))]
 
     def load(rows=None):
@@ -73,9 +75,9 @@ def model_of_config(folder: Path) -> HybridModel:
 
     units = tuple(
         Unit(unit.name, {s.name: Weight(s.name, s.role, s.shape, number_format, load) for s in unit.specs})
-        for unit in architecture.layout(parsed)
+        for unit in architecture.layout()
     )
-    return HybridModel(architecture, parsed, units, values)
+    return HybridModel(architecture, units, values)
 
 
 class Checkpoint:
@@ -83,7 +85,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, *, allow_quantized: bool = False):
         self.folder = folder
-        architecture, parsed, self.config = open_config(folder)
+        architecture, self.config = open_config(folder)
         self.is_quantized = self.config.get("quantization_config") is not None
         if self.is_quantized and not allow_quantized:
             raise InputError(
@@ -94,10 +96,11 @@ class Checkpoint:
         self._schemes = (
             compressed_tensors.schemes_of(self.config, folder, self.files.names) if self.is_quantized else {}
         )
-        self._check_layer_count(parsed)
-        units = tuple(self._unit(spec) for spec in architecture.layout(parsed))
-        self._refuse_extra(units, architecture, tied=parsed.tie_word_embeddings)
-        self.model = HybridModel(architecture, parsed, units, self.config)
+        self._check_layer_count(architecture)
+        *units, head = (self._unit(spec) for spec in architecture.layout())
+        units = (*units, self._with_travellers(head, architecture))
+        self._refuse_extra(units, architecture)
+        self.model = HybridModel(architecture, units, self.config)
 
     def weights_sha256(self) -> str:
         """Digest of the weight files, with a bar: it reads them all."""
@@ -108,8 +111,9 @@ class Checkpoint:
         """Digest of everything that decides the logits: the weights (their digest is given) and config.json."""
         return hashlib.sha256(f"{weights_sha256}/{json.dumps(self.config, sort_keys=True)}".encode()).hexdigest()
 
-    def _check_layer_count(self, parsed) -> None:
+    def _check_layer_count(self, architecture: Architecture) -> None:
         """A config that promises more layers than there are tensors is refused before they are enumerated."""
+        parsed = architecture.config
         if parsed.num_hidden_layers > len(self.files.names):
             raise InputError(
                 f"{self.folder / 'config.json'}: num_hidden_layers is {parsed.num_hidden_layers}, "
@@ -118,6 +122,12 @@ class Checkpoint:
 
     def _unit(self, spec: UnitSpec) -> Unit:
         return Unit(spec.name, {tensor.name: self._weight(tensor) for tensor in spec.specs})
+
+    def _with_travellers(self, head: Unit, architecture: Architecture) -> Unit:
+        """The last unit with the tensors that the model's family has beside its layers, in the shapes they have."""
+        names = sorted(name for name in self.files.names if name.startswith(architecture.TRAVELLING))
+        specs = (Spec(name, self.files.entry(name).shape, Role.MTP) for name in names)
+        return Unit(head.name, head.weights | {spec.name: self._weight(spec) for spec in specs})
 
     def _weight(self, spec: Spec) -> Weight:
         if spec.name in self._schemes:
@@ -164,10 +174,10 @@ class Checkpoint:
             raise InputError(f"{self.files.path_of(name)}: tensor '{name}' holds NaN or infinite values")
         return tensor
 
-    def _refuse_extra(self, units: tuple[Unit, ...], architecture, tied: bool) -> None:
+    def _refuse_extra(self, units: tuple[Unit, ...], architecture: Architecture) -> None:
         known = {name for unit in units for weight in unit.weights.values() for name in weight.layout()}
         extra = sorted(self.files.names - known)
-        if tied and extra == [architecture.LM_HEAD]:
+        if architecture.config.tie_word_embeddings and extra == [architecture.LM_HEAD]:
             self._refuse_untied_head(units[0].weights[architecture.EMBEDDING], architecture.LM_HEAD)
         elif extra:
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""

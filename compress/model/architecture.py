@@ -29,6 +29,7 @@ class Architecture(ABC):
     FINAL_NORM: ClassVar[str]
     LM_HEAD: ClassVar[str] = "lm_head.weight"
     EXPERTS_KEY: ClassVar[str]  # of config.json: how many experts a layer has
+    TRAVELLING: ClassVar[tuple[str, ...]] = ()  # what names of tensors begin with that nothing here uses
 
     def __init__(self, config: Config):
         self.config = config
@@ -59,15 +60,11 @@ class Architecture(ABC):
         head = [Spec(self.FINAL_NORM, (config.hidden_size,), Role.NORM)]
         if not config.tie_word_embeddings:
             head.append(Spec(self.LM_HEAD, (config.vocab_size, config.hidden_size), Role.LM_HEAD))
-        yield UnitSpec("head", (*head, *self.beside()))
-
-    def beside(self) -> tuple[Spec, ...]:
-        """Tensors that no arithmetic here uses, and that travel unchanged."""
-        return ()
+        yield UnitSpec("head", tuple(head))
 
     def transformers_place(self, name: str) -> Place:
         """Where a tensor belongs in transformers' model."""
         return Place(name)
 
-    def fit_transformers(self, model: "PreTrainedModel") -> None:
+    def fit_transformers(self, model: "PreTrainedModel") -> None:  # noqa: B027 - most fit as they are
         """Replaces, in that model on the meta device, what its own configuration gives another shape than ours has."""

@@ -3,7 +3,6 @@
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 
 from compress.errors import InputError
 from compress.model.expert_counts import SECTION, ExpertCounts

@@ -48,15 +48,15 @@ def _range(least: int, most: int) -> str:
     return str(least) if least == most else f"{least} to {most}"
 
 
-def pruned(values: dict, moe: dict[int, int], layers: int, router_rows: int | None) -> dict:
-    """config.json for a model whose MoE layers (by index) keep so many experts; `router_rows` where removed ones stay in
-    the denominator."""
+def pruned(values: dict, key: str, moe: dict[int, int], layers: int, router_rows: int | None) -> dict:
+    """config.json for a model whose MoE layers (by index) keep so many experts, their number standing under `key`;
+    `router_rows` where removed ones stay in the denominator."""
     counts = set(moe.values())
     section = {} if router_rows is None else {"router_rows": router_rows}
     if len(counts) > 1:
         section = {"num_experts_per_layer": [moe.get(index, 1) for index in range(layers)]} | section
     rest = {key: value for key, value in values.items() if key != SECTION}
-    return rest | {"num_experts": max(counts)} | ({SECTION: section} if section else {})
+    return rest | {key: max(counts)} | ({SECTION: section} if section else {})
 
 
 def fewest(top_k: int) -> int:
@@ -66,8 +66,7 @@ def fewest(top_k: int) -> int:
 
 def of_model(model) -> dict[int, int]:
     """Experts of every MoE layer of an opened model, by the layer's index."""
-    counts = {i: model.architecture.num_experts(model.config, i) for i in range(model.config.num_hidden_layers)}
-    return {index: count for index, count in counts.items() if count > 1}
+    return {layer.index: layer.num_experts for layer in model.layers if layer.experts}
 
 
 def refuse_unprunable(model, what: str) -> dict[int, int]:

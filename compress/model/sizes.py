@@ -1,13 +1,16 @@
 """What a model weighs: parameters, bytes of weights, bytes of state per sequence and per token."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
+from compress.model.architecture import Architecture
 from compress.model.roles import Role
-from compress.model.weight import Unit, UnitSpec
+from compress.model.states import StateKind
+from compress.model.weight import Spec, Unit, UnitSpec, Weight
 
-STATE_BYTES = {"ssm": 4, "conv": 2, "kv": 2}  # float32 SSM state, bfloat16 convolution state and KV: the usual runtimes
+# from a configuration alone: float32 SSM state, bfloat16 convolution state and KV, as the usual runtimes have them
+USUAL_BYTES = {StateKind.SSM: 4, StateKind.CONV: 2, StateKind.KV: 2}
 
 
 @dataclass(frozen=True)
@@ -18,31 +21,34 @@ class StateBytes:
     ssm_state_bytes: int
     conv_state_bytes: int
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, int]:
         return asdict(self)
 
 
-def state_bytes(architecture, config) -> StateBytes:
-    """From the configuration alone; shapes as in `layers.py`, types as in STATE_BYTES."""
-    kinds = [architecture.layer_kind(config, index) for index in range(config.num_hidden_layers)]
-    attention, mamba = kinds.count("attention"), kinds.count("mamba")
-    return StateBytes(
-        attention * 2 * config.num_key_value_heads * config.attention_head_dim * STATE_BYTES["kv"],
-        mamba * config.mamba_d_state * config.d_inner * STATE_BYTES["ssm"],
-        mamba * config.d_inner * (config.mamba_d_conv - 1) * STATE_BYTES["conv"],
-    )
+def state_bytes(architecture: Architecture) -> StateBytes:
+    """From the configuration alone."""
+    found = dict.fromkeys(StateKind, 0)
+    for layer in architecture.layers:
+        for spec in layer.states:
+            found[spec.kind] += spec.elements() * USUAL_BYTES[spec.kind]
+    return StateBytes(found[StateKind.KV], found[StateKind.SSM], found[StateKind.CONV])
 
 
-def active_parameters(architecture, config, units) -> int:
+def active_parameters(architecture: Architecture, units: Iterable[Unit | UnitSpec]) -> int:
     """Parameters that work on one token: top-k of the experts, everything else whole."""
-    return round(sum(architecture.active_share(config, item) * parameters for item, parameters in _sized(units)))
+    layers = {f"layer.{layer.index}": layer for layer in architecture.layers}
+
+    def share(unit: Unit | UnitSpec, role: Role) -> float:
+        return layers[unit.name].active_share(role) if unit.name in layers else float(role != Role.MTP)
+
+    return round(sum(share(unit, item.role) * math.prod(item.shape) for unit, item in _items(units)))
 
 
-def total_parameters(units) -> int:
-    return sum(parameters for _, parameters in _sized(units))
+def total_parameters(units: Iterable[Unit | UnitSpec]) -> int:
+    return sum(math.prod(item.shape) for _, item in _items(units))
 
 
-def parameters_by_format(weights) -> dict[str, int]:
+def parameters_by_format(weights: Iterable[Weight]) -> dict[str, int]:
     """By the number format they are stored in."""
     counts: dict[str, int] = {}
     for weight in weights:
@@ -50,19 +56,18 @@ def parameters_by_format(weights) -> dict[str, int]:
     return counts
 
 
-def parameters_by_role(units) -> dict[Role, int]:
+def parameters_by_role(units: Iterable[Unit | UnitSpec]) -> dict[Role, int]:
     totals: dict[Role, int] = {}
-    for item, parameters in _sized(units):
-        totals[item.role] = totals.get(item.role, 0) + parameters
+    for _, item in _items(units):
+        totals[item.role] = totals.get(item.role, 0) + math.prod(item.shape)
     return totals
 
 
-def _sized(units):
-    """(spec or weight, parameters) of unit specs and of opened units alike."""
+def _items(units: Iterable[Unit | UnitSpec]) -> Iterator[tuple[Unit | UnitSpec, Spec | Weight]]:
+    """Every tensor with its unit, of unit specs and of opened units alike."""
     for unit in units:
-        items = unit.specs if isinstance(unit, UnitSpec) else unit.weights.values()
-        for item in items:
-            yield item, math.prod(item.shape)
+        for item in unit.specs if isinstance(unit, UnitSpec) else unit.weights.values():
+            yield unit, item
 
 
 def stored_bytes(units: Iterable[Unit]) -> int:

@@ -21,7 +21,7 @@ def fit(options, model: HybridModel) -> tuple[object, tuple[str, ...]]:
     weights, said = list(model.weights), []
     present = {weight.role for weight in weights}
     if Role.LM_HEAD not in present:
-        table = model.unit("embedding").weights[model.architecture.EMBEDDING]
+        table = model.embedding
         said += _on_tied(options)
         options = _tied(options, table, model.architecture.LM_HEAD)
     said += [

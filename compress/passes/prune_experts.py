@@ -49,6 +49,14 @@ class Options(Strict):
 def requires(options: Options, model) -> None:
     """Refuses amounts this model cannot spare, and models that have no experts or whose experts are quantized."""
     counts = expert_counts.refuse_unprunable(model, "prune_experts")
+    routers = [layer.experts.router for layer in model.layers if layer.experts]
+    if options.router == "keep_rows" and not all(router.inflates for router in routers):
+        raise InputError(
+            "prune_experts.router is keep_rows, but the gates of this model do not depend on the experts that are not "
+            "chosen: rows of removed experts would change nothing"
+        )
+    if any(router.groups > 1 for router in routers):
+        raise InputError("prune_experts: experts are chosen from groups of equal size in this model, which removal breaks")
     experts = [weight for weight in model.weights if weight.role == Role.EXPERTS]
     formats = {weight.format for weight in experts}
     if any(weight.is_quantized for weight in experts):
@@ -61,7 +69,7 @@ def requires(options: Options, model) -> None:
 
 
 def _refuse_amount(options: Options, config, layers: int) -> None:
-    experts, top_k = config.num_experts, config.num_experts_per_tok
+    experts, top_k = config.total_experts, config.num_experts_per_tok
     least = expert_counts.fewest(top_k)
     if options.keep is not None and options.keep > experts:
         raise InputError(
@@ -100,20 +108,23 @@ def _kept(options: Options, model, found: dict | None) -> dict[int, int]:
     if found is not None:
         return {int(layer): count for layer, count in found["kept"].items()}
     counts = expert_counts.of_model(model)
-    removed = _removed(options, model.config.num_experts, len(counts))
+    removed = _removed(options, model.config.total_experts, len(counts))
     each, more = divmod(removed, len(counts))
     return {layer: count - each - (place < more) for place, (layer, count) in enumerate(counts.items())}
 
 
 def restructure(options: Options, model, found: dict | None):
     """The model with fewer experts; which of them stay is not known before calibration."""
-    rows = model.config.num_experts if options.router == "keep_rows" else None
+    architecture = model.architecture
+    rows = model.config.total_experts if options.router == "keep_rows" else None
     kept = _kept(options, model, found)
-    values = expert_counts.pruned(model.config_json, kept, model.config.num_hidden_layers, rows)
-    config = model.architecture.parse_config(values, "config.json after prune_experts")
+    values = expert_counts.pruned(
+        model.config_json, architecture.EXPERTS_KEY, kept, model.config.num_hidden_layers, rows
+    )
+    pruned = type(architecture).parse(values, "config.json after prune_experts")
     sources = {unit.name: unit for unit in model.units}
-    units = tuple(_planned_unit(sources[unit.name], unit) for unit in model.architecture.layout(config))
-    return replace(model, config=config, units=units, config_json=values)
+    units = tuple(_planned_unit(sources[unit.name], unit) for unit in pruned.layout())
+    return replace(model, architecture=pruned, units=units, config_json=values)
 
 
 def _planned_unit(source, planned):
@@ -127,7 +138,8 @@ def _planned_unit(source, planned):
         changes = spec.role in (Role.EXPERTS, Role.ROUTER)
         return replace(came, shape=spec.shape, load=load) if changes else came
 
-    return replace(source, weights={spec.name: weight(spec) for spec in planned.specs})
+    travelling = {name: came for name, came in source.weights.items() if came.role == Role.MTP}
+    return replace(source, weights={spec.name: weight(spec) for spec in planned.specs} | travelling)
 
 
 def needs_calibration(options: Options) -> bool:
@@ -146,9 +158,9 @@ def survey(options: Options, layers, context) -> dict:
 
     curves, experts = {}, 0
     for unit, inputs in layers:
-        count = inputs.architecture.num_experts(inputs.config, inputs.index)
-        if count > 1:
-            least, experts = expert_counts.fewest(inputs.config.num_experts_per_tok), count
+        if inputs.layer.experts:
+            experts = inputs.experts.count
+            least = expert_counts.fewest(inputs.experts.router.top_k)
             curve = Reconstruction(collect(unit, inputs), options.router).curve(least)
             curves[inputs.index] = {kept: loss for kept, (_, loss) in curve.items()}
     kept = allocation.allocate(curves, experts, _removed(options, experts, len(curves)))
@@ -169,8 +181,7 @@ def calibrate(options: Options, unit, inputs, context):
     if needs_survey(options):
         count = context.found["kept"][str(inputs.index)]
     else:
-        experts = inputs.architecture.num_experts(inputs.config, inputs.index)
-        count = experts - _removed(options, experts, 1)
+        count = inputs.experts.count - _removed(options, inputs.experts.count, 1)
     return layer.prune(options, unit, inputs, count)
 
 

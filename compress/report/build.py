@@ -33,7 +33,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
             "weights_sha256": outcome.weights_sha256,
             "model_type": model.model_type,
             "parameters": model.parameters,
-            "active_parameters": sizes.active_parameters(model.architecture, model.config, model.units),
+            "active_parameters": sizes.active_parameters(model.architecture, model.units),
         },
         "size": {
             "baseline_bytes": planned.checkpoint.files.bytes,

@@ -11,6 +11,7 @@ from compress.arithmetic.convolution import causal_conv
 from compress.arithmetic.mixture import mixture
 from compress.arithmetic.norm import rms_norm
 from compress.arithmetic.selective_scan import selective_scan
+from compress.arithmetic.ssd import ssd_scan
 from compress.model import routing
 from compress.model.operators import Operators
 from compress.model.routing import Router
@@ -70,9 +71,20 @@ class Eager(Operators[Tensor]):
         kernel, shift = self.weights(weight), None if bias is None else self.weights(bias)
         return causal_conv(self._without_padding(x), state, kernel, shift, self._new(x))
 
-    def selective_scan(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a_log: str, d: str):  # noqa: D102
+    def selective_scan(
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a_log: str, d: str
+    ) -> tuple[Tensor, Tensor]:
         a = -torch.exp(self.weights(a_log)).T
         return selective_scan(x, self._without_padding(dt), a, b, c, self.weights(d), state)
+
+    def ssd(
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a_log: str, d: str
+    ) -> tuple[Tensor, Tensor]:
+        a = -torch.exp(self.weights(a_log))
+        heads, width = x.unflatten(2, (len(a), -1)), state.shape[2]
+        b, c = (matrix.unflatten(2, (-1, width)) for matrix in (b, c))
+        y, state = ssd_scan(heads, self._without_padding(dt), a, b, c, self.weights(d), state)
+        return y.flatten(2), state
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, rotary: float | None

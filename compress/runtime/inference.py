@@ -12,11 +12,13 @@ import psutil
 import torch
 
 from compress import parallel
+from compress.arithmetic.norm import rms_norm
 from compress.disk import files
 from compress.errors import InputError
+from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
-from compress.model.layers import rms_norm
-from compress.model.weight import Unit, Weight, is_finite
+from compress.model.weight import Unit, is_finite
+from compress.runtime.eager import Eager
 
 CACHE_BYTES = 512 << 20  # of float32 weights of a layer kept between blocks; beyond that they are read again
 BLOCK_TOKENS = 4096  # tokens whose hidden states are in memory together, in prefill
@@ -54,12 +56,17 @@ class LayerWeights:
 
 
 def layer_weights(model: HybridModel, index: int, device: str, budget: int = CACHE_BYTES) -> LayerWeights:
-    return LayerWeights(model.unit(f"layer.{index}"), model.architecture.layer_prefix(index), device, budget)
+    return LayerWeights(model.unit(f"layer.{index}"), model.layer(index).prefix, device, budget)
+
+
+def empty_state(layer: Layer, batch: int, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """The past of a layer before the first token."""
+    return {spec.name: spec.empty(batch, device) for spec in layer.states}
 
 
 def embed(model: HybridModel, ids: torch.Tensor, device: str = "cpu") -> torch.Tensor:
     """Token ids [...] -> hidden states [..., H]; reads only the blocks of rows that are asked for."""
-    weight = model.unit("embedding").weights[model.architecture.EMBEDDING]
+    weight = model.embedding
     wanted, places = torch.unique(ids, return_inverse=True)
     table = torch.empty(len(wanted), weight.shape[1])
     for block in torch.unique(wanted // EMBEDDING_ROWS).tolist():
@@ -70,19 +77,12 @@ def embed(model: HybridModel, ids: torch.Tensor, device: str = "cpu") -> torch.T
     return table[places].to(device)
 
 
-def head_weight(model: HybridModel) -> Weight:
-    """The output matrix [V, H]: the LM head, or the embedding it is tied to."""
-    name = model.architecture.LM_HEAD
-    head = model.unit("head").weights
-    return head[name] if name in head else model.unit("embedding").weights[model.architecture.EMBEDDING]
-
-
 class Head:
     """Final norm and output matrix: hidden states [..., H] -> logits [..., V], the matrix in blocks of rows."""
 
     def __init__(self, model: HybridModel, device: str, budget: int = CACHE_BYTES):
-        self._norm = model.unit("head").weights[model.architecture.FINAL_NORM].dense().to(device)
-        self._eps, self._weight, self._device = model.config.rms_norm_eps, head_weight(model), device
+        self._norm = model.final_norm.dense().to(device)
+        self._eps, self._weight, self._device = model.config.rms_norm_eps, model.output_matrix, device
         keep = 4 * self._weight.parameters <= budget
         self._blocks = [(rows, self._rows(rows) if keep else None) for rows in self._weight.row_blocks()]
 
@@ -129,6 +129,12 @@ class HiddenStates:
         other = copy.copy(self)
         other.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        return other
+
+    def of_width(self, width: int) -> "HiddenStates":
+        """The same blocks, in the same folder, of tensors of another width."""
+        other = copy.copy(self)
+        other.shapes = [(windows, length, width) for windows, length, _ in self.shapes]
         return other
 
     def read(self, number: int) -> torch.Tensor:
@@ -188,13 +194,13 @@ def run_layer(model: HybridModel, index: int, weights: LayerWeights, entering: H
 def _run_block(
     model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, decode: bool
 ) -> torch.Tensor:
-    architecture, config = model.architecture, model.config
-    state = architecture.initial_state(config, index, hidden.shape[0], hidden.device)
+    layer, ops = model.layer(index), Eager(weights)
+    state = empty_state(layer, hidden.shape[0], hidden.device)
     if not decode:
-        return architecture.forward(config, index, weights, hidden, state)[0]
+        return layer.run(ops, hidden, state)[0]
     outputs = []
     for t in range(hidden.shape[1]):
-        output, state = architecture.forward(config, index, weights, hidden[:, t : t + 1], state)
+        output, state = layer.run(ops, hidden[:, t : t + 1], state)
         outputs.append(output)
     return torch.cat(outputs, 1)
 
@@ -212,16 +218,14 @@ class Decoder:
         self._budget = 4 * model.parameters if fits else 0
         layers = range(model.config.num_hidden_layers)
         self._weights = [layer_weights(model, i, device, self._budget) for i in layers]
-        self._states = [model.architecture.initial_state(model.config, i, batch, device) for i in layers]
+        self._states = [empty_state(layer, batch, device) for layer in model.layers]
         self._head = Head(model, device, self._budget)
 
     @torch.inference_mode()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = embed(self._model, ids, self._device)
         for index, weights in enumerate(self._weights):
-            hidden, self._states[index] = self._model.architecture.forward(
-                self._model.config, index, weights, hidden, self._states[index]
-            )
+            hidden, self._states[index] = self._model.layer(index).run(Eager(weights), hidden, self._states[index])
         return self._head(hidden[:, -1])
 
 

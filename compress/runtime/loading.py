@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.errors import InputError, WorkError, first_line
-from compress.model.hybrid import HybridModel, Place
+from compress.model.architecture import Place
+from compress.model.hybrid import HybridModel
 from compress.model.weight import Weight, is_finite
 from compress.output_folder import integrity
 
@@ -36,7 +37,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     config, ours = _config(checkpoint.folder), checkpoint.model
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        ours.architecture.fit_transformers(ours.config, model)
+        ours.architecture.fit_transformers(model)
     model.to_empty(device="cpu")
     model.tie_weights()  # parameters that were shared have become two
     return model
@@ -79,7 +80,7 @@ def _placed(model: HybridModel) -> Iterator[tuple[Weight, Place]]:
     """Every tensor and its place; no two have the same."""
     taken: dict[str, str] = {}
     for weight in model.weights:
-        place = model.architecture.transformers_place(model.config, weight.name)
+        place = model.architecture.transformers_place(weight.name)
         other = taken.setdefault(str(place), weight.name)
         if other != weight.name:
             raise WorkError(f"tensors '{other}' and '{weight.name}' have the same place, '{place.parameter}'")

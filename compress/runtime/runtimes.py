@@ -83,10 +83,9 @@ def why_not_stock(model: HybridModel) -> str | None:
 
 
 def _experts_differ(model: HybridModel) -> bool:
-    architecture, config = model.architecture, model.config
-    layers = [i for i in range(config.num_hidden_layers) if architecture.num_experts(config, i) > 1]
-    sizes = {(architecture.num_experts(config, i), architecture.router_rows(config, i)) for i in layers}
-    return any(size != (config.num_experts, config.num_experts) for size in sizes)
+    whole = model.config.total_experts
+    sizes = {(layer.experts.count, layer.experts.router.rows) for layer in model.layers if layer.experts}
+    return any(size != (whole, whole) for size in sizes)
 
 
 def _is_integer(weight: Weight) -> bool:

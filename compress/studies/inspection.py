@@ -1,11 +1,15 @@
 """`compress inspect`: what a model or an artifact is made of. A folder with only config.json is enough for the arithmetic."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 from compress.errors import InputError
 from compress.model import sizes
+from compress.model.architecture import Architecture
+from compress.model.block import Layer
+from compress.model.weight import Unit, UnitSpec
 from compress.output_folder import integrity
 from compress.recipe import source
 from compress.runtime import onnx_layouts
@@ -42,17 +46,17 @@ def _facts(artifact: Path) -> dict:
 
 def _config_facts(folder: Path) -> dict:
     """From config.json alone: weights count in the type it names (bfloat16 where it names none)."""
-    architecture, config, values = open_config(folder)
-    units = list(architecture.layout(config))
+    architecture, values = open_config(folder)
+    units = list(architecture.layout())
     dtype = config_dtype(values, str(folder / "config.json"))
-    facts = _architecture_facts(architecture, config, values, units)
+    facts = _architecture_facts(architecture, units)
     return facts | {"weight_bytes": dtype.itemsize * facts["parameters"], "formats": {}}
 
 
 def _checkpoint_facts(folder: Path) -> dict:
     checkpoint = Checkpoint(folder, allow_quantized=True)
     model = checkpoint.model
-    facts = _architecture_facts(model.architecture, model.config, checkpoint.config, model.units)
+    facts = _architecture_facts(model.architecture, model.units)
     return facts | {
         "weight_bytes": sizes.stored_bytes(model.units),
         "formats": sizes.parameters_by_format(model.weights),
@@ -64,10 +68,10 @@ def _onnx_facts(path: Path) -> dict:
     from exporters.graph import reading
 
     graph = reading.load(path)
-    architecture, config, values = reading.model_config(graph, path)
-    units = list(architecture.layout(config))
+    architecture = reading.architecture(graph, path)
+    units = list(architecture.layout())
     tensors = reading.external_tensors(graph)
-    facts = _architecture_facts(architecture, config, values, units)
+    facts = _architecture_facts(architecture, units)
     stored = {"weight_bytes": sum(tensor.nbytes for tensor in tensors), "formats": reading.stored_parameters(tensors)}
     return facts | _declared_state_bytes(graph) | stored
 
@@ -83,32 +87,33 @@ def _declared_state_bytes(graph) -> dict[str, int]:
     return sizes.StateBytes(totals["key"] + totals["value"], totals["recurrent_state"], totals["conv_state"]).to_json()
 
 
-def _architecture_facts(architecture, config, values: dict, units) -> dict:
-    layers = [_layer_facts(architecture, config, index) for index in range(config.num_hidden_layers)]
+def _architecture_facts(architecture: Architecture, units: Sequence[Unit | UnitSpec]) -> dict:
+    layers = list(map(_layer_facts, architecture.layers))
     experts = max(layer["experts"] for layer in layers)
     return {
-        "model_type": values["model_type"],
+        "model_type": architecture.model_type,
         "parameters": sizes.total_parameters(units),
-        "active_parameters": sizes.active_parameters(architecture, config, units),
+        "active_parameters": sizes.active_parameters(architecture, units),
         "roles": {str(role): count for role, count in sizes.parameters_by_role(units).items()},
-        "experts": {"total": experts, "active": config.num_experts_per_tok if experts > 1 else 1},
+        "experts": {"total": experts, "active": architecture.config.num_experts_per_tok if experts > 1 else 1},
         "layers": layers,
-        **sizes.state_bytes(architecture, config).to_json(),
+        **sizes.state_bytes(architecture).to_json(),
     }
 
 
-def _layer_facts(architecture, config, index: int) -> dict:
+def _layer_facts(layer: Layer) -> dict:
     """`router_rows` only where the router has rows of experts that were removed."""
-    experts = architecture.num_experts(config, index)
-    facts = {"index": index, "kind": architecture.layer_kind(config, index), "experts": experts}
-    rows = architecture.router_rows(config, index) if experts > 1 else experts
-    return facts if rows == experts else facts | {"router_rows": rows}
+    facts = {"index": layer.index, "kind": layer.kind, "experts": layer.num_experts}
+    rows = layer.experts.router.rows if layer.experts else layer.num_experts
+    return facts if rows == layer.num_experts else facts | {"router_rows": rows}
 
 
 def as_text(facts: dict) -> str:
     """The facts for a terminal."""
     verified = facts.get("verified")
-    kinds = [layer["kind"] + ("+moe" if layer["experts"] > 1 else "") for layer in facts["layers"]]
+    kinds = [
+        layer["kind"] + ("+moe" if layer["experts"] > 1 and layer["kind"] != "moe" else "") for layer in facts["layers"]
+    ]
     lines = [
         f"model_type             {facts['model_type']}",
         f"parameters             {facts['parameters']:,}",

@@ -9,6 +9,7 @@ from compress.checkpoint.pointers import refuse_pointer
 from compress.checkpoint.reader import parse_config
 from compress.checkpoint.safetensors_file import no_duplicates
 from compress.errors import InputError, first_line
+from compress.model.architecture import Architecture
 from exporters.graph.builder import FORMAT_KEY
 
 CONFIG_KEY = "compress.config"  # metadata that carries config.json
@@ -23,8 +24,8 @@ def load(path: Path) -> ir.Model:
         raise InputError(f"{path}: not a readable ONNX model ({first_line(error)})") from None
 
 
-def model_config(model: ir.Model, path: Path):
-    """Architecture module, validated configuration and config.json of the checkpoint a graph was exported from."""
+def architecture(model: ir.Model, path: Path) -> Architecture:
+    """The family and configuration of the checkpoint a graph was exported from."""
     if CONFIG_KEY not in model.metadata_props:
         raise InputError(f"{path}: was not exported by this tool (no '{CONFIG_KEY}' in its metadata)")
     source = f"{path}: '{CONFIG_KEY}' in its metadata"

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from compress import parallel
+from compress.arithmetic.mixture import mixture
 from compress.calibration.inputs import LayerInputs
 from compress.checkpoint.writer import ShardWriter
-from compress.model import layers
 from compress.model.weight import PLAIN_DTYPES, Unit, Weight, is_finite
 from compress.passes.pruning.reconstruction import factor
 from compress.passes.pruning.removal import expert_stem
-from compress.passes.pruning.statistics import TARGET, Statistics
-from compress.runtime.inference import HiddenStates, LayerWeights
+from compress.passes.pruning.statistics import TARGET, Statistics, given_states
+from compress.runtime.eager import Eager
+from compress.runtime.inference import HiddenStates
 
 DOWN = "down_proj.weight"
 
@@ -37,8 +38,8 @@ class Correction:
     stash: ShardWriter
 
     def __post_init__(self):
-        self._target, self._given = self.inputs.scratch(TARGET), self.inputs.scratch("given")
-        self._candidate = self.inputs.scratch("candidate")
+        names = (TARGET, "given", "candidate")
+        self._target, self._given, self._candidate = (given_states(self.unit, self.inputs, name) for name in names)
         self._replay(self.unit, self._given)
         self.loss = self._loss(self._given)  # over the withheld tokens, of `unit` as it stands
 
@@ -66,9 +67,10 @@ class Correction:
 
     def _replay(self, unit: Unit, states: HiddenStates) -> None:
         """Runs a unit: what its experts give, on disk."""
-        run, weights = self.inputs.architecture.expert, self.inputs.weights(unit)
+        experts, ops = self.inputs.experts, self.inputs.operators(unit)
         for number, span, x in self._rows():
-            given = layers.moe(x, self.gates[span], lambda expert, rows: run(weights, expert, rows))
+            seen = experts.inputs(ops, x)
+            given = mixture(seen, self.gates[span], lambda expert, rows: experts.run_one(ops, expert, rows))
             states.write(number, given.view(states.shapes[number]))
 
     def _adopt(self, unit: Callable[[], Unit]) -> bool:
@@ -82,8 +84,8 @@ class Correction:
 
     def _recover(self, expert: int, damping: float) -> bool:
         """The correction is judged as it will be stored, in the weight's type."""
-        weights, weight = self.inputs.weights(self.unit), self.unit.weights[self._down(expert)]
-        change = self._solve(expert, weights, damping)
+        ops, weight = self.inputs.operators(self.unit), self.unit.weights[self._down(expert)]
+        change = self._solve(expert, ops, damping)
         if change is None:
             return False
         dense = weight.dense()
@@ -92,19 +94,19 @@ class Correction:
             return False
         change = (corrected.float() - dense).to(change.device)
         for number, span, x in self._rows():
-            routed, z = self._multiplied(expert, weights, span, x)
+            routed, z = self._multiplied(expert, ops, span, x)
             given = self._given.read(number).to(x.device).flatten(0, 1)
             given[routed] += parallel.linear(z, change)
             self._candidate.write(number, given.view(self._given.shapes[number]))
         return self._adopt(lambda: self._written(weight, corrected))
 
-    def _solve(self, expert: int, weights: LayerWeights, damping: float) -> torch.Tensor | None:
+    def _solve(self, expert: int, ops: Eager, damping: float) -> torch.Tensor | None:
         """The correction [H, F] of an expert's down_proj; None where no token that is not withheld is routed to it."""
-        width, hidden = self.unit.weights[self._down(expert)].shape[1], self.inputs.config.hidden_size
+        hidden, width = self.unit.weights[self._down(expert)].shape
         moments = torch.zeros(width, width, device=self.inputs.device)
         cross = torch.zeros(width, hidden, device=self.inputs.device)
         for number, span, x in self._rows():
-            routed, z = self._multiplied(expert, weights, span, x)
+            routed, z = self._multiplied(expert, ops, span, x)
             lacking = (self._target.read(number) - self._given.read(number)).to(x.device).flatten(0, 1)[routed]
             weight = self._fit_weights(span)[routed].sqrt()[:, None]
             z = z * weight
@@ -118,12 +120,13 @@ class Correction:
         return self.unit.replaced(self.stash.written(new))
 
     def _multiplied(
-        self, expert: int, weights: LayerWeights, span: slice, x: torch.Tensor
+        self, expert: int, ops: Eager, span: slice, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of the rows are routed to the expert, and what its down_proj multiplies there times their gates."""
         gates = self.gates[span, expert]
         routed = gates.nonzero()[:, 0]
-        z = self.inputs.architecture.expert_hidden(weights, expert, x[routed])
+        experts = self.inputs.experts
+        z = experts.hidden(ops, expert, experts.inputs(ops, x[routed]))
         return routed, z * gates[routed, None]
 
     def _fit_weights(self, span: slice) -> torch.Tensor:
@@ -138,13 +141,17 @@ class Correction:
         return total / int(self.statistics.withheld.sum())
 
     def _rows(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
-        """Block by block: its number, its place among all tokens, and what the experts see of it, [b S, H]."""
-        for span, (number, _, x) in zip(self._spans(), self.inputs.feed_forward_blocks(self.unit), strict=True):
+        """Block by block: its number, its place among all tokens, and what the router sees of it, [b S, H]."""
+        for span, (number, _, x) in zip(self._spans(), self.inputs.expert_blocks(self.unit), strict=True):
             yield number, span, x.flatten(0, 1)
 
     def _blocks(self, given: HiddenStates) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        ops = self.inputs.operators(self.unit)
         for number, span in enumerate(self._spans()):
-            yield span, *(states.read(number).to(self.inputs.device).flatten(0, 1) for states in (self._target, given))
+            yield span, *(
+                self.inputs.experts.output(ops, states.read(number).to(self.inputs.device).flatten(0, 1))
+                for states in (self._target, given)
+            )
 
     def _spans(self) -> Iterator[slice]:
         """The place of every block among all tokens."""

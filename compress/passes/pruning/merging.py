@@ -16,8 +16,9 @@ from compress.model.weight import PLAIN_DTYPES, Unit
 from compress.passes.pruning.reconstruction import Kept
 from compress.passes.pruning.removal import expert_stem
 
-GATE, UP, DOWN = (f"{part}_proj.weight" for part in ("gate", "up", "down"))
-Matrices = dict[str, torch.Tensor]  # gate and up [F, H], down [H, F]
+# by their names within an expert, in the order of `Experts.parts`: those on its input [F, H], at last the one that gives its
+# output [H, F]
+Matrices = dict[str, torch.Tensor]
 
 
 def groups(similarity: torch.Tensor, kept: Kept) -> list[list[int]]:
@@ -62,19 +63,20 @@ def average(experts: Iterable[Matrices], usage: list[float]) -> Matrices:
 
 def aligned(expert: Matrices, to: Matrices) -> Matrices:
     """An expert with its hidden units in the order in which they are most like those of another."""
-    likeness = sum(parallel.linear(_unit_norm(to[p]), _unit_norm(expert[p])) for p in (GATE, UP))
-    likeness = likeness + parallel.linear(_unit_norm(to[DOWN]).T, _unit_norm(expert[DOWN]).T)
+    *entering, down = expert
+    likeness = sum(parallel.linear(_unit_norm(to[p]), _unit_norm(expert[p])) for p in entering)
+    likeness = likeness + parallel.linear(_unit_norm(to[down]).T, _unit_norm(expert[down]).T)
     order = torch.from_numpy(linear_sum_assignment(likeness.numpy(), maximize=True)[1])
-    return {GATE: expert[GATE][order], UP: expert[UP][order], DOWN: expert[DOWN][:, order]}
+    return {part: expert[part][order] for part in entering} | {down: expert[down][:, order]}
 
 
 def _unit_norm(matrix: torch.Tensor) -> torch.Tensor:
-    """Of Frobenius norm 1, so that the three matrices count alike."""
+    """Of Frobenius norm 1, so that all matrices count alike."""
     return matrix / matrix.norm().clamp_min(1e-30)
 
 
 def _matrices(unit: Unit, inputs: LayerInputs, expert: int) -> Matrices:
-    return {part: unit.weights[expert_stem(inputs, expert) + part].dense() for part in (GATE, UP, DOWN)}
+    return {part: unit.weights[expert_stem(inputs, expert) + part].dense() for part in inputs.experts.parts}
 
 
 def _rows_of(tensor: torch.Tensor):

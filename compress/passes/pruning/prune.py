@@ -21,7 +21,7 @@ def prune(options, unit: Unit, inputs: LayerInputs, count: int) -> tuple[Unit, d
     if options.method == "merge":
         members = merging.groups(statistics.similarity(), kept)
         pruned = merging.merge(unit, pruned, inputs, members, _usage(options, statistics), stash)
-    gates = gates_of(statistics.logits, kept, statistics.top_k, keep_rows=options.router == KEEP_ROWS)
+    gates = gates_of(statistics, statistics.logits, kept, keep_rows=options.router == KEEP_ROWS)
     corrected, found = _correct(options, Correction(pruned, inputs, statistics, gates, stash), kept)
     note = _note(inputs, statistics, kept) | found
     return corrected, {"layers": [note | ({"groups": members} if options.method == "merge" else {})]}

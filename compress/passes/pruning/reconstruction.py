@@ -12,18 +12,18 @@ from itertools import combinations
 
 import torch
 
-from compress.model import layers
 from compress.passes.pruning.statistics import Statistics
 
 EXHAUSTIVE = 256  # sets of experts that are all tried
 Kept = tuple[int, ...]  # numbers of the experts that stay, ascending
 
 
-def gates_of(logits: torch.Tensor, kept: Kept, top_k: int, *, keep_rows: bool) -> torch.Tensor:
+def gates_of(statistics: Statistics, logits: torch.Tensor, kept: Kept, *, keep_rows: bool) -> torch.Tensor:
     """logits [T, E] of all experts -> the gates [T, k] of those that stay; `keep_rows`: the others' logits stay in the
     denominator."""
     order = list(kept) + ([e for e in range(logits.shape[1]) if e not in kept] if keep_rows else [])
-    return layers.gates(logits[:, order], top_k, len(kept))
+    bias = None if statistics.bias is None else statistics.bias[list(kept)]
+    return statistics.router.gates(logits[:, order], len(kept), bias)
 
 
 def factor(both: float, own: float) -> float:
@@ -35,7 +35,7 @@ class Reconstruction:
     """Losses of sets of experts of one layer, for one way of treating the router."""
 
     def __init__(self, statistics: Statistics, router: str):
-        self._logits, self._top_k = statistics.logits[statistics.sample], statistics.top_k
+        self._statistics, self._logits = statistics, statistics.logits[statistics.sample]
         self._router, self._full = router, statistics.gates[statistics.sample]
         self._gram = statistics.gram * statistics.importance[statistics.sample, None, None] / len(statistics.sample)
         self._experts = statistics.experts
@@ -43,7 +43,9 @@ class Reconstruction:
     def loss(self, kept: Kept) -> float:
         """Of the layer with these experts only; with `rescale`, at the factor that is best for the sample."""
         gates = torch.zeros_like(self._full)
-        gates[:, list(kept)] = gates_of(self._logits, kept, self._top_k, keep_rows=self._router == "keep_rows")
+        gates[:, list(kept)] = gates_of(
+            self._statistics, self._logits, kept, keep_rows=self._router == "keep_rows"
+        )
         if self._router == "rescale":
             both, own = self._inner(self._full, gates), self._inner(gates, gates)
             gates = gates * factor(both, own)

@@ -12,31 +12,33 @@ from compress.passes.pruning.reconstruction import Kept
 
 def keep(unit: Unit, inputs: LayerInputs, kept: Kept, *, keep_rows: bool) -> Unit:
     """The unit with the experts `kept` as 0, 1, ...; with `keep_rows` the router's other rows follow those of the kept."""
-    experts = inputs.architecture.num_experts(inputs.config, inputs.index)
-    order = [*kept, *((e for e in range(experts) if e not in kept) if keep_rows else ())]
-    router = inputs.prefix + inputs.architecture.ROUTER
+    experts = inputs.experts
+    order = [*kept, *((e for e in range(experts.count) if e not in kept) if keep_rows else ())]
+    rows = {experts.router.weight: order, experts.router.bias: list(kept)}
+    renamed = {
+        expert_stem(inputs, expert) + part: expert_stem(inputs, position) + part
+        for position, expert in enumerate(kept)
+        for part in experts.parts
+    }
     weights: dict[str, Weight] = {}
     for name, weight in unit.weights.items():
-        if weight.role != Role.EXPERTS:
-            weights[name] = _reordered(weight, order) if name == router else weight
-    for position, expert in enumerate(kept):
-        for part in expert_weights(unit, inputs, expert):
-            name = expert_stem(inputs, position) + part.name.removeprefix(expert_stem(inputs, expert))
-            weights[name] = replace(part, name=name)
+        within = name.removeprefix(inputs.prefix)
+        if name in renamed:
+            weights[renamed[name]] = replace(weight, name=renamed[name])
+        elif weight.role != Role.EXPERTS:
+            weights[name] = _reordered(weight, rows[within]) if within in rows else weight
     return Unit(unit.name, weights)
 
 
 def expert_stem(inputs: LayerInputs, expert: int) -> str:
     """What the full names of an expert's tensors begin with."""
-    return inputs.prefix + inputs.architecture.expert_prefix(expert)
-
-
-def expert_weights(unit: Unit, inputs: LayerInputs, expert: int) -> list[Weight]:
-    return [weight for name, weight in unit.weights.items() if name.startswith(expert_stem(inputs, expert))]
+    return inputs.prefix + inputs.experts.prefix(expert)
 
 
 def _reordered(router: Weight, order: list[int]) -> Weight:
+    """A router's matrix, or the correction of its scores, with some of its rows."""
+
     def load(rows: slice | None = None) -> torch.Tensor:
         return router.load(None)[order][rows or slice(None)]
 
-    return replace(router, shape=(len(order), router.shape[1]), load=load)
+    return replace(router, shape=(len(order), *router.shape[1:]), load=load)

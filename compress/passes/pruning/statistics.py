@@ -12,9 +12,10 @@ import torch
 
 from compress.calibration.inputs import LayerInputs
 from compress.errors import InputError
-from compress.model import layers
+from compress.model.routing import Router
 from compress.model.weight import Unit, is_finite
-from compress.runtime.inference import HiddenStates, LayerWeights
+from compress.runtime.eager import Eager
+from compress.runtime.inference import HiddenStates
 
 STRETCH, WITHHELD_OF = 64, 4
 SAMPLE_TOKENS = 8192  # withheld tokens that every expert is run on, at most
@@ -26,7 +27,8 @@ TARGET = "target"  # scratch states: what the layer's experts give together
 class Statistics:
     """T tokens, E experts; n of the withheld tokens are a sample on which all experts were run."""
 
-    top_k: int
+    router: Router
+    bias: torch.Tensor | None  # [E], the router's correction of scores
     logits: torch.Tensor  # [T, E], of the router
     norms: torch.Tensor  # [T, E], of an expert's output, where the token is routed to it
     importance: torch.Tensor  # [T], 1 / |h|^2
@@ -35,13 +37,17 @@ class Statistics:
     gram: torch.Tensor  # [n, E, E], inner products of the experts' outputs
 
     @property
+    def top_k(self) -> int:
+        return self.router.top_k
+
+    @property
     def experts(self) -> int:
         return self.logits.shape[1]
 
     @cached_property
     def gates(self) -> torch.Tensor:
         """[T, E]: the raw gates of the layer as it came, zero for experts a token is not routed to."""
-        return layers.gates(self.logits, self.top_k, self.experts)
+        return self.router.gates(self.logits, self.experts, self.bias)
 
     @cached_property
     def tokens(self) -> list[int]:
@@ -56,9 +62,9 @@ class Statistics:
 
 
 def collect(unit: Unit, inputs: LayerInputs) -> Statistics:
-    """One replay of the layer's second half. Leaves what the experts give together in the scratch states `target`."""
-    experts = inputs.architecture.num_experts(inputs.config, inputs.index)
-    target = inputs.scratch(TARGET)
+    """One replay of the part of the layer with experts. Leaves what they give together in the scratch states `target`."""
+    experts = inputs.experts.count
+    target = given_states(unit, inputs, TARGET)
     withheld = _withheld(target)
     if not bool(withheld.any()) or bool(withheld.all()):
         raise InputError(
@@ -66,13 +72,20 @@ def collect(unit: Unit, inputs: LayerInputs) -> Statistics:
             f"give at least {WITHHELD_OF} windows, or longer ones"
         )
     sampled = _sampled(withheld, experts)
-    collector = _Collector(inputs, inputs.weights(unit), experts, target)
+    collector = _Collector(inputs, inputs.operators(unit), target)
     first = 0
-    for number, hidden, x in inputs.feed_forward_blocks(unit):
+    for number, hidden, x in inputs.expert_blocks(unit):
         rows = x.flatten(0, 1)
         collector.add(number, hidden, rows, sampled[first : first + len(rows)].to(rows.device))
         first += len(rows)
     return collector.statistics(withheld, sampled)
+
+
+def given_states(unit: Unit, inputs: LayerInputs, name: str) -> HiddenStates:
+    """Room for what experts give, [b, S, K], before the block projects it out of their space, where it has one."""
+    experts = inputs.experts
+    down = inputs.prefix + experts.prefix(0) + experts.parts[-1]
+    return inputs.scratch(name).of_width(unit.weights[down].shape[0])
 
 
 def _withheld(states: HiddenStates) -> torch.Tensor:
@@ -96,29 +109,38 @@ def _sampled(withheld: torch.Tensor, experts: int) -> torch.Tensor:
 class _Collector:
     """Adds up the statistics block by block, one expert's weights at a time."""
 
-    def __init__(self, inputs: LayerInputs, weights: LayerWeights, experts: int, target: HiddenStates):
-        self._architecture, self._weights, self._target = inputs.architecture, weights, target
-        self._name = f"layer {inputs.index}"
-        self._experts, self._top_k = experts, inputs.config.num_experts_per_tok
+    def __init__(self, inputs: LayerInputs, ops: Eager, target: HiddenStates):
+        self._experts, self._ops, self._target = inputs.experts, ops, target
+        self._name, self._router = f"layer {inputs.index}", inputs.experts.router
+        self._bias = None if self._router.bias is None else ops.weights(self._router.bias)
         self._logits, self._norms, self._importance, self._gram = [], [], [], []
 
     def add(self, number: int, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> None:
         """hidden [b, S, H], rows [b S, H] (what the experts see), sampled [b S]."""
-        logits = self._architecture.router_logits(self._weights, rows)
-        gates = layers.gates(logits, self._top_k, self._experts)
-        norms, given = torch.zeros_like(gates), torch.zeros_like(rows)
-        outputs = torch.zeros(int(sampled.sum()), self._experts, rows.shape[1], device=rows.device)
-        for e in range(self._experts):
+        experts, ops = self._experts, self._ops
+        logits = ops.router_logits(rows, self._router)
+        gates = self._router.gates(logits, experts.count, self._bias)
+        seen, norms = experts.inputs(ops, rows), torch.zeros_like(gates)
+        given = torch.zeros_like(seen)
+        outputs = torch.zeros(int(sampled.sum()), experts.count, rows.shape[1], device=rows.device)
+        for e in range(experts.count):
             wanted = (sampled | (gates[:, e] > 0)).nonzero()[:, 0]
-            output = self._architecture.expert(self._weights, e, rows[wanted])
-            norms[wanted, e] = output.norm(dim=1) * (gates[wanted, e] > 0)
+            output = experts.run_one(ops, e, seen[wanted])
             given.index_add_(0, wanted, output * gates[wanted, e, None])
+            output = experts.output(ops, output)
+            norms[wanted, e] = output.norm(dim=1) * (gates[wanted, e] > 0)
             outputs[:, e] = output[sampled[wanted]]
-        self._target.write(number, given.view_as(hidden))
+        self._target.write(number, given.view(self._target.shapes[number]))
         self._logits.append(logits)
         self._norms.append(norms)
-        self._importance.append(1 / (hidden.flatten(0, 1) + given).square().sum(1).clamp_min(1e-30))
+        self._importance.append(1 / self._left(hidden, rows, given).square().sum(1).clamp_min(1e-30))
         self._gram.append(outputs @ outputs.transpose(1, 2))
+
+    def _left(self, hidden: torch.Tensor, rows: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """What the layer leaves of the tokens, [b S, H]."""
+        left = hidden.flatten(0, 1) + self._experts.output(self._ops, given)
+        beside = self._experts.beside(self._ops, rows)
+        return left if beside is None else left + beside
 
     def statistics(self, withheld: torch.Tensor, sampled: torch.Tensor) -> Statistics:
         logits, norms, importance, gram = map(torch.cat, (self._logits, self._norms, self._importance, self._gram))
@@ -126,5 +148,5 @@ class _Collector:
             raise InputError(f"{self._name}: its experts give NaN or infinity on the calibration tokens")
         device = logits.device
         return Statistics(
-            self._top_k, logits, norms, importance, withheld.to(device), sampled.nonzero()[:, 0].to(device), gram
+            self._router, self._bias, logits, norms, importance, withheld.to(device), sampled.nonzero()[:, 0].to(device), gram
         )

@@ -11,7 +11,7 @@ from compress.calibration.inputs import UnitInputs, Wanted
 from compress.calibration.moments import Moments
 from compress.formats.activations import Activation, static_scale
 from compress.formats.base import NumberFormat, Quantized
-from compress.model.hybrid import InputGroup
+from compress.model.block import InputGroup
 from compress.model.weight import Unit, Weight
 from compress.passes.quantization import equalization, gptq, rounding
 

@@ -11,7 +11,7 @@ import torch
 
 from compress.calibration.inputs import UnitInputs, Wanted
 from compress.errors import InputError
-from compress.model.hybrid import Fold
+from compress.model.block import Fold
 from compress.model.weight import Unit, Weight
 
 MOST = 2.0**8  # no factor moves a channel further than this, either way

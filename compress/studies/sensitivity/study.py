@@ -95,7 +95,7 @@ def _row(model: HybridModel, cell: Cell, divergence: float) -> dict:
     return {
         "layer": layer,
         "unit": cell.unit.name,
-        "kind": cell.unit.name if layer is None else model.architecture.layer_kind(model.config, layer),
+        "kind": cell.unit.name if layer is None else model.layer(layer).kind,
         "role": str(cell.role),
         "format": cell.format,
         "stored": cell.stored,

@@ -1,10 +1,17 @@
-"""The plain functions of `compress/layers.py` against loops written out in numpy, in float64."""
+"""The plain functions of `compress/arithmetic/` and of routing against loops written out in numpy, in float64."""
 
 import numpy as np
 import pytest
 import torch
 
-from compress.model import layers
+from compress.arithmetic import selective_scan as scans
+from compress.arithmetic.attention import attention
+from compress.arithmetic.convolution import causal_conv
+from compress.arithmetic.mixture import mixture
+from compress.arithmetic.norm import rms_norm
+from compress.model.blocks.mlp import Mlp
+from compress.model.routing import Router
+from compress.runtime.eager import Eager
 
 # Where a tolerance is relative it is relative to the largest expected magnitude. float32 rounds at 2^-24 = 6e-8, and
 # every function here adds up a few dozen such roundings at most, or, in the scan, lets decays below 1 forget them.
@@ -61,7 +68,7 @@ def scan_loop(x, dt, a, b, c, d, h):
 
 
 def run_scan(problem: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    return layers.selective_scan(*as_torch(*problem.values()))
+    return scans.selective_scan(*as_torch(*problem.values()))
 
 
 def assert_scan_matches_loop(problem: dict, relative: float = RELATIVE):
@@ -134,7 +141,7 @@ def test_selective_scan_in_blocks_of_channels_gives_the_same(monkeypatch, elemen
     """1 element leaves one channel to a block, 100 and 1000 leave a last block that is smaller than the others."""
     problem = scan_problem(97, channels=33)
     whole = run_scan(problem)
-    monkeypatch.setattr(layers, "SCAN_BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(scans, "SCAN_BLOCK_ELEMENTS", elements)
     blocked = run_scan(problem)
     for a, b in zip(whole, blocked, strict=True):
         assert_close(b, a.double().numpy())
@@ -143,14 +150,14 @@ def test_selective_scan_in_blocks_of_channels_gives_the_same(monkeypatch, elemen
 
 def test_selective_scan_works_on_blocks_no_larger_than_the_stated_bound(monkeypatch):
     seen = []
-    original = layers._scan_block
+    original = scans._scan_block
 
     def watched(x, dt, a, *rest):
         seen.append(x.shape[2])
         return original(x, dt, a, *rest)
 
-    monkeypatch.setattr(layers, "_scan_block", watched)
-    monkeypatch.setattr(layers, "SCAN_BLOCK_ELEMENTS", 2 * 10 * 3 * 8)  # batch * chunks of 97 * states * 8 channels
+    monkeypatch.setattr(scans, "_scan_block", watched)
+    monkeypatch.setattr(scans, "SCAN_BLOCK_ELEMENTS", 2 * 10 * 3 * 8)  # batch * chunks of 97 * states * 8 channels
     run_scan(scan_problem(97, channels=33))
     assert seen == [8, 8, 8, 8, 1]
 
@@ -163,7 +170,7 @@ def test_selective_scan_continued_from_its_state_equals_one_go(cuts):
     pieces = []
     for start, end in zip((0, *cuts), (*cuts, 513), strict=True):
         piece = slice(start, end)
-        y, h = layers.selective_scan(x[:, piece], dt[:, piece], a, b[:, piece], c[:, piece], d, h)
+        y, h = scans.selective_scan(x[:, piece], dt[:, piece], a, b[:, piece], c[:, piece], d, h)
         pieces.append(y)
     assert_close(torch.cat(pieces, 1), expected_y)
     assert_close(h, expected_h)
@@ -172,7 +179,7 @@ def test_selective_scan_continued_from_its_state_equals_one_go(cuts):
 def test_selective_scan_does_not_change_its_inputs():
     tensors = as_torch(*scan_problem(64).values())
     copies = [tensor.clone() for tensor in tensors]
-    layers.selective_scan(*tensors)
+    scans.selective_scan(*tensors)
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
 
 
@@ -202,7 +209,7 @@ def conv_problem(length: int, width: int, with_bias: bool, channels: int = 5, ba
 
 def run_conv(x, state, weight, bias):
     tensors = as_torch(x, state, weight)
-    return layers.causal_conv(*tensors, None if bias is None else as_torch(bias)[0])
+    return causal_conv(*tensors, None if bias is None else as_torch(bias)[0])
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -263,34 +270,34 @@ def left_padded(lengths: list[int], total: int) -> np.ndarray:
 @pytest.mark.parametrize(("length", "total"), [(1, 1), (17, 17), (1, 17), (5, 17)])
 def test_attention_is_causal_and_shares_key_value_heads(heads, groups, length, total):
     problem = attention_problem(length, total, heads, groups)
-    assert_close(layers.attention(*as_torch(*problem), None), attention_loop(*problem))
+    assert_close(attention(*as_torch(*problem), None), attention_loop(*problem))
 
 
 @pytest.mark.parametrize(("length", "total"), [(17, 17), (1, 17), (5, 17)])
 def test_attention_with_a_mask_of_ones_equals_attention_without(length, total):
     problem = attention_problem(length, total)
     mask = torch.ones(2, total, dtype=torch.int64)
-    assert_close(layers.attention(*as_torch(*problem), mask), attention_loop(*problem))
+    assert_close(attention(*as_torch(*problem), mask), attention_loop(*problem))
 
 
 @pytest.mark.parametrize(("length", "total"), [(17, 17), (1, 17), (5, 17)])
 def test_attention_does_not_look_at_left_padding(length, total):
     problem, mask = attention_problem(length, total), left_padded([total, 6], total)
-    assert_close(layers.attention(*as_torch(*problem), torch.from_numpy(mask)), attention_loop(*problem, mask))
+    assert_close(attention(*as_torch(*problem), torch.from_numpy(mask)), attention_loop(*problem, mask))
 
 
 def test_attention_output_of_padded_rows_is_finite():
     """A NaN there would spread through later layers: 0 * NaN is NaN."""
     problem, mask = attention_problem(17, 17), left_padded([1, 0], 17)
-    assert layers.attention(*as_torch(*problem), torch.from_numpy(mask)).isfinite().all()
+    assert attention(*as_torch(*problem), torch.from_numpy(mask)).isfinite().all()
 
 
 def test_attention_of_real_tokens_does_not_depend_on_what_lies_in_the_padding():
     query, key, value = attention_problem(17, 17)
     mask = torch.from_numpy(left_padded([6, 6], 17))
-    before = layers.attention(*as_torch(query, key, value), mask)
+    before = attention(*as_torch(query, key, value), mask)
     key[:, :, :11], value[:, :, :11] = 100, -100
-    after = layers.attention(*as_torch(query, key, value), mask)
+    after = attention(*as_torch(query, key, value), mask)
     assert torch.equal(before[:, :, 11:], after[:, :, 11:])
 
 
@@ -301,7 +308,7 @@ def test_attention_in_pieces_equals_one_go(padded):
     pieces = []
     for start, end in ((0, 3), (3, 4), (4, 12), (12, 17)):
         part = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
-        pieces.append(layers.attention(*as_torch(*part), torch.from_numpy(mask[:, :end]) if padded else None))
+        pieces.append(attention(*as_torch(*part), torch.from_numpy(mask[:, :end]) if padded else None))
     assert_close(torch.cat(pieces, 2), attention_loop(*problem, mask))
 
 
@@ -320,6 +327,10 @@ def gates_loop(logits, top_k, experts):
     return result.reshape(*logits.shape[:-1], experts)
 
 
+def gates_of(logits: torch.Tensor, top_k: int, experts: int) -> torch.Tensor:
+    return Router("router", logits.shape[-1], top_k).gates(logits, experts)
+
+
 TOKENS = [(1, 1), (1, 7), (3, 1), (3, 13), (11,)]  # batch and length, or tokens in a row
 
 
@@ -330,7 +341,7 @@ TOKENS = [(1, 1), (1, 7), (3, 1), (3, 13), (11,)]  # batch and length, or tokens
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_gates_are_the_top_k_experts_shares_of_all_rows(tokens, rows, experts, top_k):
     logits = 3 * normal(np.random.default_rng(0), *tokens, rows)
-    gates = layers.gates(*as_torch(logits), top_k, experts)
+    gates = gates_of(*as_torch(logits), top_k, experts)
     assert_close(gates, gates_loop(logits, top_k, experts))
     assert torch.equal((gates > 0).sum(-1), torch.full(tokens, top_k))
 
@@ -338,7 +349,7 @@ def test_gates_are_the_top_k_experts_shares_of_all_rows(tokens, rows, experts, t
 def test_gates_are_not_renormalised():
     """Five equal experts, two chosen: each has 1/5, not 1/2; with three rows more, 1/8."""
     for rows, share in ((5, 1 / 5), (8, 1 / 8)):
-        gates = layers.gates(torch.zeros(1, 3, rows), 2, 5)
+        gates = gates_of(torch.zeros(1, 3, rows), 2, 5)
         assert_close(gates.sort(-1).values, np.broadcast_to([0, 0, 0, share, share], (1, 3, 5)))
 
 
@@ -346,13 +357,13 @@ def test_gates_never_go_to_a_removed_expert_and_shrink_beside_it():
     """The removed expert has nearly everything; the best two of the others share what is left as before."""
     logits = np.array([[[1.0, 3.0, 2.0, 9.0]]])
     expected = np.array([[[0.0, np.exp(3.0), np.exp(2.0)]]]) / np.exp(logits).sum()
-    assert_close(layers.gates(*as_torch(logits), 2, 3), expected)
+    assert_close(gates_of(*as_torch(logits), 2, 3), expected)
 
 
 @pytest.mark.parametrize("rows", [5, 8])
 def test_gates_of_very_large_logits_are_finite(rows):
     logits = 1e4 * normal(np.random.default_rng(0), 2, 9, rows)
-    assert_close(layers.gates(*as_torch(logits), 2, 5), gates_loop(logits, 2, 5))
+    assert_close(gates_of(*as_torch(logits), 2, 5), gates_loop(logits, 2, 5))
 
 
 # moe
@@ -386,7 +397,7 @@ def run_moe(x, gates, matrices, only=None):
         calls[e] = len(rows)
         return rows @ weights[e].T
 
-    return layers.moe(*as_torch(x, gates), expert, only), calls
+    return mixture(*as_torch(x, gates), expert, only), calls
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
@@ -428,11 +439,11 @@ def test_rms_norm_divides_by_the_root_of_the_mean_square(eps):
     expected = np.empty_like(x)
     for n, s in np.ndindex(2, 3):
         expected[n, s] = x[n, s] / np.sqrt(sum(v * v for v in x[n, s]) / 10 + eps) * weight
-    assert_close(layers.rms_norm(*as_torch(x, weight), eps), expected)
+    assert_close(rms_norm(*as_torch(x, weight), eps), expected)
 
 
 def test_rms_norm_of_zeros_is_zero():
-    assert torch.equal(layers.rms_norm(torch.zeros(1, 4), torch.ones(4), 1e-6), torch.zeros(1, 4))
+    assert torch.equal(rms_norm(torch.zeros(1, 4), torch.ones(4), 1e-6), torch.zeros(1, 4))
 
 
 def test_swiglu_gates_with_silu_of_the_gate_matrix():
@@ -443,5 +454,14 @@ def test_swiglu_gates_with_silu_of_the_gate_matrix():
         pre = gate @ x[n, s]
         expected[n, s] = down @ (pre / (1 + np.exp(-pre)) * (up @ x[n, s]))
     x, *matrices = as_torch(x, gate, up, down)
-    apply = [lambda x, matrix=matrix: torch.nn.functional.linear(x, matrix) for matrix in matrices]
-    assert_close(layers.swiglu(x, *apply), expected)
+    names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    assert_close(Mlp("", 4, 7, gated=True).give(Eager(Matrices(zip(names, matrices, strict=True))), x), expected)
+
+
+class Matrices(dict):
+    """Weights by name, multiplied as they are."""
+
+    __call__ = dict.__getitem__
+
+    def linear(self, name: str, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self[name], bias)
