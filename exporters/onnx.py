@@ -4,13 +4,20 @@ Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `
 `layout: transformers.js` onnx/model.onnx, onnx/model.onnx_data, config.json and the tokenizer's files.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from compress.runtime import onnx_layouts
 from compress.runtime.onnx_layouts import GENAI, TRANSFORMERS_JS
 from compress.strict.models import Strict
 from exporters import Exported
+
+if TYPE_CHECKING:  # heavy: importing them takes as long as a command should
+    from compress.checkpoint.reader import Checkpoint
+    from compress.model.hybrid import HybridModel
+    from compress.model.weight import Unit
+    from compress.runtime.runtimes import Runtime
 
 LAYOUTS = {"genai": GENAI, "transformers.js": TRANSFORMERS_JS}
 
@@ -20,24 +27,23 @@ class Options(Strict):
     layout: Literal["genai", "transformers.js"] = "genai"
 
 
-def predict_bytes(units) -> int:
+def predict_bytes(units: "Iterable[Unit]") -> int:
     """Bytes of weights, before any is read."""
     from exporters.graph import artifact
 
     return artifact.predict_bytes(units)
 
 
-def runtimes(model, options: Options) -> list:
+def runtimes(model: "HybridModel", options: Options) -> "list[Runtime]":
     """Which runtimes take what will be written."""
     from compress.runtime.runtimes import of_onnx
 
     return of_onnx(model, "onnx", options.layout)
 
 
-def export(checkpoint, folder: Path, options: Options, advance) -> None:
+def export(checkpoint: "Checkpoint", folder: Path, options: Options, advance: Callable[[int], None]) -> None:
     """Writes the artifact of an opened checkpoint into an empty folder, one weight in memory at a time."""
-    from compress.checkpoint.writer import copy_companions
-    from compress.disk.files import write_json
+    from compress.checkpoint.writer import copy_companions, write_json
     from exporters.dialects.portable import Portable
     from exporters.graph import artifact, genai, transformers_js, wiring
     from exporters.graph.builder import WeightFile
@@ -59,5 +65,4 @@ def describe(folder: Path) -> Exported:
     """What an exported folder holds, read from model.onnx itself."""
     from exporters.graph import artifact
 
-    layout = onnx_layouts.of(folder)
-    return artifact.describe(folder, "onnx", layout)
+    return artifact.describe(folder, "onnx", onnx_layouts.of(folder) or GENAI)

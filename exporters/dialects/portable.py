@@ -8,11 +8,12 @@ import torch
 from compress.model.routing import Router
 from compress.model.states import StateKind, StateSpec
 from exporters.dialects.base import Dialect
-from exporters.graph import attention, mamba, moe
-from exporters.graph.builder import fixed_shape, width_of, with_width
+from exporters.graph import mamba, moe
+from exporters.graph.attention import Angles, attention, causal_bias, past_bias, rotary_angles
+from exporters.graph.builder import fixed_shape, sizes_of, width_of, with_width
 from exporters.graph.linear import linear
 from exporters.graph.norm import rms_norm
-from exporters.graph.stored import TYPES, as_stored, matrix, plain
+from exporters.graph.stored import TYPES, as_stored, matrix, plain, widened
 from exporters.graph.table import Table
 
 Value = ir.Value
@@ -76,16 +77,28 @@ class Portable(Dialect):
         skipped = graph.op("Mul", x, plain(graph, self.weight(d)))
         return graph.op("Add", graph.from_float32(y), skipped), state
 
+    def ssd(self, x: Value, dt: Value, b: Value, c: Value, state: Value, a_log: str, d: str) -> tuple[Value, Value]:
+        """In float32, whatever the type of hidden states."""
+        from exporters.graph.ssd import ssd
+
+        graph, groups_width = self.graph, width_of(b)
+        _, heads, d_state, head_dim = sizes_of(state)
+        a_log_value, d_value = (
+            widened(graph, as_stored(graph, self.weight(name)), to=ir.DataType.FLOAT) for name in (a_log, d)
+        )
+        x, dt, b, c = map(graph.float32, (x, self._without_padding(dt), b, c))
+        sizes = {"heads": heads, "head_dim": head_dim, "groups": groups_width // d_state, "d_state": d_state}
+        y, state = ssd(graph, x, dt, a_log_value, b, c, d_value, state, **sizes)
+        return graph.from_float32(y), state
+
     def attention(
         self, query: Value, key: Value, value: Value, past_key: Value, past_value: Value, rotary: float | None
     ) -> tuple[Value, Value, Value]:
         bias = self.graph.once("causal bias", lambda: self._causal_bias(past_key))
         angles = None if rotary is None else self._angles(rotary, past_key)
-        return attention.attention(self.graph, query, key, value, past_key, past_value, bias, angles)
+        return attention(self.graph, query, key, value, past_key, past_value, bias, angles)
 
-    def mixture(
-        self, x: Value, rows: Value, router: Router, experts: int, run: Callable[[int, Value], Value]
-    ) -> Value:
+    def mixture(self, x: Value, rows: Value, router: Router, experts: int, run: Callable[[int, Value], Value]) -> Value:
         graph, weight = self.graph, self.weight(router.weight)
         stored = matrix(graph, weight)
         bias = None if router.bias is None else graph.float32(plain(graph, self.weight(router.bias)))
@@ -120,9 +133,7 @@ class Portable(Dialect):
         return self.graph.once(("table", name), lambda: Table(self.graph, self.weight(name)))
 
     def _token_mask(self) -> mamba.TokenMask:
-        return self.graph.once(
-            "token mask", lambda: mamba.token_mask(self.graph, self.tokens.given, self.tokens.mask)
-        )
+        return self.graph.once("token mask", lambda: mamba.token_mask(self.graph, self.tokens.given, self.tokens.mask))
 
     def _without_padding(self, x: Value) -> Value:
         """x [B, S, D], zero at padding."""
@@ -130,14 +141,13 @@ class Portable(Dialect):
 
     def _causal_bias(self, past_key: Value) -> Value:
         if self.tokens.is_one:
-            return attention.past_bias(self.graph, self.tokens.mask)
-        return attention.causal_bias(self.graph, self.tokens.given, self.tokens.mask, past_key)
+            return past_bias(self.graph, self.tokens.mask)
+        return causal_bias(self.graph, self.tokens.given, self.tokens.mask, past_key)
 
-    def _angles(self, base: float, past_key: Value) -> attention.Angles:
-        head_dim = fixed_shape(past_key)[3]
-        assert isinstance(head_dim, int)
+    def _angles(self, base: float, past_key: Value) -> Angles:
+        head_dim = sizes_of(past_key)[3]
         given, mask = self.tokens.given, self.tokens.mask
         return self.graph.once(
             ("rotary", base, head_dim),
-            lambda: attention.rotary_angles(self.graph, given, mask, base, head_dim),
+            lambda: rotary_angles(self.graph, given, mask, base, head_dim),
         )

@@ -13,6 +13,7 @@ import compress
 from compress import formats
 from compress.checkpoint.companions import without_code
 from compress.disk.paths import with_text_name
+from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
 from compress.runtime.onnx_layouts import Layout
 from exporters import Exported
@@ -40,7 +41,8 @@ def describe(folder: Path, kind: str, layout: Layout) -> Exported:
 
 def predict_bytes(units: Iterable[Unit]) -> int:
     """Bytes of weights, before any is read."""
-    return sum(_predict_bytes(weight) for unit in units for weight in unit.weights.values())
+    weights = (weight for unit in units for weight in unit.weights.values())
+    return sum(_predict_bytes(weight) for weight in weights if weight.role != Role.MTP)  # no graph has those
 
 
 def _predict_bytes(weight: Weight) -> int:
@@ -49,6 +51,6 @@ def _predict_bytes(weight: Weight) -> int:
         return weight.stored_bytes()
     number_format = formats.get(weight.format)
     parts = number_format.layout(weight.shape, packed=False)
-    values = sum(part.bytes for suffix, part in parts.items() if suffix in ("weight", "weight_packed"))
+    values: int = sum(part.bytes for suffix, part in parts.items() if suffix in ("weight", "weight_packed"))
     scale_bytes = 1 if number_format.is_narrow else number_format.scale_dtype.itemsize
     return values + scale_bytes * math.prod(number_format.scales_shape(weight.shape))

@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 import torch
-from ml_dtypes import finfo
 
-from exporters.graph.builder import FLOAT, Graph, fixed_shape
+from exporters.graph.builder import FLOAT, Graph, sizes_of
 
 
 class Angles(NamedTuple):
@@ -45,8 +44,7 @@ def past_bias(graph: Graph, attention_mask: ir.Value) -> ir.Value:
 
 def _bias(graph: Graph, allowed: ir.Value) -> ir.Value:
     """allowed [B, S, T] -> [B, 1, 1, S, T]. The lowest number is finite, so that no row becomes NaN."""
-    lowest = float(finfo(graph.body_type.numpy()).min)
-    bias = graph.op("Where", allowed, graph.number(0.0), graph.number(lowest))
+    bias = graph.op("Where", allowed, graph.number(0.0), graph.number(graph.lowest))
     return graph.op("Unsqueeze", bias, graph.constant([1, 2]))
 
 
@@ -62,8 +60,7 @@ def attention(
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """query [B, S, Q * P], key and value [B, S, G * P], past [B, G, T - S, P] -> mixed [B, S, Q * P], key and value
     [B, G, T, P]."""
-    _, kv_heads, _, head_dim = fixed_shape(past_key)
-    assert isinstance(kv_heads, int) and isinstance(head_dim, int)
+    _, kv_heads, _, head_dim = sizes_of(past_key)
     query = graph.reshape(query, 0, 0, kv_heads, -1, head_dim)
     query = _turned_query(graph, graph.op("Transpose", query, perm=[0, 2, 3, 1, 4]), angles)  # [B, G, Q/G, S, P]
     query = graph.op("Mul", query, graph.number(head_dim**-0.5))

@@ -110,9 +110,7 @@ class Graph:
         domain, _, name = kind.rpartition("::")
         if domain not in self._versions:
             raise ValueError(f"{kind}: the dialect states no version of the domain '{domain}'")
-        node = ir.node(
-            name, list(inputs), attributes, domain=domain, num_outputs=outputs, name=self.unique_name(name)
-        )
+        node = ir.node(name, list(inputs), attributes, domain=domain, num_outputs=outputs, name=self.unique_name(name))
         for value in node.outputs:
             value.name = self.unique_name("v")
         self._nodes.append(node)
@@ -129,6 +127,11 @@ class Graph:
     def number(self, value: ArrayLike) -> ir.Value:
         """A constant in the type of hidden states."""
         return self.constant(value, self.body_type.numpy())
+
+    @property
+    def lowest(self) -> float:
+        """The least finite number of that type."""
+        return torch.finfo(next(known for known, dtype in DTYPES.items() if dtype == self.body_type)).min
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` adds to the graph, added once for all that ask with an equal key."""
@@ -164,10 +167,8 @@ class Graph:
         """A weight whose content comes piece by piece along its first dimensions, such as an expert at a time."""
         return _with_format(self._initializer(self._weights.add_pieces(name, pieces, dtype, shape)), number_format)
 
-    def _initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(
-            name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
-        )
+    def _initializer(self, tensor: ir.Tensor | ir.ExternalTensor) -> ir.Value:
+        value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         self._initializers.append(value)
         return value
 
@@ -234,6 +235,11 @@ def fixed_shape(value: ir.Value) -> tuple[Dimension, ...]:
     """The dimensions of an input or a weight, which are known."""
     assert value.shape is not None, value
     return tuple(value.shape)
+
+
+def sizes_of(value: ir.Value) -> tuple[int, ...]:
+    """The same where dynamic dimensions are not looked at; they are 0."""
+    return tuple(size if isinstance(size, int) else 0 for size in fixed_shape(value))
 
 
 def declare(name: str, dtype: ir.DataType, shape: Sequence[Dimension]) -> ir.Value:

@@ -1,12 +1,16 @@
 """genai_config.json: how onnxruntime-genai runs the graph. `decoder` is the type that takes hybrid states by name."""
 
+from typing import Any
+
 from compress.checkpoint.end_tokens import end_tokens
+from compress.checkpoint.reader import Checkpoint
+from compress.model.config import Config
 from compress.recipe.source import tokenizer_of
 from compress.runtime.onnx_layouts import GENAI
 from exporters.graph.heads import heads_of
 
 
-def config(checkpoint) -> dict:
+def config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration for a decoder with the contract's input and output names, which stops at every end of text."""
     model, folder = checkpoint.model, checkpoint.folder
     ends = end_tokens(model.config, folder, tokenizer_of(folder))
@@ -42,7 +46,7 @@ def config(checkpoint) -> dict:
     }
 
 
-def _special_tokens(config, ends: list[int]) -> dict:
+def _special_tokens(config: Config, ends: list[int]) -> dict[str, int | list[int]]:
     """The ids that are set to a token; genai refuses null, and some models write -1 for none or name one they do not have."""
     ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id")}
     found = {name: value for name, value in ids.items() if value is not None and 0 <= value < config.vocab_size}

@@ -50,9 +50,7 @@ def plain(graph: Graph, weight: Weight, transform: Transform = _unchanged) -> ir
     return widened(graph, as_stored(graph, weight, transform))
 
 
-def widened(
-    graph: Graph, value: ir.Value, stored: ir.Value | None = None, to: ir.DataType | None = None
-) -> ir.Value:
+def widened(graph: Graph, value: ir.Value, stored: ir.Value | None = None, to: ir.DataType | None = None) -> ir.Value:
     """A value in the type of hidden states, or another; `stored` is where its own is known from, if it is computed."""
     return graph.cast(value, to or graph.body_type, (stored or value).dtype)
 
@@ -132,13 +130,14 @@ def dequantized(
     graph: Graph, values: ir.Value, scales: ir.Value, number_format: NumberFormat, outputs: int
 ) -> ir.Value:
     """Stored values [K, N] times their scales -> [K, N] in the type of the scales."""
-    if number_format.rows is None:
+    rows, columns = number_format.rows, number_format.columns
+    if rows is None:
         scales = graph.op("Expand", scales, graph.op("Shape", values, start=1))
-    if number_format.columns is None:
+    if rows is None or columns is None:
         return graph.op("DequantizeLinear", values, scales, axis=1)
-    if number_format.rows > 1:
-        scales = repeated(graph, scales, number_format.rows, outputs, axis=1)
-    return graph.op("DequantizeLinear", values, scales, axis=0, block_size=number_format.columns)
+    if rows > 1:
+        scales = repeated(graph, scales, rows, outputs, axis=1)
+    return graph.op("DequantizeLinear", values, scales, axis=0, block_size=columns)
 
 
 def repeated(graph: Graph, value: ir.Value, step: int, size: int, axis: int) -> ir.Value:

@@ -5,9 +5,12 @@ with Mamba and attention layers side by side are told apart by `layer_types`. So
 these (Granite 4's); the model's own values stay, and the graph's metadata carry the true one.
 """
 
+from typing import Any
+
 import onnx_ir as ir
 
 from compress.checkpoint.companions import without_code
+from compress.checkpoint.reader import Checkpoint
 from compress.model.block import Layer
 from compress.model.states import StateKind
 from compress.runtime.onnx_layouts import in_transformers_js
@@ -21,10 +24,10 @@ SETTINGS = {"dtype": "fp32", "use_external_data_format": True}
 
 def rename_states(graph: ir.Graph) -> None:
     for value in (*graph.inputs, *graph.outputs):
-        value.name = in_transformers_js(value.name)
+        value.name = in_transformers_js(value.name or "")
 
 
-def config(checkpoint) -> dict:
+def config(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json for Transformers.js; without the sections that describe the checkpoint's own files."""
     model = checkpoint.model
     kept = {key: value for key, value in without_code(checkpoint.config).items() if key != "quantization_config"}

@@ -28,9 +28,7 @@ def build(
 
 
 class _Wiring:
-    def __init__(
-        self, model: HybridModel, dialect: type[Dialect], weights: WeightFile, advance: Advance, form: Form
-    ):
+    def __init__(self, model: HybridModel, dialect: type[Dialect], weights: WeightFile, advance: Advance, form: Form):
         self._model, self._advance, self._form = model, advance, form
         self._layers = form.layers_of(len(model.layers))
         self._begins, self._ends = self._layers.start == 0, self._layers.stop == len(model.layers)

@@ -32,11 +32,15 @@ class HybridStateGenerator(DummyInputGenerator):
 
     SUPPORTED_INPUT_NAMES = ("past_key_values.",)
 
-    def __init__(self, task, normalized_config, batch_size=DEFAULT_DUMMY_SHAPES["batch_size"], **_):
+    def __init__(
+        self, task: str, normalized_config: HybridConfig, batch_size: int = DEFAULT_DUMMY_SHAPES["batch_size"], **_: Any
+    ):
         self._batch = batch_size
         self._states = {past_of(index, spec): spec for index, spec in normalized_config.states()}
 
-    def generate(self, input_name, framework="pt", int_dtype="int64", float_dtype="fp32"):
+    def generate(
+        self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
+    ) -> Any:
         spec = self._states[input_name]
         return self.random_float_tensor(list(spec.sized(self._batch)), framework=framework, dtype=spec.format)
 
@@ -48,7 +52,14 @@ class HybridExporterConfig(ExporterConfig):
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator, HybridStateGenerator)
     SUPPORTS_PAST = True
 
-    def __init__(self, config, task="text-generation", int_dtype="int64", float_dtype="fp32", use_past=False):
+    def __init__(
+        self,
+        config: Any,
+        task: str = "text-generation",
+        int_dtype: str = "int64",
+        float_dtype: str = "fp32",
+        use_past: bool = False,
+    ):
         super().__init__(config, task, int_dtype, float_dtype)
         self.use_past = use_past
 
