@@ -40,10 +40,3 @@ class Plugged:
     def remove(self) -> None:
         for name in self._modules:
             sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def plugged(tmp_path, monkeypatch):
-    found = Plugged(tmp_path, monkeypatch)
-    yield found
-    found.remove()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from jamba_models import make_jamba
-from plugged import plugged  # noqa: F401 - a fixture
+from plugged import Plugged
 from refusals import refusal, refusal_of_command
 from safetensors.torch import load_file
 
@@ -74,6 +74,13 @@ BROKEN_EXPORTERS = {
     ),
     "an error while it is imported": ("raise OSError('gone')\n", "OSError: gone"),
 }
+
+
+@pytest.fixture
+def plugged(tmp_path, monkeypatch):
+    found = Plugged(tmp_path, monkeypatch)
+    yield found
+    found.remove()
 
 
 @pytest.fixture
@@ -281,7 +288,7 @@ def test_the_example_silence_is_calibrated_before_gptq(plugged, run, small):
     assert silenced
     for entry in silenced:
         assert "silenced" in (out / "report.md").read_text()
-        assert 0 < entry["inputs"]
+        assert entry["inputs"] > 0
         assert entry["matrix"] in stored or entry["matrix"] + "_packed" in stored
     records = json.loads((out / "checkpoint" / "config.json").read_text())["compress"]["passes"]
     assert records[0] == {"name": "silence"}, "what it did is not told"
