@@ -27,6 +27,7 @@ from compress.recipe.source import Source
 from compress.report import build as report_build
 from compress.report import markdown, model_card
 from compress.report.passes import PassDone
+from compress.report.schema import Report
 from compress.runtime.artifacts import CheckpointArtifact
 from compress.terminal import progress
 
@@ -50,10 +51,10 @@ class Outcome:
 
     weights_sha256: str
     passes: list[PassDone] = field(default_factory=list)
-    calibration: list[dict] = field(default_factory=list)
+    calibration: list[Report] = field(default_factory=list)
     exported: list[Exported] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    prompts: list[dict] = field(default_factory=list)
+    prompts: list[Report] = field(default_factory=list)
 
 
 def prepare(job: Job, *, needs_weights: bool = True) -> Plan:
@@ -62,7 +63,7 @@ def prepare(job: Job, *, needs_weights: bool = True) -> Plan:
     return plan.make(job.recipe.recipe, job.source, context, job.recipe.folder, needs_weights=needs_weights)
 
 
-def apply(job: Job) -> dict:
+def apply(job: Job) -> Report:
     """Runs the job and publishes `job.out`; returns the report."""
     with Workspace(job.out, resume=job.resume, overwrite=job.overwrite) as space:
         planned = prepare(job)
@@ -79,8 +80,8 @@ def _refuse_shortages(job: Job, planned: Plan) -> None:
         raise InputError(found[0])
 
 
-def _run(job: Job, planned: Plan, space: Workspace) -> dict:
-    outcome = Outcome(planned.checkpoint.weights_sha256())
+def _run(job: Job, planned: Plan, space: Workspace) -> Report:
+    outcome = Outcome(planned.opened.weights_sha256())
     windows = _calibration_windows(job, planned, outcome) if planned.needs_calibration else None
     space.begin(_key(job, planned, outcome, windows))
     try:
@@ -95,18 +96,20 @@ def _run(job: Job, planned: Plan, space: Workspace) -> dict:
     return _publish(job, planned, outcome, space)
 
 
-def _key(job: Job, planned: Plan, outcome: Outcome, windows: list[torch.Tensor] | None) -> dict:
+def _key(job: Job, planned: Plan, outcome: Outcome, windows: list[torch.Tensor] | None) -> Report:
     """What must not change between an interruption and `--resume`."""
     key = {
         "recipe": job.recipe.resolved_yaml(),
-        "model": planned.checkpoint.sha256(outcome.weights_sha256),
+        "model": planned.opened.sha256(outcome.weights_sha256),
         "seed": job.seed,
         "version": compress.__version__,
     }
     return key if windows is None else key | {"calibration": prompts.digest(windows)}
 
 
-def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspace, windows) -> None:
+def _write_checkpoint(
+    job: Job, planned: Plan, outcome: Outcome, space: Workspace, windows: list[torch.Tensor] | None
+) -> None:
     """Runs the passes and writes shard after shard, then what makes a checkpoint of them."""
     swept = sweep.run(planned, PassContext(job.device, job.seed), space, windows)
     if swept.written:
@@ -119,7 +122,7 @@ def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspac
 
 def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torch.Tensor]:
     """What passes are calibrated on; the outcome hears of the prompts."""
-    original = CheckpointArtifact(planned.checkpoint, job.device, outcome.weights_sha256)
+    original = CheckpointArtifact(planned.opened, job.device, outcome.weights_sha256)
     sets = prompts.load_all(
         original, original.sha256(), planned.calibration, purpose="calibration",
         seed=job.seed, folder=job.recipe.folder,
@@ -159,13 +162,13 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
         return
     artifacts = {"checkpoint": folder / "checkpoint"}
     artifacts |= {exported.kind: folder / exported.kind / exported.main for exported in outcome.exported}
-    original = CheckpointArtifact(planned.checkpoint, job.device, outcome.weights_sha256)
+    original = CheckpointArtifact(planned.opened, job.device, outcome.weights_sha256)
     outcome.rows, outcome.prompts = check_run.run(
         original, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
     )
 
 
-def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dict:
+def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Report:
     """Report, recipe, and last of all the manifest; then the folder gets its name."""
     report = report_build.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
     writer.write_json(space.folder / "report.json", report)

@@ -43,6 +43,12 @@ class Plan:
     found: dict[int, Found] = field(default_factory=dict)  # by the pass's number: what its survey found
 
     @property
+    def opened(self) -> Checkpoint:
+        """The checkpoint, where the plan is carried out."""
+        assert self.checkpoint is not None, "a plan of a config.json alone is only shown"
+        return self.checkpoint
+
+    @property
     def model(self) -> HybridModel:
         """As it came."""
         return self.stages[0]
@@ -128,8 +134,9 @@ def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Pa
     of_generation_config(source.folder)  # refuses one that cannot be read
     folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_calibration else None
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
-        for name in settings.prompts if settings else ():
-            prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
+        if settings is not None:
+            for name in settings.prompts:
+                prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
     _refuse_shared_prompts(recipe, calibration, recipe_folder)
     return plan
 
@@ -169,7 +176,7 @@ def shortages(plan: Plan, out: Path) -> list[str]:
     needs = [(_existing(out), output - max(0, files.size(destination.partial_of(out))), "the output")]
     if plan.recipe.check is not None:
         needs.append((_existing(cache.location("baseline")), plan.check_bytes(), "the baseline's log-probabilities"))
-    disks: dict[int, list] = {}
+    disks: dict[int, list[tuple[Path, int, str]]] = {}
     for need in needs:
         disks.setdefault(need[0].stat().st_dev, []).append(need)
     found = [*map(_disk_shortage, disks.values()), _memory_shortage(plan)]

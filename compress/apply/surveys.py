@@ -19,7 +19,7 @@ from compress.terminal import progress
 def run(planned: Plan, context: PassContext, space: Workspace, windows: list[torch.Tensor] | None) -> Plan:
     """The plan that knows what surveys found; as it is where no pass asks for one."""
     asking = [number for number, step in enumerate(planned.passes) if step.needs_survey]
-    found = {number: _found(planned, number, context, space, windows) for number in asking}
+    found = {number: _found(planned, number, context, space, windows or []) for number in asking}
     return plan.with_found(planned, found, context) if found else planned
 
 

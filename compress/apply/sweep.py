@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from compress.apply import stages
 from compress.apply.plan import Plan
 from compress.apply.process import peak_rss_bytes
 from compress.calibration import inputs as calibration_inputs
-from compress.calibration.inputs import LayerInputs, UnitInputs
+from compress.calibration.inputs import Keep, LayerInputs, UnitInputs
 from compress.checkpoint import writer
 from compress.checkpoint.reader import CHECKPOINT
 from compress.checkpoint.writer import ShardWriter
@@ -32,6 +32,9 @@ from compress.report.passes import PassDone
 from compress.runtime.inference import HiddenStates, embed_windows
 from compress.strict.plain import plain
 from compress.terminal import progress
+
+Advance = Callable[[int], None]  # hears of parameters
+Write = Callable[[int, Path, Advance], tuple[ShardWriter, Callable[[], None]]]  # a unit's shard, and what follows it
 
 
 @dataclass
@@ -140,7 +143,8 @@ class _Publisher:
     """Publishes shards while the next unit is worked on: waiting for the disk takes as long as rounding. One at a time."""
 
     def __init__(self, space: Workspace):
-        self._space, self._pool, self._pending = space, ThreadPoolExecutor(1), None
+        self._space, self._pool = space, ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def publish(self, name: str, shard: ShardWriter, then: Callable[[], None]) -> None:
         """Flushes and renames the shard, notes it as done, and does what may be done only then."""
@@ -159,14 +163,14 @@ class _Publisher:
     def __enter__(self) -> "_Publisher":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._pool:
             if kind is None:
                 self._wait()
 
 
-def _plainly(planned: Plan) -> Callable[[int, Path, Callable], tuple[ShardWriter, Callable[[], None]]]:
-    def write(number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
+def _plainly(planned: Plan) -> Write:
+    def write(number: int, path: Path, advance: Advance) -> tuple[ShardWriter, Callable[[], None]]:
         shard = ShardWriter(planned.units[number], path)
         shard.write_all(planned.units[number], advance)
         return shard, lambda: None
@@ -190,7 +194,7 @@ class _Calibrated:
         self._folder.mkdir(exist_ok=True)
 
     @torch.inference_mode()
-    def __call__(self, number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
+    def __call__(self, number: int, path: Path, advance: Advance) -> tuple[ShardWriter, Callable[[], None]]:
         planned, last = self._planned.units[number], number == len(self._planned.units) - 1
         shard = ShardWriter(planned, path)
         kept: dict[str, Weight] = {}
@@ -210,7 +214,7 @@ class _Calibrated:
             self._hand_on(number, unit, inputs)
         return shard, lambda: shutil.rmtree(self._states_folder(number), ignore_errors=True)
 
-    def _inputs(self, number: int, last: bool, keep) -> UnitInputs | None:
+    def _inputs(self, number: int, last: bool, keep: Keep) -> UnitInputs | None:
         """Nothing reaches the embedding but tokens, unless it is the output matrix too."""
         model, device = self._planned.model, self._context.device
         if number == 0:
@@ -239,7 +243,7 @@ class _Calibrated:
         following = self._states.at(self._states_folder(number + 1))
         if number == 0:
             embed_windows(replace(self._planned.model, units=(unit,)), self._windows, following)
-        else:
+        elif isinstance(inputs, LayerInputs):
             inputs.leave(unit, following)
         following.flush()
         self._space.mark_done(_states(number + 1))

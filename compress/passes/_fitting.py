@@ -5,7 +5,7 @@ means the embedding then, which is the output matrix too. What is named and a mo
 said, in sentences for the plan and the report.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from compress import formats
 from compress.model.hybrid import HybridModel
@@ -74,8 +74,8 @@ def _tied(options: Options, table: Weight, head: str) -> Options:
     return moved.model_copy(update={"activation_roles": by_default | moved.activation_roles})
 
 
-def _moved(by_role: dict[Role, str]) -> dict[Role, str]:
-    rest = {role: name for role, name in by_role.items() if role != Role.LM_HEAD}
+def _moved(by_role: Mapping[Role, str]) -> dict[Role, str]:
+    rest: dict[Role, str] = {role: name for role, name in by_role.items() if role != Role.LM_HEAD}
     return rest | ({Role.EMBEDDING: by_role[Role.LM_HEAD]} if Role.LM_HEAD in by_role else {})
 
 

@@ -1,14 +1,12 @@
 """report.md: the same facts as report.json, for reading."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from compress.report.passes import PassDone
+from compress.report.schema import Report
 from compress.report.terminal import value_words, verdict_words
 from compress.runtime.runtimes import Runtime, as_lines
 from compress.terminal.escaping import code, markdown
-
-Report = dict[str, Any]  # report.json, schema 1 of the contract
 
 
 def render(report: Report, done: Sequence[PassDone]) -> str:

@@ -8,6 +8,7 @@ from compress.passes.pruning import merging, removal, scores
 from compress.passes.pruning.correction import Correction
 from compress.passes.pruning.reconstruction import Kept, Reconstruction, gates_of
 from compress.passes.pruning.statistics import Statistics, collect
+from compress.strict.plain import Plain
 
 
 def prune(options: Options, unit: Unit, inputs: LayerInputs, count: int) -> tuple[Unit, Note]:
@@ -41,20 +42,21 @@ def _usage(options: Options, statistics: Statistics) -> list[float]:
     return scores.of(options.merge_weights, statistics).tolist()
 
 
-def _correct(options: Options, correction: Correction, kept: Kept) -> tuple[Unit, dict]:
+def _correct(options: Options, correction: Correction, kept: Kept) -> tuple[Unit, dict[str, Plain]]:
     """Rescaling and recovery as the options ask; losses are those on withheld tokens, the last one of the layer as it
     will be stored."""
-    found = {"loss": {"pruned": correction.loss}}
+    loss = {"pruned": correction.loss}
+    found: dict[str, Plain] = {"loss": loss}
     if options.router == "rescale":
         found["scale"] = correction.rescale()
-        found["loss"]["rescaled"] = correction.loss
+        loss["rescaled"] = correction.loss
     if options.recovery != "none":
         found["recovered"] = [kept[position] for position in correction.recover(options.damping)]
-    found["loss"]["stored"] = correction.stored_loss()
+    loss["stored"] = correction.stored_loss()
     return correction.unit, found
 
 
-def _note(inputs: LayerInputs, statistics: Statistics, kept: Kept) -> dict:
+def _note(inputs: LayerInputs, statistics: Statistics, kept: Kept) -> dict[str, Plain]:
     tokens = statistics.tokens
     return {
         "layer": inputs.index,

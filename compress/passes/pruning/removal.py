@@ -1,5 +1,6 @@
 """A layer with some of its experts: their matrices renumbered, the router's rows to match."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -35,10 +36,21 @@ def expert_stem(inputs: LayerInputs, expert: int) -> str:
     return inputs.prefix + inputs.experts.prefix(expert)
 
 
+def rows_of(tensor: torch.Tensor) -> Callable[[slice | None], torch.Tensor]:
+    """A loader of blocks of rows of a matrix that is in memory."""
+
+    def load(rows: slice | None = None) -> torch.Tensor:
+        return tensor[rows or slice(None)]
+
+    return load
+
+
 def _reordered(router: Weight, order: list[int]) -> Weight:
     """A router's matrix, or the correction of its scores, with some of its rows."""
 
     def load(rows: slice | None = None) -> torch.Tensor:
-        return router.load(None)[order][rows or slice(None)]
+        stored = router.load(None)
+        assert isinstance(stored, torch.Tensor), "no format quantizes a router"
+        return stored[order][rows or slice(None)]
 
     return replace(router, shape=(len(order), *router.shape[1:]), load=load)

@@ -4,10 +4,11 @@ Level by level: the matrices of a level are quantized from the inputs that the e
 written, and read back before anything runs through them.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from compress import formats
-from compress.calibration.inputs import UnitInputs, Wanted
+from compress.calibration.inputs import LayerInputs, UnitInputs, Wanted
 from compress.calibration.moments import Moments
 from compress.formats.activations import Activation, static_scale
 from compress.formats.base import NumberFormat, Quantized
@@ -34,7 +35,11 @@ def quantize(options: Options, unit: Unit, inputs: UnitInputs, device: str) -> t
     for level in inputs.levels:
         unit = quantizer.level(unit, level)
     rest = {name: weight for name, weight in planned.weights.items() if not unit.weights[name].is_quantized}
-    note = {**quantizer.note, "folds": [fold.model_dump() for fold in folds], "gptq": in_short(quantizer.compensated)}
+    note: dict[str, Sequence[Plain]] = {
+        **quantizer.note,
+        "folds": [fold.model_dump() for fold in folds],
+        "gptq": in_short(quantizer.compensated),
+    }
     return Unit(unit.name, unit.weights | rest), {key: values for key, values in note.items() if values}
 
 
@@ -82,15 +87,15 @@ class _Quantizer:
 
     def _enough(self, unit: Unit, group: InputGroup, moments: Moments) -> Moments:
         """The moments, or, for an expert that saw fewer than `min_tokens`, those of every token of the layer."""
-        if group.expert is None:
+        if group.expert is None or not isinstance(self.inputs, LayerInputs):
             return moments
-        entry = {"layer": self.inputs.index, "expert": group.expert, "tokens": moments.tokens}
+        entry: dict[str, Plain] = {"layer": self.inputs.index, "expert": group.expert, "tokens": moments.tokens}
         if entry not in self.note["experts"]:
             self.note["experts"].append(entry)
         if moments.tokens >= self.options.min_tokens:
             return moments
         pooled = self.inputs.moments_of_every_token(unit, group, self.wanted)
-        used = {"matrices": list(group.names), "tokens_used": pooled.tokens}
+        used: dict[str, Plain] = {"matrices": list(group.names), "tokens_used": pooled.tokens}
         self.note["experts_from_every_token"].append(entry | used)
         return pooled
 
@@ -122,7 +127,7 @@ class _Quantizer:
         return Activation(activation.format, lambda: scale)
 
 
-def _rows_of(quantized: Quantized, number_format: NumberFormat):
+def _rows_of(quantized: Quantized, number_format: NumberFormat) -> Callable[[slice | None], Quantized]:
     """A loader of blocks of rows of a matrix that is in memory."""
 
     def load(rows: slice | None = None) -> Quantized:

@@ -56,7 +56,7 @@ def _records(fold: Fold, prefix: str, by: torch.Tensor) -> list[Folded]:
 
 def _input_magnitudes(unit: Unit, inputs: UnitInputs) -> dict[str, torch.Tensor]:
     """Largest magnitude of every input channel, by the full name of the matrices it reaches."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for level in inputs.levels:
         for group, moments in inputs.moments(unit, level, Wanted()):
             found |= dict.fromkeys(inputs.full_names(group), moments.absmax)
@@ -80,6 +80,7 @@ def scaled(weight: Weight, by: torch.Tensor, dim: int) -> Weight:
 
     def load(rows: slice | None = None) -> torch.Tensor:
         stored = weight.load(rows)
+        assert isinstance(stored, torch.Tensor), "a quantized matrix is refused before"
         factor = (by[rows] if rows else by).view(-1, *[1] * (stored.dim() - 1)) if dim == 0 else by
         return stored * factor.to(stored.dtype)
 

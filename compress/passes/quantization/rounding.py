@@ -29,7 +29,7 @@ def lazily(weight: Weight, options: Options, device: str) -> Weight:
             f"tensor '{weight.name}' is quantized by an earlier pass already; leave its role out here: roles: {{{weight.role}: none}}"
         )
     if asked in PLAIN_DTYPES:
-        return weight.with_load(asked, lambda rows=None: cast(weight, rows, asked))
+        return as_plain(weight, asked)
     number_format = formats.get(formats.fitting(asked, weight.shape))
     activation = options.activation_of(weight.role)
     rotation = rotation_of(weight) if weight.role in options.rotate else None
@@ -39,6 +39,15 @@ def lazily(weight: Weight, options: Options, device: str) -> Weight:
         activation=None if activation == formats.AS_IT_CAME else Activation(activation),
         rotation=rotation,
     )
+
+
+def as_plain(weight: Weight, format_name: str) -> Weight:
+    """The weight in a plain format."""
+
+    def load(rows: slice | None = None) -> torch.Tensor:
+        return cast(weight, rows, format_name)
+
+    return weight.with_load(format_name, load)
 
 
 def rotation_of(weight: Weight) -> int | None:
