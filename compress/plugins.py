@@ -52,6 +52,8 @@ def _class_in(package: str, name: str, contract: type[ContractT]) -> type[Contra
         module = load(package, name)
     except ContractError as error:
         raise InputError(f"{file}: {error}") from None
+    except SystemExit:
+        raise InputError(f"{file}: cannot be loaded (it ends the process)") from None
     except Exception as error:  # whatever stands in that file is run
         raise InputError(f"{file}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from None
     found = [

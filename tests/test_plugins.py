@@ -3,6 +3,7 @@ nothing else, and what a pass says of itself reaches the report whatever it look
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from plugged import Plugged
 from refusals import refusal, refusal_of_command
 from safetensors.torch import load_file
 
+import compress
 from compress.apply import pipeline
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
@@ -37,12 +39,13 @@ BROKEN_PASSES = {
     "a syntax error": ("class Mine(:\n", "SyntaxError"),
     "an import that fails": ("import nowhere_to_be_found\n", "nowhere_to_be_found"),
     "an error while it is imported": ("1 / 0\n", "ZeroDivisionError"),
+    "an end of the process": ("raise SystemExit(0)\n", "it ends the process"),
     "no class": ("x = 1\n", "expected one class that inherits from Pass, found none"),
     "a class it only imports": ("from compress.passes.quantize import Quantize\n", "found none"),
     "two classes": (PASS + PASS.replace("Mine", "Other").removeprefix(HEAD), "found Mine, Other"),
     "a misspelt hook": (
         PASS + "    need_calibration = True\n",
-        "Mine.need_calibration is no hook of a Pass; did you mean 'needs_calibration'?",
+        "Mine.need_calibration is no hook of Pass; did you mean 'needs_calibration'?",
     ),
     "a hook that does nothing alone": (
         PASS + "    def calibrate(self, unit, inputs, context):\n        return unit, {}\n",
@@ -70,7 +73,7 @@ BROKEN_EXPORTERS = {
     "no describe": (EXPORTER, "Mine lacks describe"),
     "a misspelt hook": (
         EXPORTER + "    def describes(self, folder): ...\n",
-        "Mine.describes is no hook of a Exporter; did you mean 'describe'?",
+        "Mine.describes is no hook of Exporter; did you mean 'describe'?",
     ),
     "an error while it is imported": ("raise OSError('gone')\n", "OSError: gone"),
 }
@@ -146,6 +149,12 @@ def test_a_broken_exporter_is_refused_by_file_where_it_is_used(compress_cli, plu
     assert load_recipe("tiny-int8").recipe.export[0].name == "onnx"
 
 
+def test_one_loader_names_the_exporters():
+    folder = Path(compress.__file__).parent
+    named = re.compile(r"^\s*(from|import) exporters\b|[\"']exporters[\"'.]", re.MULTILINE)
+    assert [path.name for path in folder.rglob("*.py") if named.search(path.read_text())] == ["plugins.py"]
+
+
 def test_a_file_that_is_mended_is_loaded(plugged, recipe):
     plugged.add("passes", "mine", "import nowhere_to_be_found\n")
     refusal(lambda: load_recipe(str(recipe("mine: {}"))))
@@ -183,6 +192,7 @@ STRANGE = {
     "<b>`markup`</b> |": "``` | <script> \n# heading",
     "many": list(range(5000)),
     "a tuple": (1, {2}),
+    "wide": {str(number): number for number in range(500)},
     "things": {1: torch.float32, (2, 3): [float("nan")]},
 }
 
@@ -205,6 +215,7 @@ def test_details_of_any_shape_reach_the_report(plugged, run, small):
     told = yaml.safe_load(block)
     assert told.keys() == STRANGE.keys()
     assert told["many"] == [*range(12), "and 4988 more, in report.json"]
+    assert told["wide"] == {str(n): n for n in range(12)} | {"and more": "488 more, in report.json"}
     assert told["method"] == STRANGE["method"]
     assert told["notes"] == STRANGE["notes"]
     assert told["<b>`markup`</b> |"] == STRANGE["<b>`markup`</b> |"]

@@ -12,6 +12,7 @@ from compress.calibration.walk import walk
 from compress.checkpoint import writer
 from compress.output_folder.workspace import CALIBRATION, Workspace
 from compress.passes import Found, PassContext
+from compress.strict.plain import plain
 from compress.terminal import progress
 
 
@@ -30,7 +31,7 @@ def _found(planned: Plan, number: int, context: PassContext, space: Workspace, w
         path.parent.mkdir(exist_ok=True)
         with progress.task(stages.SURVEY, planned.model.config.num_hidden_layers) as advance:
             layers = walk(planned.model, windows, space.folder / CALIBRATION / "survey", context.device, advance)
-            writer.write_json(path, planned.passes[number].survey(layers, context))
+            writer.write_json(path, plain(planned.passes[number].survey(layers, context)))
         space.mark_done(name)
     else:
         progress.tell("reused from the earlier run: the survey")

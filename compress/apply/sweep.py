@@ -82,7 +82,7 @@ def done(planned: Plan, swept: Swept) -> list[PassDone]:
             step=step,
             seconds=swept.pass_seconds.get(number, swept.seconds),
             peak_rss_bytes=swept.peak_rss_bytes,
-            details=step.details(planned.units, swept.notes[number]),
+            details=step.details(planned.units, swept.notes[number]) or {},
             notes=planned.notes[number],
             layers_reused=swept.reused,
         )

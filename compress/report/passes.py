@@ -8,7 +8,7 @@ from compress.strict.models import Strict
 from compress.strict.plain import Plain, plain
 from compress.terminal.escaping import code_block, markdown
 
-MOST_ITEMS = 12  # of a list that report.md shows as it is
+MOST_ITEMS = 12  # of a list or a mapping that report.md shows as it is
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,15 @@ class PassDone:
 
 
 def _shortened(value: Plain) -> Plain:
-    """With the first items of long lists; report.json has all."""
+    """With the first items of what has many; report.json has all."""
     if isinstance(value, dict):
-        return {key: _shortened(item) for key, item in value.items()}
-    if not isinstance(value, list):
-        return value
-    left_out = len(value) - MOST_ITEMS
-    shown = [_shortened(item) for item in value[:MOST_ITEMS]]
-    return [*shown, f"and {left_out} more, in report.json"] if left_out > 0 else shown
+        shown = {key: _shortened(item) for key, item in list(value.items())[:MOST_ITEMS]}
+        return shown | ({"and more": _left_out(len(value))} if len(value) > MOST_ITEMS else {})
+    if isinstance(value, list):
+        items = [_shortened(item) for item in value[:MOST_ITEMS]]
+        return items + ([f"and {_left_out(len(value))}"] if len(value) > MOST_ITEMS else [])
+    return value
+
+
+def _left_out(count: int) -> str:
+    return f"{count - MOST_ITEMS} more, in report.json"

@@ -63,7 +63,7 @@ def _refuse_other_hook(cls: type, name: str, contract: type) -> None:
         return
     hooks = sorted(hook for hook in dir(contract) if not hook.startswith("_"))
     if name not in hooks:
-        raise ContractError(f"{cls.__name__}.{name} is no hook of a {contract.__name__}{nearest(name, hooks)}")
+        raise ContractError(f"{cls.__name__}.{name} is no hook of {contract.__name__}{nearest(name, hooks)}")
     theirs, asked = vars(cls)[name], inspect.getattr_static(contract, name)
     if isinstance(theirs, FunctionType) != isinstance(asked, FunctionType):
         kind = "a method" if isinstance(asked, FunctionType) else "a property or a value, not a method"
