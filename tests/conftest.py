@@ -35,6 +35,12 @@ def tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
+def nemotron() -> Path:
+    """The second reference model, which only the checkout has."""
+    return resources.folder("models") / "tiny-nemotron-h"
+
+
+@pytest.fixture(scope="session")
 def small(tmp_path_factory) -> Path:
     """A random Jamba of awkward shapes: one KV head, dt_rank 10, expert period 3."""
     return make_jamba(tmp_path_factory.mktemp("small"))

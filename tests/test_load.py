@@ -20,8 +20,8 @@ import compress
 from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
 from compress.errors import WorkError
-from compress.model.families import jamba
 from compress.model.architecture import Place
+from compress.model.families import jamba
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
 from compress.runtime import loading, runtimes

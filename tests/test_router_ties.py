@@ -128,7 +128,7 @@ def test_of_equal_logits_the_lower_number_is_chosen(top_k):
     """Logits of three values only, so that most tokens tie; numpy's stable sort is the reference."""
     logits = np.random.default_rng(0).integers(0, 3, (50, EXPERTS)).astype(np.float32)
     expected = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
-    assert np.array_equal(routing.choose(torch.from_numpy(logits), Router("router", 0, top_k)).numpy(), expected)
+    assert np.array_equal(routing.choose(torch.from_numpy(logits), top_k).numpy(), expected)
 
 
 def test_logits_whose_softmax_is_equal_are_told_apart_and_removed_rows_are_not_chosen():

@@ -14,7 +14,6 @@ Glossary
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compress import parallel
@@ -103,5 +102,3 @@ def _later(gaps: Tensor) -> Tensor:
 def _by_token(sums: Tensor) -> Tensor:
     """exp of [B, g, h, L] as [B, g, L, h, 1]."""
     return sums.float().exp().transpose(2, 3)[..., None]
-
-

@@ -68,7 +68,9 @@ class LayerInputs:
         self.become(model)
         blocks = len(self.layer.residuals)
         self._entering = [entering, *(entering.at(folder / f"block-{number}") for number in range(1, blocks))]
-        self._made_with: list[list[Weight] | None] = [None] * blocks  # the weights that gave the states entering a block
+        self._made_with: list[list[Weight] | None] = [
+            None
+        ] * blocks  # the weights that gave the states entering a block
 
     def become(self, model: HybridModel) -> None:
         """From now on the layer is that of another model: the one a pass has made of it."""

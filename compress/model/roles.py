@@ -27,9 +27,7 @@ class Role(StrEnum):
 
 # Roles that `quantize` leaves as they came, whatever the recipe; docs/roles.md argues each.
 # All others take the recipe's `weights` format.
-KEPT_BY_DEFAULT = frozenset(
-    {Role.NORM, Role.ROUTER, Role.SSM_CONV, Role.SSM_A, Role.SSM_D, Role.SSM_DT_BIAS, Role.MTP}
-)
+KEPT_BY_DEFAULT = frozenset({Role.NORM, Role.ROUTER, Role.SSM_CONV, Role.SSM_A, Role.SSM_D, Role.SSM_DT_BIAS, Role.MTP})
 
 # Roles whose tensors are matrices applied with a product (or looked up by row): the ones a number format fits.
 QUANTIZABLE = frozenset(Role) - KEPT_BY_DEFAULT

@@ -6,6 +6,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+GROUP_SCORES = 2  # a group of experts is judged by the sum of so many of its best
+SMALLEST_SUM = 1e-20  # keeps gates finite where every score is 0
+
 
 @dataclass(frozen=True)
 class Router:
@@ -20,7 +23,7 @@ class Router:
     top_k: int
     score: Literal["softmax", "sigmoid"] = "softmax"
     bias: str | None = None  # [E], added to the scores where experts are chosen, not where they are weighted
-    groups: int = 1  # experts are chosen from `groups_used` of so many equal groups
+    groups: int = 1  # experts are chosen from `groups_used` of so many equal groups (DeepSeek-V3, arXiv 2412.19437)
     groups_used: int = 1
     renormalized: bool = False  # gates of a token sum to one
     scale: float = 1.0  # of all gates
@@ -32,35 +35,37 @@ class Router:
 
     def gates(self, logits: torch.Tensor, experts: int, bias: torch.Tensor | None = None) -> torch.Tensor:
         """logits [..., R] and bias [E] -> [..., E], zero for experts a token does not go to."""
-        scores = torch.softmax(logits, dim=-1) if self.score == "softmax" else torch.sigmoid(logits)
-        scores = scores[..., :experts]
-        # logits decide, not their scores, in which other ones become equal; where something is added, it is to the scores
-        chosen = choose(logits[..., :experts] if bias is None else scores + bias, self)
+        scores = (torch.softmax(logits, dim=-1) if self.score == "softmax" else torch.sigmoid(logits))[..., :experts]
+        chosen = choose(self._ranks(logits[..., :experts], scores, bias), self.top_k)
         weights = scores.gather(-1, chosen)
         if self.renormalized:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        if self.scale != 1:
-            weights = weights * self.scale
-        return torch.zeros_like(scores).scatter_(-1, chosen, weights)
+            weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
+        return torch.zeros_like(scores).scatter_(-1, chosen, weights if self.scale == 1 else weights * self.scale)
+
+    @property
+    def chooses_by_logits(self) -> bool:
+        """Logits tell apart what their softmax no longer does; where something is added or summed, it is scores."""
+        return self.score == "softmax" and self.bias is None and self.groups == 1
+
+    def _ranks(self, logits: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What experts are chosen by, [..., E]: minus infinity outside the groups whose best experts sum highest."""
+        if self.chooses_by_logits:
+            return logits
+        ranks = scores if bias is None else scores + bias
+        if self.groups_used == self.groups:
+            return ranks
+        parts = ranks.unflatten(-1, (self.groups, -1))
+        best = choose(parts.topk(GROUP_SCORES, dim=-1).values.sum(-1), self.groups_used)
+        dropped = torch.ones(parts.shape[:-1], dtype=torch.bool, device=ranks.device).scatter_(-1, best, False)
+        return parts.masked_fill(dropped[..., None], -torch.inf).flatten(-2)
 
 
-def choose(values: torch.Tensor, router: Router) -> torch.Tensor:
-    """values [..., E] -> the numbers of the top-k largest, [..., top_k], of equal ones the lower number first.
+def choose(ranks: torch.Tensor, top_k: int) -> torch.Tensor:
+    """ranks [..., E] -> the numbers of the top_k largest, [..., top_k], of equal ones the lower number first.
 
     So ONNX defines its TopK. torch.topk leaves the order of equals open.
     """
-    if router.groups > 1:
-        values = _in_best_groups(values, router)
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., : router.top_k]
-
-
-def _in_best_groups(values: torch.Tensor, router: Router) -> torch.Tensor:
-    """values [..., E], -inf outside the groups whose two best experts sum highest (DeepSeek-V3, arXiv 2412.19437)."""
-    grouped = values.unflatten(-1, (router.groups, -1))
-    best = grouped.topk(2, dim=-1).values.sum(-1)
-    used = best.sort(dim=-1, descending=True, stable=True).indices[..., : router.groups_used]
-    dropped = torch.ones_like(best, dtype=torch.bool).scatter_(-1, used, False)
-    return grouped.masked_fill(dropped[..., None], -torch.inf).flatten(-2)
+    return ranks.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
 
 
 def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

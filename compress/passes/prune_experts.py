@@ -56,7 +56,9 @@ def requires(options: Options, model) -> None:
             "chosen: rows of removed experts would change nothing"
         )
     if any(router.groups > 1 for router in routers):
-        raise InputError("prune_experts: experts are chosen from groups of equal size in this model, which removal breaks")
+        raise InputError(
+            "prune_experts: experts are chosen from groups of equal size in this model, which removal breaks"
+        )
     experts = [weight for weight in model.weights if weight.role == Role.EXPERTS]
     formats = {weight.format for weight in experts}
     if any(weight.is_quantized for weight in experts):

@@ -3,18 +3,23 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 from compress.errors import InputError
 from compress.model import sizes
 from compress.model.architecture import Architecture
 from compress.model.block import Layer
+from compress.model.states import StateKind
 from compress.model.weight import Unit, UnitSpec
 from compress.output_folder import integrity
 from compress.recipe import source
 from compress.runtime import onnx_layouts
 from compress.runtime.artifacts import find_artifact
 from compress.terminal.escaping import printable
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def inspect(name: str, *, verify: bool = False) -> dict:
@@ -73,18 +78,19 @@ def _onnx_facts(path: Path) -> dict:
     tensors = reading.external_tensors(graph)
     facts = _architecture_facts(architecture, units)
     stored = {"weight_bytes": sum(tensor.nbytes for tensor in tensors), "formats": reading.stored_parameters(tensors)}
-    return facts | _declared_state_bytes(graph) | stored
+    return facts | _declared_state_bytes(architecture, graph) | stored
 
 
-def _declared_state_bytes(graph) -> dict[str, int]:
-    """State bytes of one sequence from the graph's past inputs."""
-    totals = {"key": 0, "value": 0, "recurrent_state": 0, "conv_state": 0}
+def _declared_state_bytes(architecture: Architecture, graph: "ir.Model") -> dict[str, int]:
+    """State bytes of one sequence in the types of the graph's past inputs."""
+    kinds = {spec.name: spec.kind for layer in architecture.layers for spec in layer.states}
+    totals = dict.fromkeys(StateKind, 0)
     for value in graph.graph.inputs:
-        kind = onnx_layouts.kind_of(value.name) if onnx_layouts.is_past(value.name) else None
-        if kind in totals and value.shape is not None and value.dtype is not None:
+        kind = kinds.get(onnx_layouts.kind_of(value.name)) if onnx_layouts.is_past(value.name) else None
+        if kind is not None and value.shape is not None and value.dtype is not None:
             sizes_known = [size for size in value.shape if isinstance(size, int)]
             totals[kind] += int(math.prod(sizes_known) * value.dtype.itemsize)
-    return sizes.StateBytes(totals["key"] + totals["value"], totals["recurrent_state"], totals["conv_state"]).to_json()
+    return sizes.StateBytes(totals[StateKind.KV], totals[StateKind.SSM], totals[StateKind.CONV]).to_json()
 
 
 def _architecture_facts(architecture: Architecture, units: Sequence[Unit | UnitSpec]) -> dict:

@@ -30,7 +30,7 @@ class Router(JambaTopKRouter):
         """
         logits = routing.logits(hidden_states, self.weight)
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        chosen = routing.choose(logits[:, : self.num_experts], self.ours)
+        chosen = routing.choose(logits[:, : self.num_experts], self.top_k)
         return logits, probabilities.gather(-1, chosen).to(hidden_states.dtype), chosen
 
 

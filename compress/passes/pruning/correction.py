@@ -119,9 +119,7 @@ class Correction:
         self.stash.write(new)
         return self.unit.replaced(self.stash.written(new))
 
-    def _multiplied(
-        self, expert: int, ops: Eager, span: slice, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _multiplied(self, expert: int, ops: Eager, span: slice, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of the rows are routed to the expert, and what its down_proj multiplies there times their gates."""
         gates = self.gates[span, expert]
         routed = gates.nonzero()[:, 0]
@@ -148,9 +146,12 @@ class Correction:
     def _blocks(self, given: HiddenStates) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         ops = self.inputs.operators(self.unit)
         for number, span in enumerate(self._spans()):
-            yield span, *(
-                self.inputs.experts.output(ops, states.read(number).to(self.inputs.device).flatten(0, 1))
-                for states in (self._target, given)
+            yield (
+                span,
+                *(
+                    self.inputs.experts.output(ops, states.read(number).to(self.inputs.device).flatten(0, 1))
+                    for states in (self._target, given)
+                ),
             )
 
     def _spans(self) -> Iterator[slice]:

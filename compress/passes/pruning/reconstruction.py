@@ -43,9 +43,7 @@ class Reconstruction:
     def loss(self, kept: Kept) -> float:
         """Of the layer with these experts only; with `rescale`, at the factor that is best for the sample."""
         gates = torch.zeros_like(self._full)
-        gates[:, list(kept)] = gates_of(
-            self._statistics, self._logits, kept, keep_rows=self._router == "keep_rows"
-        )
+        gates[:, list(kept)] = gates_of(self._statistics, self._logits, kept, keep_rows=self._router == "keep_rows")
         if self._router == "rescale":
             both, own = self._inner(self._full, gates), self._inner(gates, gates)
             gates = gates * factor(both, own)

@@ -148,5 +148,12 @@ class _Collector:
             raise InputError(f"{self._name}: its experts give NaN or infinity on the calibration tokens")
         device = logits.device
         return Statistics(
-            self._router, self._bias, logits, norms, importance, withheld.to(device), sampled.nonzero()[:, 0].to(device), gram
+            self._router,
+            self._bias,
+            logits,
+            norms,
+            importance,
+            withheld.to(device),
+            sampled.nonzero()[:, 0].to(device),
+            gram,
         )
