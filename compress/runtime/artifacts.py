@@ -92,10 +92,10 @@ class OnnxArtifact:
     runtime = "onnxruntime"
 
     def __init__(self, path: Path):
-        from exporters.graph.reading import external_tensors, load, model_config, stored_parameters
+        from exporters.graph.reading import architecture, external_tensors, load, stored_parameters
 
         self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, load(path)
-        _, self.config, _ = model_config(graph, path)
+        self.config = architecture(graph, path).config
         tensors = external_tensors(graph)
         self._data, self.formats = {Path(tensor.path) for tensor in tensors}, stored_parameters(tensors)
 
