@@ -94,8 +94,9 @@ class OnnxArtifact:
 
     def __init__(self, path: Path):
         reading = plugins.graph_reading()
-        self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, reading.load(path)
-        _, self.config, _ = reading.model_config(graph, path)
+        self.folder, self._path, graph = onnx_layouts.folder_of(path), path, reading.load(path)
+        self._sha256: str | None = None
+        self.config = reading.architecture(graph, path).config
         tensors = reading.external_tensors(graph)
         self._data, self.formats = {Path(tensor.path) for tensor in tensors}, reading.stored_parameters(tensors)
 

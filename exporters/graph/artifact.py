@@ -53,4 +53,5 @@ def _predict_bytes(weight: Weight) -> int:
     parts = number_format.layout(weight.shape, packed=False)
     values: int = sum(part.bytes for suffix, part in parts.items() if suffix in ("weight", "weight_packed"))
     scale_bytes = 1 if number_format.is_narrow else number_format.scale_dtype.itemsize
-    return values + scale_bytes * math.prod(number_format.scales_shape(weight.shape))
+    scales: int = math.prod(number_format.scales_shape(weight.shape))
+    return values + scale_bytes * scales

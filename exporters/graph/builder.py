@@ -167,7 +167,7 @@ class Graph:
         """A weight whose content comes piece by piece along its first dimensions, such as an expert at a time."""
         return _with_format(self._initializer(self._weights.add_pieces(name, pieces, dtype, shape)), number_format)
 
-    def _initializer(self, tensor: ir.Tensor | ir.ExternalTensor) -> ir.Value:
+    def _initializer(self, tensor: ir.Tensor[Any] | ir.ExternalTensor) -> ir.Value:
         value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         self._initializers.append(value)
         return value
