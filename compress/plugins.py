@@ -4,18 +4,26 @@ A file is imported only where its name is used, so that a broken one breaks noth
 where exporters are.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import inspect
 import pkgutil
+from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from compress.errors import InputError, first_line
 from compress.passes import Pass
 from compress.strict.models import Strict
 from compress.strict.plugin import ContractError, Plugin
 from exporters import Exported, Exporter
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from compress.model.architecture import Architecture
 
 __all__ = ["Exported", "Exporter", "Pass", "graph_reading", "load", "load_exporter", "load_pass", "names"]
 PASSES, EXPORTERS = "compress.passes", "exporters"
@@ -40,9 +48,22 @@ def load_exporter(name: str) -> type[Exporter[Strict]]:
     return _class_in(EXPORTERS, name, Exporter)  # type: ignore[type-abstract] # what is returned is not
 
 
-def graph_reading() -> ModuleType:
-    """What reads an exported graph back."""
-    return load("exporters.graph", "reading")
+class GraphReading(Protocol):
+    """What reads an exported graph back: `exporters.graph.reading`."""
+
+    def load(self, path: Path) -> ir.Model: ...
+
+    def architecture(self, model: ir.Model, path: Path) -> Architecture: ...
+
+    def external_tensors(self, model: ir.Model) -> list[ir.ExternalTensor]: ...
+
+    def stored_parameters(self, tensors: list[ir.ExternalTensor]) -> dict[str, int]: ...
+
+
+def graph_reading() -> GraphReading:
+    from exporters.graph import reading
+
+    return reading
 
 
 def _class_in(package: str, name: str, contract: type[ContractT]) -> type[ContractT]:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from compress.runtime import onnx_layouts
-from compress.runtime.onnx_layouts import GENAI, TRANSFORMERS_JS
+from compress.output_folder import onnx_layouts
+from compress.output_folder.onnx_layouts import GENAI, TRANSFORMERS_JS
 from compress.strict.models import Strict
 from exporters import Exported, Exporter
 
@@ -42,7 +42,8 @@ class Onnx(Exporter[Options]):
 
     def export(self, checkpoint: Checkpoint, folder: Path, advance: Callable[[int], None]) -> None:
         """One weight in memory at a time."""
-        from compress.checkpoint.writer import copy_companions, write_json
+        from compress.checkpoint.writer import copy_companions
+        from compress.disk.json_files import write_json
         from exporters.dialects.portable import Portable
         from exporters.graph import artifact, genai, transformers_js, wiring
         from exporters.graph.builder import WeightFile

@@ -13,8 +13,8 @@ from compress.errors import InputError, WorkError, first_line, nearest
 from compress.output_folder import destination, integrity
 from compress.plugins import Exporter
 from compress.recipe.recipe import override_key
+from compress.strict.json_text import Json
 from compress.strict.models import Strict, from_flags
-from compress.strict.plain import Plain
 from compress.terminal import progress
 
 CONTENT = "export"  # in the folder that is worked in: what gets the final name
@@ -36,7 +36,7 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: 
 
 
 def _with_options(exporter: type[Exporter[Strict]], overrides: Iterable[str]) -> Exporter[Strict]:
-    data: dict[str, Plain] = {}
+    data: dict[str, Json] = {}
     for override in overrides:
         override_key(data, override, example="layout=genai")
     return exporter(from_flags(exporter.Options, **data))

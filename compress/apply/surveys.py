@@ -9,7 +9,7 @@ from compress import parallel
 from compress.apply import plan, stages
 from compress.apply.plan import Plan
 from compress.calibration.walk import walk
-from compress.checkpoint import writer
+from compress.disk import json_files
 from compress.output_folder.workspace import CALIBRATION, Workspace
 from compress.passes import Found, PassContext
 from compress.strict.plain import plain
@@ -31,7 +31,7 @@ def _found(planned: Plan, number: int, context: PassContext, space: Workspace, w
         path.parent.mkdir(exist_ok=True)
         with progress.task(stages.SURVEY, planned.model.config.num_hidden_layers) as advance:
             layers = walk(planned.model, windows, space.folder / CALIBRATION / "survey", context.device, advance)
-            writer.write_json(path, plain(planned.passes[number].survey(layers, context)))
+            json_files.write_json(path, plain(planned.passes[number].survey(layers, context)))
         space.mark_done(name)
     else:
         progress.tell("reused from the earlier run: the survey")

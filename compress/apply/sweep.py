@@ -24,6 +24,7 @@ from compress.calibration.inputs import Keep, LayerInputs, UnitInputs
 from compress.checkpoint import writer
 from compress.checkpoint.reader import CHECKPOINT
 from compress.checkpoint.writer import ShardWriter
+from compress.disk import json_files
 from compress.model.records import Record
 from compress.model.weight import Unit, Weight
 from compress.output_folder.workspace import CALIBRATION, Workspace
@@ -92,13 +93,12 @@ def done(planned: Plan, swept: Swept) -> list[PassDone]:
 
 def records(planned: Plan, swept: Swept) -> list[Record]:
     """What every pass did to the tensors."""
-    stages = zip(planned.stages[:-1], planned.stages[1:], strict=True)
-    return [
-        Record(name=named.name, changes=step.records(before, after, notes))
-        for named, step, (before, after), notes in zip(
-            planned.recipe.passes, planned.passes, stages, swept.notes, strict=True
-        )
-    ]
+    found = []
+    for number, (step, notes) in enumerate(zip(planned.passes, swept.notes, strict=True)):
+        changes = step.records(planned.stages[number], planned.stages[number + 1], notes)
+        name = planned.recipe.passes[number].name
+        found.append(Record(name=name, changes=None if changes is None else tuple(changes)))
+    return found
 
 
 def _shard(planned: Plan, number: int) -> str:
@@ -233,7 +233,7 @@ class _Calibrated:
                 continue
             unit, note = step.calibrate(unit, inputs, context)
             inputs.become(self._planned.stages[pass_number + 1])
-            writer.write_json(self._space.folder / _note(pass_number, number), plain(note))
+            json_files.write_json(self._space.folder / _note(pass_number, number), plain(note))
             self._space.mark_done(_note(pass_number, number))
             seconds = self._swept.pass_seconds
             seconds[pass_number] = seconds.get(pass_number, 0.0) + time.monotonic() - began

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, final
 
-from compress.strict.plain import Plain
+from compress.strict.json_text import Json
 from compress.strict.plugin import ContractError, OptionsT, Plugin
 
 if TYPE_CHECKING:  # a recipe is validated without torch
@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # a recipe is validated without torch
     from compress.model.records import Change
     from compress.model.weight import Unit
 
-Note = Mapping[str, Plain]  # what a pass noted of a unit while it was calibrated
-Found = Mapping[str, Plain]  # what its survey found
-Details = Mapping[str, Plain]  # what report.json has of it
+Note = Mapping[str, Json]  # what a pass noted of a unit while it was calibrated
+Found = Mapping[str, Json]  # what its survey found
+Details = Mapping[str, Json]  # what report.json has of it
 TOGETHER = (("needs_calibration", "calibrate"), ("needs_survey", "survey"))
 
 

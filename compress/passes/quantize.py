@@ -21,8 +21,8 @@ from compress.model.tensor_names import in_short, written_out
 from compress.passes import Coverage, Details, Note, Pass, PassContext
 from compress.passes.quantization import report
 from compress.passes.quantization.report import QuantizeDetails, UnitNote
+from compress.strict.json_text import Json
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
-from compress.strict.plain import Plain
 
 if TYPE_CHECKING:  # a recipe is validated without torch
     from compress.calibration.inputs import UnitInputs
@@ -89,7 +89,7 @@ class Options(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _clip_by_method(cls, given: Plain) -> Plain:
+    def _clip_by_method(cls, given: Json) -> Json:
         """The default is written out: a resolved recipe says all that decides the weights."""
         if isinstance(given, dict) and given.get("method") == "gptq":
             return {"clip": "mse", **given}
@@ -174,14 +174,13 @@ class Quantize(Pass[Options]):
         gptq = set(written_out(names for note in found for names in note.gptq))
         stored = [new for old, new in zip(before.weights, after.weights, strict=True) if new is not old]
         rotated = {block: [w.name for w in stored if w.rotation == block] for block in {w.rotation for w in stored}}
-        rounded = {
-            "gptq": [weight.name for weight in stored if weight.name in gptq],
-            "nearest": [weight.name for weight in stored if weight.name not in gptq],
-        }
+        compensated = [weight.name for weight in stored if weight.name in gptq]
+        nearest = [weight.name for weight in stored if weight.name not in gptq]
         return (
             *(fold for note in found for fold in note.folds),
             *(Rotated(tensors=in_short(names), block=block) for block, names in rotated.items() if block),
-            *(Rounded(tensors=in_short(names), method=method) for method, names in rounded.items() if names),
+            *((Rounded(tensors=in_short(compensated), method="gptq"),) if compensated else ()),
+            *((Rounded(tensors=in_short(nearest), method="nearest"),) if nearest else ()),
         )
 
     def details(self, units: Sequence[Unit], notes: Sequence[Note]) -> Details:

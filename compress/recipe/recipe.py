@@ -13,11 +13,11 @@ from compress.recipe import check as settings
 from compress.recipe import resources
 from compress.recipe.calibration import Calibration
 from compress.strict import yaml_text
+from compress.strict.json_text import Json
 from compress.strict.models import KeyedError, Strict, key_path, no_truth_value, what_was_expected
-from compress.strict.plain import Plain
 from compress.strict.yaml_text import Document, KeyPath
 
-Settable = dict[str, Plain] | list[Plain]  # what has keys or items in plain recipe data
+Settable = dict[str, Json] | list[Json]  # what has keys or items in plain recipe data
 
 
 class NestedError(ValueError):
@@ -63,7 +63,7 @@ class Step(Strict):
             first = error.errors(include_url=False)[0]
             raise NestedError({**first, "loc": (name, *first["loc"])}) from None
 
-    def as_written(self) -> dict[str, dict[str, Plain]]:
+    def as_written(self) -> dict[str, dict[str, Json]]:
         """With every default, as it may stand in a recipe."""
         return {self.name: self.options.model_dump(mode="json", exclude_none=True)}
 
@@ -147,7 +147,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> LoadedRec
     return LoadedRecipe(path, path.read_bytes().decode("utf-8"), recipe)  # bytes: line ends stay as they are
 
 
-def override_key(data: dict[str, Plain], override: str, example: str = "passes.0.quantize.weights=int8") -> KeyPath:
+def override_key(data: dict[str, Json], override: str, example: str = "passes.0.quantize.weights=int8") -> KeyPath:
     """Sets one dotted key in plain recipe data; a number addresses a list item, a missing mapping is made."""
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -176,7 +176,7 @@ def _step(target: Settable, part: str | int, key: str) -> Settable:
     return inner
 
 
-def _assign(target: Settable, part: str | int, value: Plain, key: str) -> None:
+def _assign(target: Settable, part: str | int, value: Json, key: str) -> None:
     if not isinstance(target, list):
         target[str(part)] = value
     elif isinstance(part, int) and part < len(target):
@@ -185,7 +185,7 @@ def _assign(target: Settable, part: str | int, value: Plain, key: str) -> None:
         raise InputError(f"--set {key}: there is no item '{part}' in that list of {len(target)}")
 
 
-def _validate(document: Document, data: dict[str, Plain], overridden: set[KeyPath]) -> Recipe:
+def _validate(document: Document, data: dict[str, Json], overridden: set[KeyPath]) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

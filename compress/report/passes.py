@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from compress.passes import Details, Pass
 from compress.strict import yaml_text
+from compress.strict.json_text import Json
 from compress.strict.models import Strict
-from compress.strict.plain import Plain, plain
+from compress.strict.plain import plain
 from compress.terminal.escaping import code_block, markdown
 
 MOST_ITEMS = 12  # of a list or a mapping that report.md shows as it is
@@ -23,7 +24,7 @@ class PassDone:
     notes: tuple[str, ...]
     layers_reused: int
 
-    def to_json(self) -> dict[str, Plain]:
+    def to_json(self) -> dict[str, Json]:
         """The pass's own words win where it uses a name of ours."""
         ours = {"layers_reused": self.layers_reused} | ({"notes": list(self.notes)} if self.notes else {})
         theirs = {str(key): plain(value) for key, value in self.details.items()}
@@ -50,7 +51,7 @@ class PassDone:
         return ["", *(f"  {line}" for line in block.splitlines()), ""]
 
 
-def _shortened(value: Plain) -> Plain:
+def _shortened(value: Json) -> Json:
     """With the first items of what has many; report.json has all."""
     if isinstance(value, dict):
         shown = {key: _shortened(item) for key, item in list(value.items())[:MOST_ITEMS]}

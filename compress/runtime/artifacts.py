@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 
 from compress import plugins
-from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
-from compress.checkpoint.folder import file_sha256
 from compress.checkpoint.reader import Checkpoint
+from compress.disk.files import file_sha256
 from compress.errors import InputError
 from compress.model import sizes
-from compress.output_folder import integrity
-from compress.runtime import onnx_layouts
+from compress.model.config import Config
+from compress.output_folder import integrity, onnx_layouts
+from compress.runtime.candidates import Candidate, CheckpointCandidate, OnnxCandidate
 from compress.runtime.inference import Decoder
 from compress.runtime.onnx_session import OnnxDecoder, OnnxSession
 
@@ -53,7 +53,7 @@ class Artifact(Protocol):
     parameters each number format stores, `runtime` what computes it."""
 
     folder: Path
-    config: object
+    config: Config
     formats: dict[str, int]
     runtime: str
 

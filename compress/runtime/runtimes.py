@@ -12,6 +12,7 @@ from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight
 from compress.recipe.recipe import ExportStep
+from compress.strict.json_text import JsonObject
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
@@ -30,7 +31,7 @@ class Runtime:
     loads: bool = True
     why: str | None = None
 
-    def to_json(self) -> dict:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
     @property
@@ -87,7 +88,7 @@ def _is_integer(weight: Weight) -> bool:
     return weight.format.startswith("int")
 
 
-def _schemes(weights: Iterable[Weight]) -> set[tuple]:
+def _schemes(weights: Iterable[Weight]) -> set[tuple[str, str | None]]:
     """The schemes transformers would have to tell apart; inputs of fp8 matrices stay as they are there."""
     found = set()
     for scheme in map(Scheme.of, weights):

@@ -1,12 +1,12 @@
-"""Plain data: what JSON and YAML can hold."""
+"""Any value as plain data, which JSON and YAML can hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-Plain = None | bool | int | float | str | Sequence["Plain"] | Mapping[str, "Plain"]
+from compress.strict.json_text import Json
 
 
-def plain(value: object) -> Plain:
-    """Any value as plain data: keys as text, sets and tuples as lists, what is none of it as Python prints it."""
+def plain(value: object) -> Json:
+    """Keys as text, sets and tuples as lists, what JSON has no form for as Python prints it."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

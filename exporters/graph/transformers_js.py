@@ -13,7 +13,7 @@ from compress.checkpoint.companions import without_code
 from compress.checkpoint.reader import Checkpoint
 from compress.model.block import Layer
 from compress.model.states import StateKind
-from compress.runtime.onnx_layouts import in_transformers_js
+from compress.output_folder.onnx_layouts import in_transformers_js
 from exporters.graph.heads import heads_of
 
 # one Mamba head: transformers' tokenizers read this file too, and check that heads divide the width

@@ -8,7 +8,7 @@ from compress.passes.pruning import merging, removal, scores
 from compress.passes.pruning.correction import Correction
 from compress.passes.pruning.reconstruction import Kept, Reconstruction, gates_of
 from compress.passes.pruning.statistics import Statistics, collect
-from compress.strict.plain import Plain
+from compress.strict.json_text import Json
 
 
 def prune(options: Options, unit: Unit, inputs: LayerInputs, count: int) -> tuple[Unit, Note]:
@@ -42,11 +42,11 @@ def _usage(options: Options, statistics: Statistics) -> list[float]:
     return scores.of(options.merge_weights, statistics).tolist()
 
 
-def _correct(options: Options, correction: Correction, kept: Kept) -> tuple[Unit, dict[str, Plain]]:
+def _correct(options: Options, correction: Correction, kept: Kept) -> tuple[Unit, dict[str, Json]]:
     """Rescaling and recovery as the options ask; losses are those on withheld tokens, the last one of the layer as it
     will be stored."""
     loss = {"pruned": correction.loss}
-    found: dict[str, Plain] = {"loss": loss}
+    found: dict[str, Json] = {"loss": loss}
     if options.router == "rescale":
         found["scale"] = correction.rescale()
         loss["rescaled"] = correction.loss
@@ -56,7 +56,7 @@ def _correct(options: Options, correction: Correction, kept: Kept) -> tuple[Unit
     return correction.unit, found
 
 
-def _note(inputs: LayerInputs, statistics: Statistics, kept: Kept) -> dict[str, Plain]:
+def _note(inputs: LayerInputs, statistics: Statistics, kept: Kept) -> dict[str, Json]:
     tokens = statistics.tokens
     return {
         "layer": inputs.index,

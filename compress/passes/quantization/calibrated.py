@@ -19,7 +19,7 @@ from compress.model.weight import Unit, Weight
 from compress.passes import Note
 from compress.passes.quantization import equalization, gptq, rounding
 from compress.passes.quantize import Options
-from compress.strict.plain import Plain
+from compress.strict.json_text import Json
 
 
 def quantize(options: Options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit, Note]:
@@ -35,7 +35,7 @@ def quantize(options: Options, unit: Unit, inputs: UnitInputs, device: str) -> t
     for level in inputs.levels:
         unit = quantizer.level(unit, level)
     rest = {name: weight for name, weight in planned.weights.items() if not unit.weights[name].is_quantized}
-    note: dict[str, Sequence[Plain]] = {
+    note: dict[str, Sequence[Json]] = {
         **quantizer.note,
         "folds": [fold.model_dump() for fold in folds],
         "gptq": in_short(quantizer.compensated),
@@ -58,7 +58,7 @@ class _Quantizer:
     inputs: UnitInputs
     wanted: Wanted
     device: str
-    note: dict[str, list[dict[str, Plain]]] = field(
+    note: dict[str, list[dict[str, Json]]] = field(
         default_factory=lambda: {"experts": [], "experts_from_every_token": []}
     )
     compensated: list[str] = field(default_factory=list)  # matrices whose errors were compensated for
@@ -89,13 +89,13 @@ class _Quantizer:
         """The moments, or, for an expert that saw fewer than `min_tokens`, those of every token of the layer."""
         if group.expert is None or not isinstance(self.inputs, LayerInputs):
             return moments
-        entry: dict[str, Plain] = {"layer": self.inputs.index, "expert": group.expert, "tokens": moments.tokens}
+        entry: dict[str, Json] = {"layer": self.inputs.index, "expert": group.expert, "tokens": moments.tokens}
         if entry not in self.note["experts"]:
             self.note["experts"].append(entry)
         if moments.tokens >= self.options.min_tokens:
             return moments
         pooled = self.inputs.moments_of_every_token(unit, group, self.wanted)
-        used: dict[str, Plain] = {"matrices": list(group.names), "tokens_used": pooled.tokens}
+        used: dict[str, Json] = {"matrices": list(group.names), "tokens_used": pooled.tokens}
         self.note["experts_from_every_token"].append(entry | used)
         return pooled
 
