@@ -5,7 +5,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import InputError
-from compress.model.expert_counts import SECTION, ExpertCounts
+from compress.model.expert_counts import SECTION
+from compress.model.records import Compressed
 
 MAX_COUNT = 10_000  # of layers and of experts: far beyond any model, keeps a corrupt config from being enumerated
 MAX_EXPERTS_IN_ALL = 50_000
@@ -32,7 +33,7 @@ class Config(BaseModel):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    compress: ExpertCounts = ExpertCounts()  # what `prune_experts` left that one number of experts cannot say
+    compress: Compressed = Compressed()  # what passes left that other keys cannot say
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str) -> Self:

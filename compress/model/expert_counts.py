@@ -1,4 +1,4 @@
-"""The `compress` section of config.json: what pruning left that the model's single `num_experts` cannot say.
+"""Of the `compress` section of config.json: what pruning left that the model's single `num_experts` cannot say.
 
 Stock runtimes do not read it. They stop at such a checkpoint, since the shapes are not those that `num_experts` implies.
 """
@@ -19,6 +19,11 @@ class ExpertCounts(BaseModel):
 
     num_experts_per_layer: tuple[StrictInt, ...] | None = None
     router_rows: StrictInt | None = Field(default=None, ge=1, le=MAX_ROUTER_ROWS)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether `num_experts` says it all."""
+        return self.num_experts_per_layer is None and self.router_rows is None
 
     def of_layer(self, index: int, num_experts: int) -> int:
         """Experts of an MoE layer."""
@@ -52,10 +57,12 @@ def pruned(values: dict, key: str, moe: dict[int, int], layers: int, router_rows
     """config.json for a model whose MoE layers (by index) keep so many experts, their number standing under `key`;
     `router_rows` where removed ones stay in the denominator."""
     counts = set(moe.values())
-    section = {} if router_rows is None else {"router_rows": router_rows}
+    came = values.get(SECTION) or {}
+    section = {name: value for name, value in came.items() if name not in ExpertCounts.model_fields}
+    section |= {} if router_rows is None else {"router_rows": router_rows}
     if len(counts) > 1:
         section = {"num_experts_per_layer": [moe.get(index, 1) for index in range(layers)]} | section
-    rest = {key: value for key, value in values.items() if key != SECTION}
+    rest = {name: value for name, value in values.items() if name != SECTION}
     return rest | {key: max(counts)} | ({SECTION: section} if section else {})
 
 
@@ -74,7 +81,7 @@ def refuse_unprunable(model, what: str) -> dict[int, int]:
     counts = of_model(model)
     if not counts:
         raise InputError(f"{what}: the model has no experts, its feed-forwards are dense")
-    if model.config.compress != ExpertCounts():
+    if not model.config.compress.is_uniform:
         raise InputError(
             f"{what}: the model was pruned before, by an earlier pass or run, to layers that differ or keep router rows; "
             "start from the original"
@@ -88,7 +95,7 @@ def changes(before, after) -> list[str]:
     if whole == left:
         return []
     said = f"{sum(left.values())} of {sum(whole.values())} experts stay: {_per_layer(left)} of {_per_layer(whole)} in a layer."
-    if after.config.compress == ExpertCounts():
+    if after.config.compress.is_uniform:
         return [said]
     return [said, "Stock runtimes stop at this model; compress.load, compress run and the ONNX export run it."]
 

@@ -1,4 +1,5 @@
-"""Where the files of an ONNX artifact lie and what its states are called, for onnxruntime-genai and for Transformers.js.
+"""Where the files of an ONNX artifact lie, and what its inputs, outputs and their dimensions are called, for onnxruntime-genai
+and for Transformers.js.
 
 genai             model.onnx, model.onnx.data, tokenizer and configuration beside them
 transformers.js   onnx/model.onnx, onnx/model.onnx_data, tokenizer and configuration one folder up
@@ -9,6 +10,8 @@ transformers.js   past_key_values.N.key  .value  past_conv.N  past_ssm.N        
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from compress.model.states import StateSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class Layout:
 
 GENAI = Layout("model.onnx", "model.onnx.data", "genai_config.json")
 TRANSFORMERS_JS = Layout("onnx/model.onnx", "onnx/model.onnx_data", "config.json")
+BATCH, SEQUENCE, PAST, TOTAL = DIMENSIONS = (
+    "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length",
+)  # fmt: skip
 JS = {"conv_state": "conv", "recurrent_state": "ssm"}
 KINDS = {short: kind for kind, short in JS.items()}
 
@@ -51,6 +57,16 @@ def folder_of(artifact: Path) -> Path:
         return artifact
     folder = artifact.parent
     return folder.parent if find(folder.parent) == artifact else folder
+
+
+def past_of(index: int, spec: StateSpec) -> str:
+    """The input that a state of a layer comes in by."""
+    return f"past_key_values.{index}.{spec.name}"
+
+
+def dimensions(spec: StateSpec, length: str) -> tuple[int | str, ...]:
+    """A state's shape; `length` names the dimension that grows."""
+    return (BATCH, *(length if axis == spec.grows else size for axis, size in enumerate(spec.shape)))
 
 
 def is_past(name: str) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
+from compress import plugins
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 from compress.errors import InputError
 from compress.model import sizes
@@ -102,8 +103,7 @@ def _checkpoint_facts(folder: Path) -> Facts:
 
 def _onnx_facts(path: Path) -> Facts:
     """An exported graph carries its model's config.json; states count in the types the graph declares."""
-    from exporters.graph import reading
-
+    reading = plugins.graph_reading()
     graph = reading.load(path)
     architecture = reading.architecture(graph, path)
     tensors = reading.external_tensors(graph)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compress.model.config import MAX_COUNT, MAX_SIZE, size
-from compress.model.expert_counts import ExpertCounts
 
 Kind = Literal["mamba2", "attention", "mlp", "moe"]
 LETTERS: dict[str, Kind] = {"M": "mamba2", "*": "attention", "-": "mlp", "E": "moe"}
@@ -81,7 +80,6 @@ class NemotronHConfig(BaseModel):
     bos_token_id: int | None = size(1, least=0)
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = size(0, least=0)
-    compress: ExpertCounts = ExpertCounts()  # what `prune_experts` left that one n_routed_experts cannot say
 
     @field_validator("time_step_limit", mode="plain")
     @classmethod
