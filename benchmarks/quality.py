@@ -16,12 +16,12 @@ from machine import describe_machine
 
 from compress import prompts
 from compress.check import baseline, metrics
-from compress.check.runners import CheckpointCandidate, OnnxCandidate
 from compress.checkpoint.reader import Checkpoint
 from compress.model import sizes
 from compress.prompts import PromptSet
 from compress.recipe import resources, source
 from compress.runtime.artifacts import CheckpointArtifact, find_artifact
+from compress.runtime.candidates import CheckpointCandidate, OnnxCandidate
 
 LENGTH, CHUNKS = 512, 48
 FIRST = LENGTH // 2  # positions from here on are scored

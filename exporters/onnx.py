@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from compress.runtime import onnx_layouts
-from compress.runtime.onnx_layouts import GENAI, TRANSFORMERS_JS
+from compress.output_folder import onnx_layouts
+from compress.output_folder.onnx_layouts import GENAI, TRANSFORMERS_JS
 from compress.strict.models import Strict
 from exporters import Exported
 
@@ -43,7 +43,8 @@ def runtimes(model: "HybridModel", options: Options) -> "list[Runtime]":
 
 def export(checkpoint: "Checkpoint", folder: Path, options: Options, advance: Callable[[int], None]) -> None:
     """Writes the artifact of an opened checkpoint into an empty folder, one weight in memory at a time."""
-    from compress.checkpoint.writer import copy_companions, write_json
+    from compress.checkpoint.writer import copy_companions
+    from compress.disk.json_files import write_json
     from exporters.dialects.portable import Portable
     from exporters.graph import artifact, genai, transformers_js, wiring
     from exporters.graph.builder import WeightFile

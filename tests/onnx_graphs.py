@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from compress.runtime import onnx_layouts
+from compress.output_folder import onnx_layouts
 from exporters.dialects.portable import Portable
 from exporters.graph import artifact, wiring
 from exporters.graph.builder import Graph, WeightFile, declare, rename

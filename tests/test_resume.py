@@ -17,7 +17,7 @@ from pruning_oracle import make_source
 import cli
 from compress.apply import pipeline, surveys, sweep
 from compress.calibration.inputs import LayerInputs
-from compress.check import judge as check_run
+from compress.check import judge
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import InputError
 from compress.passes import prune_experts
@@ -113,7 +113,7 @@ def test_an_interrupted_export_does_not_compress_again(apply, out, monkeypatch, 
 
 def test_an_interrupted_check_does_not_export_again(apply, out, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
-        stop_after(patch, check_run, "compare", 1)
+        stop_after(patch, judge, "compare", 1)
         assert apply(check=CHECK).exit_code == 130
     assert not out.exists()
     kept = identities(out.with_name("out.partial") / "onnx")

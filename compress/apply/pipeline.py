@@ -9,11 +9,11 @@ import compress
 from compress import plugins, prompts
 from compress.apply import exporting, plan, stages, surveys, sweep
 from compress.apply.plan import PassContext, Plan
-from compress.check import judge as check_run
+from compress.check import judge
 from compress.check.compare import Row, verdict
 from compress.checkpoint import companions, compressed_tensors, config_dtype, writer
 from compress.checkpoint.reader import Checkpoint
-from compress.disk import cache, files
+from compress.disk import cache, files, json_files
 from compress.errors import InputError
 from compress.output_folder import manifest
 from compress.output_folder.integrity import MANIFEST
@@ -156,7 +156,7 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
     artifacts = {"checkpoint": folder / "checkpoint"}
     artifacts |= {exported.kind: folder / exported.kind / exported.main for exported in outcome.exported}
     original = CheckpointArtifact(planned.checkpoint, job.device, outcome.weights_sha256)
-    outcome.rows, outcome.prompts = check_run.run(
+    outcome.rows, outcome.prompts = judge.check(
         original, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
     )
 
@@ -164,15 +164,15 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
 def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dict:
     """Report, recipe, and last of all the manifest; then the folder gets its name."""
     report = report_build.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
-    writer.write_json(space.folder / "report.json", report)
-    writer.write_text(space.folder / "report.md", markdown.render(report))
-    writer.write_text(space.folder / "recipe.yaml", job.recipe.text)
-    writer.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
+    json_files.write_json(space.folder / "report.json", report)
+    files.write_text(space.folder / "report.md", markdown.render(report))
+    files.write_text(space.folder / "recipe.yaml", job.recipe.text)
+    files.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
     formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}
     formats |= {exported.kind: exported.formats for exported in outcome.exported}
     card = model_card.render(report, formats["checkpoint"], job.source.folder, job.recipe.resolved_yaml())
-    writer.write_text(space.folder / "checkpoint" / companions.CARD, card)
+    files.write_text(space.folder / "checkpoint" / companions.CARD, card)
     files.sync_tree(space.folder)
-    writer.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))
+    json_files.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))
     space.publish()
     return report

@@ -9,7 +9,7 @@ from compress import parallel, passes
 from compress.apply import plan, stages
 from compress.apply.plan import PassContext, Plan
 from compress.calibration.walk import walk
-from compress.checkpoint import writer
+from compress.disk import json_files
 from compress.output_folder.workspace import CALIBRATION, Workspace
 from compress.terminal import progress
 
@@ -30,7 +30,7 @@ def _found(planned: Plan, place: int, context: PassContext, space: Workspace, wi
         module, options = planned.modules[place]
         with progress.task(stages.SURVEY, planned.model.config.num_hidden_layers) as advance:
             layers = walk(planned.model, windows, space.folder / CALIBRATION / "survey", context.device, advance)
-            writer.write_json(path, module.survey(options, layers, context))
+            json_files.write_json(path, module.survey(options, layers, context))
         space.mark_done(name)
     else:
         progress.tell("reused from the earlier run: the survey")

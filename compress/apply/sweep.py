@@ -24,6 +24,7 @@ from compress.calibration.inputs import LayerInputs, UnitInputs
 from compress.checkpoint import writer
 from compress.checkpoint.reader import CHECKPOINT
 from compress.checkpoint.writer import ShardWriter
+from compress.disk import json_files
 from compress.model.weight import Unit, Weight
 from compress.output_folder.workspace import CALIBRATION, Workspace
 from compress.runtime.inference import HiddenStates, embed_windows
@@ -211,7 +212,7 @@ class _Calibrated:
                 continue
             unit, note = module.calibrate(options, unit, inputs, context)
             inputs.become(self._planned.stages[place + 1])
-            writer.write_json(self._space.folder / _note(place, number), note)
+            json_files.write_json(self._space.folder / _note(place, number), note)
             self._space.mark_done(_note(place, number))
             seconds = self._swept.pass_seconds
             seconds[place] = seconds.get(place, 0.0) + time.monotonic() - began

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import torch
 
-from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
-from compress.checkpoint.folder import file_sha256
 from compress.checkpoint.reader import Checkpoint
+from compress.disk.files import file_sha256
 from compress.errors import InputError
 from compress.model import sizes
-from compress.output_folder import integrity
-from compress.runtime import onnx_layouts
+from compress.model.config import Config
+from compress.output_folder import integrity, onnx_layouts
+from compress.runtime.candidates import Candidate, CheckpointCandidate, OnnxCandidate
 from compress.runtime.inference import Decoder
 from compress.runtime.onnx_session import OnnxDecoder, OnnxSession
 
@@ -52,7 +52,7 @@ class Artifact(Protocol):
     parameters each number format stores, `runtime` what computes it."""
 
     folder: Path
-    config: object
+    config: Config
     formats: dict[str, int]
     runtime: str
 
@@ -94,7 +94,12 @@ class OnnxArtifact:
     def __init__(self, path: Path):
         from exporters.graph.reading import architecture, external_tensors, load, stored_parameters
 
+<<<<<<< HEAD
         self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, load(path)
+=======
+        self.folder, self._path, graph = onnx_layouts.folder_of(path), path, load(path)
+        self._sha256: str | None = None
+>>>>>>> main
         self.config = architecture(graph, path).config
         tensors = external_tensors(graph)
         self._data, self.formats = {Path(tensor.path) for tensor in tensors}, stored_parameters(tensors)

@@ -1,6 +1,7 @@
 """Runs an exported decoder under onnxruntime: states are held as OrtValues and handed from step to step uncopied."""
 
 import os
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import psutil
 import torch
 
 from compress.errors import InputError, first_line
-from compress.runtime import onnx_layouts
+from compress.output_folder import onnx_layouts
 from compress.runtime.onnx_files import open_session
 
 # what onnxruntime says on stderr by itself: nothing, since whatever fails is told in a sentence (3: errors, 4: fatal ones)
@@ -51,9 +52,10 @@ class OnnxSession:
         options = ort.RunOptions()
         options.log_severity_level = LOG_LEVEL
         try:
-            return self._session.run_with_ort_values(outputs, feeds, options)
+            found: list[ort.OrtValue] = self._session.run_with_ort_values(outputs, feeds, options)
         except Exception as error:  # as above
             raise InputError(f"{self._path}: onnxruntime fails while running it ({first_line(error)})") from None
+        return found
 
 
 class Generation:
@@ -75,7 +77,8 @@ class Generation:
         }
         logits, *present = self._session.run(self._outputs, feeds)
         self._state = dict(zip(self._state, present, strict=True))
-        return logits.numpy()
+        values: np.ndarray = logits.numpy()
+        return values
 
 
 class OnnxDecoder:
@@ -88,14 +91,20 @@ class OnnxDecoder:
         return torch.from_numpy(self._generation.step(ids.numpy())[:, -1].copy())
 
 
+<<<<<<< HEAD
 def _empty(value: ort.NodeArg, batch: int) -> ort.OrtValue:
+=======
+def _empty(value: ort.NodeArg, batch: int) -> np.ndarray:
+>>>>>>> main
     """The empty past of one input: batch in the first dimension, a past of length 0 where that is dynamic, zeros."""
     shape = [batch] + [size if isinstance(size, int) else 0 for size in value.shape[1:]]
     held_as, element = ELEMENTS[value.type]
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, held_as), element)
 
 
-def _refuse_foreign(path: Path, others, past: dict, outputs: dict) -> None:
+def _refuse_foreign(
+    path: Path, others: Set[str], past: dict[str, ort.NodeArg], outputs: dict[str, ort.NodeArg]
+) -> None:
     """A graph of another tool, or a damaged one: it would fail later, and less clearly."""
     missing = {"logits", *map(onnx_layouts.present_of, past)} - outputs.keys()
     states = [name for name, value in past.items() if value.type not in ELEMENTS or not value.shape]

@@ -6,12 +6,15 @@ mixture of formats (tests/test_load.py). Older ones were not tried, or failed.
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from compress import plugins
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight
+from compress.strict.json_text import JsonObject
+from compress.strict.models import Strict
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
@@ -30,7 +33,7 @@ class Runtime:
     loads: bool = True
     why: str | None = None
 
-    def to_json(self) -> dict:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
     @property
@@ -38,13 +41,22 @@ class Runtime:
         return self.name if self.minimum is None else f"{self.name} {self.minimum}"
 
 
-def of(model: HybridModel, exports: Iterable) -> list[Runtime]:
-    """For a model as it will be stored, and the exports of a recipe (each with `name` and `options`). An exporter that
-    says nothing has no rows."""
+class Export(Protocol):
+    """A step of a recipe's `export`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def options(self) -> Strict: ...
+
+
+def of(model: HybridModel, exports: Iterable[Export]) -> list[Runtime]:
+    """For a model as it will be stored, and the exports of a recipe. An exporter that says nothing has no rows."""
     found = of_checkpoint(model)
     for step in exports:
-        tell = getattr(plugins.load(plugins.EXPORTERS, step.name), "runtimes", lambda *_: [])
-        found += tell(model, step.options)
+        exporter = plugins.load(plugins.EXPORTERS, step.name)
+        found += exporter.runtimes(model, step.options) if hasattr(exporter, "runtimes") else []
     return found
 
 
@@ -92,7 +104,7 @@ def _is_integer(weight: Weight) -> bool:
     return weight.format.startswith("int")
 
 
-def _schemes(weights: Iterable[Weight]) -> set[tuple]:
+def _schemes(weights: Iterable[Weight]) -> set[tuple[str, str | None]]:
     """The schemes transformers would have to tell apart; inputs of fp8 matrices stay as they are there."""
     found = set()
     for scheme in map(Scheme.of, weights):

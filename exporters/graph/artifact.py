@@ -15,7 +15,7 @@ from compress.checkpoint.companions import without_code
 from compress.disk.paths import with_text_name
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
-from compress.runtime.onnx_layouts import Layout
+from compress.output_folder.onnx_layouts import Layout
 from exporters import Exported
 from exporters.graph import reading
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compress.runtime.onnx_layouts import DIMENSIONS, PAST, SEQUENCE, TOTAL
+from compress.output_folder.onnx_layouts import DIMENSIONS, PAST, SEQUENCE, TOTAL
 
 
 @dataclass(frozen=True)

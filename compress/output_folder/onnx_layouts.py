@@ -43,7 +43,7 @@ def of(folder: Path) -> Layout | None:
 def find(folder: Path) -> Path | None:
     """The graph of an artifact's folder, in either layout."""
     layout = of(folder)
-    return layout and folder / layout.model
+    return folder / layout.model if layout else None
 
 
 def data_files(model: Path) -> tuple[Path, Path]:
