@@ -43,14 +43,14 @@ def over_tokens(graph, x, dt, a, b, c, d, state, *, heads, head_dim, groups, d_s
         graph.reshape(b, 0, 0, groups, 1, d_state, 1),
         graph.reshape(c, 0, 0, groups, 1, 1, d_state),
     ]
-    step, state = graph.body(), graph.reshape(state, 0, groups, shared, d_state, head_dim)
+    step, state = graph.inner(), graph.reshape(state, 0, groups, shared, d_state, head_dim)
     shapes = [[shared, d_state, head_dim], [shared, 1, 1], [shared, 1, head_dim], [1, d_state, 1], [1, 1, d_state]]
     inputs = [declare(step.unique_name("step"), ir.DataType.FLOAT, ["B", groups, *shape]) for shape in shapes]
     h, decay, dtx, b, c = inputs
     following = step.op("Add", step.op("Mul", decay, h), step.op("Mul", b, dtx))
     body = step.finish(inputs, [following, step.op("MatMul", c, following)], "token")
     axes = {"num_scan_inputs": 4, "scan_input_axes": [1] * 4, "scan_output_axes": [1]}
-    state, y = graph.op("Scan", state, *fed, outputs=2, body=body, **axes)
+    state, y = graph.several(2, "Scan", state, *fed, body=body, **axes)
     y = graph.op("Add", graph.reshape(y, 0, 0, heads, head_dim), graph.op("Mul", rows, graph.reshape(d, heads, 1)))
     return graph.reshape(y, 0, 0, heads * head_dim), graph.reshape(state, 0, heads, d_state, head_dim)
 

@@ -94,12 +94,8 @@ class OnnxArtifact:
     def __init__(self, path: Path):
         from exporters.graph.reading import architecture, external_tensors, load, stored_parameters
 
-<<<<<<< HEAD
-        self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, load(path)
-=======
         self.folder, self._path, graph = onnx_layouts.folder_of(path), path, load(path)
         self._sha256: str | None = None
->>>>>>> main
         self.config = architecture(graph, path).config
         tensors = external_tensors(graph)
         self._data, self.formats = {Path(tensor.path) for tensor in tensors}, stored_parameters(tensors)

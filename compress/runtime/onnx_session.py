@@ -91,11 +91,7 @@ class OnnxDecoder:
         return torch.from_numpy(self._generation.step(ids.numpy())[:, -1].copy())
 
 
-<<<<<<< HEAD
 def _empty(value: ort.NodeArg, batch: int) -> ort.OrtValue:
-=======
-def _empty(value: ort.NodeArg, batch: int) -> np.ndarray:
->>>>>>> main
     """The empty past of one input: batch in the first dimension, a past of length 0 where that is dynamic, zeros."""
     shape = [batch] + [size if isinstance(size, int) else 0 for size in value.shape[1:]]
     held_as, element = ELEMENTS[value.type]

@@ -8,8 +8,9 @@ from compress.output_folder.onnx_layouts import DIMENSIONS, PAST, SEQUENCE, TOTA
 
 @dataclass(frozen=True)
 class Form:
-    """`layers`: those of a stage, all by default; the embedding goes with the first, the head with the last. `sizes`: numbers of dimensions by name; that of all tokens follows from past
-    and new ones. `decode_only`: one new token at a time, which is no padding."""
+    """`layers`: those of a stage, all by default; the embedding goes with the first, the head with the last. `sizes`: numbers
+    of dimensions by name; that of all tokens follows from past and new ones. `decode_only`: one new token at a time, which
+    is no padding."""
 
     layers: range | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)

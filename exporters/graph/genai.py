@@ -3,16 +3,11 @@
 from typing import Any
 
 from compress.checkpoint.end_tokens import end_tokens
-<<<<<<< HEAD
 from compress.checkpoint.reader import Checkpoint
 from compress.model.config import Config
-from compress.recipe.source import tokenizer_of
 from compress.output_folder.onnx_layouts import GENAI
+from compress.recipe.source import tokenizer_of
 from exporters.graph.heads import heads_of
-=======
-from compress.output_folder.onnx_layouts import GENAI
-from compress.recipe.source import tokenizer_of
->>>>>>> main
 
 
 def config(checkpoint: Checkpoint) -> dict[str, Any]:

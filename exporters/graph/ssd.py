@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.builder import FLOAT, Graph, declare
+from exporters.graph.builder import FLOAT, Dimension, Graph, declare, fixed_shape
 
 CHUNK = 64  # tokens at most
 LENGTH = 3  # the axis of L in a body's values, [B, G, R, L, ...]
@@ -60,20 +60,20 @@ def ssd(
     shared = heads // groups
     chunks = Chunks(graph, x)
     shapes = ((groups, shared, head_dim), (groups, shared, 1), (groups, 1, d_state), (groups, 1, d_state))
-    state, y = graph.op(
+    following, y = graph.several(
+        2,
         "Scan",
         graph.reshape(state, 0, groups, shared, d_state, head_dim),
         *(chunks.cut(value, shape) for value, shape in zip((x, dt, b, c), shapes, strict=True)),
         chunks.earlier(),
-        outputs=2,
-        body=_chunk(graph.body(), a, Sizes(groups, shared, head_dim, d_state)),
+        body=_chunk(graph.inner(), a, fixed_shape(state)[0], Sizes(groups, shared, head_dim, d_state)),
         num_scan_inputs=5,
         scan_input_axes=[1, 1, 1, 1, 0],
         scan_output_axes=[1],
     )
     y = chunks.joined(y, x, heads * head_dim)
     skipped = graph.op("Mul", x, by_channel(graph, d, heads, head_dim))
-    return graph.op("Add", y, skipped), graph.reshape(state, 0, heads, d_state, head_dim)
+    return graph.op("Add", y, skipped), graph.reshape(following, 0, heads, d_state, head_dim)
 
 
 def by_channel(graph: Graph, d: ir.Value, heads: int, head_dim: int) -> ir.Value:
@@ -129,9 +129,9 @@ class Chunks:
         return graph.op("Reshape", whole, self._once(("shape", width), lambda: graph.op("Shape", like)))
 
 
-def _chunk(body: Graph, a: Callable[[Graph], ir.Value], sizes: Sizes) -> ir.Graph:
+def _chunk(body: Graph, a: Callable[[Graph], ir.Value], batch: Dimension, sizes: Sizes) -> ir.Graph:
     """The body of the Scan: one chunk. Only numbers of at most 0 are exponentiated."""
-    state, x, dt, b, c, earlier = inputs = _inputs(body, sizes)
+    state, x, dt, b, c, earlier = inputs = _inputs(body, batch, sizes)
     x, dt, c = (body.op("Transpose", value, perm=[0, 2, 3, 1, 4]) for value in (x, dt, c))  # [B, G, R or 1, L, ...]
     b = body.op("Transpose", b, perm=[0, 2, 3, 4, 1])  # [B, G, 1, N, L]
     steps = body.op("Mul", dt, body.reshape(a(body), sizes.groups, sizes.heads, 1, 1))
@@ -164,11 +164,11 @@ def _sums(body: Graph, value: ir.Value, **attributes: int) -> ir.Value:
     return body.op("CumSum", value, body.constant(LENGTH), **attributes)
 
 
-def _inputs(body: Graph, sizes: Sizes) -> list[ir.Value]:
+def _inputs(body: Graph, batch: Dimension, sizes: Sizes) -> list[ir.Value]:
     """State, x, dt, b and c of one chunk, and which tokens come before which."""
     groups, heads, head_dim, d_state = sizes
     fed = [(heads, head_dim), (heads, 1), (1, d_state), (1, d_state)]
-    shapes = [["batch_size", *sizes[:2], d_state, head_dim]]
-    shapes += [["batch_size", "chunk_length", groups, *shape] for shape in fed]
+    shapes: list[list[Dimension]] = [[batch, *sizes[:2], d_state, head_dim]]
+    shapes += [[batch, "chunk_length", groups, *shape] for shape in fed]
     shapes += [["chunk_length", "chunk_length"]]
     return [declare(body.unique_name("chunk"), ir.DataType.FLOAT, shape) for shape in shapes]

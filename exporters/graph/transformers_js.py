@@ -10,15 +10,11 @@ from typing import Any
 import onnx_ir as ir
 
 from compress.checkpoint.companions import without_code
-<<<<<<< HEAD
 from compress.checkpoint.reader import Checkpoint
 from compress.model.block import Layer
 from compress.model.states import StateKind
 from compress.output_folder.onnx_layouts import in_transformers_js
 from exporters.graph.heads import heads_of
-=======
-from compress.output_folder.onnx_layouts import in_transformers_js
->>>>>>> main
 
 # one Mamba head: transformers' tokenizers read this file too, and check that heads divide the width
 POSE = {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"], "mamba_n_heads": 1}
