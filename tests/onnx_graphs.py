@@ -10,7 +10,7 @@ import onnxruntime as ort
 from compress.output_folder import onnx_layouts
 from exporters.dialects.portable import Portable
 from exporters.graph import artifact, wiring
-from exporters.graph.builder import Graph, WeightFile, declare, rename
+from exporters.graph.builder import WeightFile, declare, rename
 from exporters.graph.form import WHOLE
 
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}  # fused products in float32, as our own forward has them
@@ -28,10 +28,10 @@ def make_session(path: Path, options: dict, optimized: Path | None = None) -> or
     return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
 
-def run_graph(folder: Path, inputs: dict[str, np.ndarray], width: int, build, options=EXACT) -> np.ndarray:
+def run_graph(folder: Path, inputs: dict[str, np.ndarray], width: int, build, options=EXACT, graph=Portable.new_graph):
     """What `build(graph, *values)` makes of inputs, an output [..., width], under onnxruntime; checked as an export is."""
     weights = WeightFile(folder / "model.onnx.data")
-    graph = Graph(weights, 21)
+    graph = graph(weights)
     values = [
         declare(name, ir.DataType.from_numpy(x.dtype), [f"{name}{i}" for i in range(x.ndim)])
         for name, x in inputs.items()
