@@ -121,7 +121,7 @@ def restructure(options: Options, model, found: dict | None):
     rows = model.config.total_experts if options.router == "keep_rows" else None
     kept = _kept(options, model, found)
     values = expert_counts.pruned(
-        model.config_json, architecture.EXPERTS_KEY, kept, model.config.num_hidden_layers, rows
+        model.config_json, architecture.EXPERTS_KEYS, kept, model.config.num_hidden_layers, rows
     )
     pruned = type(architecture).parse(values, "config.json after prune_experts")
     sources = {unit.name: unit for unit in model.units}
