@@ -28,7 +28,9 @@ class Architecture(ABC):
     EMBEDDING: ClassVar[str]
     FINAL_NORM: ClassVar[str]
     LM_HEAD: ClassVar[str] = "lm_head.weight"
-    EXPERTS_KEYS: ClassVar[tuple[str, ...]]  # of config.json: how many experts a layer has; the first where none is there
+    EXPERTS_KEYS: ClassVar[
+        tuple[str, ...]
+    ]  # of config.json: how many experts a layer has; the first where none is there
     TRAVELLING: ClassVar[tuple[str, ...]] = ()  # what names of tensors begin with that nothing here uses
     WITHOUT_TRAVELLERS: ClassVar[dict[str, Any]] = {}  # what config.json says where those were left out
 

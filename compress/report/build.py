@@ -17,7 +17,7 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
     """Assembles the report from the plan, what was done and the files as written."""
     model, result = planned.model, planned.result
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
-    notes = expert_counts.changes(model, result) + config_dtype.changes(model, result)
+    notes = expert_counts.changes(model, result) + config_dtype.changes(model, result) + sizes.travelling(result)
     if notes := notes + left_behind(planned.source.folder):
         artifacts[0]["notes"] = notes
     artifacts += [

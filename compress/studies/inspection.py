@@ -60,6 +60,7 @@ def _checkpoint_facts(folder: Path) -> dict:
     return facts | {
         "weight_bytes": sizes.stored_bytes(model.units),
         "formats": sizes.parameters_by_format(model.weights),
+        **({"travelling": [weight.name for weight in model.travellers]} if model.travellers else {}),
     }
 
 
@@ -128,6 +129,7 @@ def as_text(facts: dict) -> str:
     lines += [f"verified               {verified['files']} files, {verified['bytes']:,} bytes"] if verified else []
     lines += [f"stored as {name:<12} {count:,} parameters" for name, count in facts["formats"].items()]
     lines += [f"{role:<22} {count:,}" for role, count in sorted(facts["roles"].items(), key=lambda item: -item[1])]
+    lines += [f"travels unused         {name}" for name in facts.get("travelling", [])]
     return "\n".join(map(printable, lines))
 
 
