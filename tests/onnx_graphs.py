@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from compress.output_folder import onnx_layouts
+from compress.runtime import graph_names
 from exporters.dialects.portable import Portable
 from exporters.graph import artifact, wiring
 from exporters.graph.builder import WeightFile, declare, rename
@@ -61,7 +61,7 @@ class Steps:
 
     def step(self, given: np.ndarray, mask: np.ndarray) -> np.ndarray:
         inputs = self.session.get_inputs()
-        past = [value for value in inputs if onnx_layouts.is_past(value.name)]
+        past = [value for value in inputs if graph_names.is_past(value.name)]
         if self.states is None:
             sizes = ([size if isinstance(size, int) else 0 for size in value.shape[1:]] for value in past)
             self.states = [np.zeros((len(given), *shape), np.float32) for shape in sizes]

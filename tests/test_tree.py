@@ -15,7 +15,7 @@ FACE = {"__init__", "__main__"}  # of the package, for its users: `compress.load
 DOOR = "plugins"
 EXPORTERS = re.compile(r"exporters(\.\w+)*")
 # rooms that still name exporters themselves, until they ask `plugins`
-NAMING_EXPORTERS = {"compress/apply/pipeline.py", "compress/runtime/artifacts.py", "compress/studies/inspection.py"}
+
 
 ROOMS = [room for line in compress.__doc__.splitlines() if line.startswith("    ") for room in line.split()]
 SOURCES = {
@@ -89,7 +89,7 @@ def test_an_import_that_runs_down_is_not(source):
 
 def test_only_the_loader_names_exporters():
     naming = {path for path, source in SOURCES.items() if named_exporters(source)}
-    assert naming == {"compress/plugins.py", *NAMING_EXPORTERS}
+    assert naming == {"compress/plugins.py"}
 
 
 @pytest.mark.parametrize(

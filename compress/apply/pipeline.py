@@ -7,7 +7,7 @@ import torch
 
 import compress
 from compress import prompts
-from compress.apply import exporting, plan, stages, surveys, sweep
+from compress.apply import exporting, plan, reporting, stages, surveys, sweep
 from compress.apply.plan import Plan
 from compress.check import judge
 from compress.check.compare import Row, verdict
@@ -25,7 +25,6 @@ from compress.plugins import Exported
 from compress.prompts import Used
 from compress.recipe.recipe import ExportStep, LoadedRecipe
 from compress.recipe.source import Source
-from compress.report import build as report_build
 from compress.report import markdown, model_card
 from compress.report.passes import PassDone
 from compress.report.schema import Report
@@ -171,7 +170,7 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
 
 def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Report:
     """Report, recipe, and last of all the manifest; then the folder gets its name."""
-    report = report_build.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
+    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
     json_files.write_json(space.folder / "report.json", report)
     files.write_text(space.folder / "report.md", markdown.render(report, outcome.passes))
     files.write_text(space.folder / "recipe.yaml", job.recipe.text)

@@ -64,7 +64,8 @@ def _chunk_starts(fed: Tensor, dt: Tensor, a: Tensor, b: Tensor, start: Tensor, 
 def _chunked(tensor: Tensor, chunk: int) -> Tensor:
     """[B, S, X] -> [B, chunks, chunk, X], zero-padded at the end."""
     padding = -tensor.shape[1] % chunk
-    return F.pad(tensor, (0, 0, 0, padding)).unflatten(1, (-1, chunk))
+    chunked: Tensor = F.pad(tensor, (0, 0, 0, padding)).unflatten(1, (-1, chunk))
+    return chunked
 
 
 def _advance(state: Tensor, fed: Tensor, dt: Tensor, a: Tensor, b: Tensor, t: int) -> Tensor:

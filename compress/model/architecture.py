@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from compress.model.block import Layer
 from compress.model.config import Config
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a tensor of a checkpoint belongs in transformers' model: a parameter, or a part of one."""
 
     parameter: str

@@ -57,7 +57,7 @@ def _original(path: Path) -> tuple[str, Report]:
         found = ModelCard(card, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError):  # front matter that is not YAML, or no mapping
         return card.strip(), {}
-    data: Report = found.data.to_dict()  # type: ignore[no-untyped-call] # the hub has typed it in part
+    data: Report = found.data.to_dict()  # type: ignore[no-untyped-call]  # the hub has typed it in part
     return found.text.strip(), data
 
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from compress.errors import InputError, first_line
-from compress.output_folder import onnx_layouts
+from compress.runtime import graph_names
 from compress.runtime.onnx_files import open_session
 
 # what onnxruntime says on stderr by itself: nothing, since whatever fails is told in a sentence (3: errors, 4: fatal ones)
@@ -39,7 +39,7 @@ class OnnxSession:
         except Exception as error:  # onnxruntime's own exceptions share no public base class
             raise InputError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         inputs = {value.name: value for value in self._session.get_inputs()}
-        self.past = {name: value for name, value in inputs.items() if onnx_layouts.is_past(name)}
+        self.past = {name: value for name, value in inputs.items() if graph_names.is_past(name)}
         outputs = {value.name: value for value in self._session.get_outputs()}
         _refuse_foreign(path, inputs.keys() - self.past.keys(), self.past, outputs)
         self.vocab_size = int(outputs["logits"].shape[-1])
@@ -63,7 +63,7 @@ class Generation:
 
     def __init__(self, session: OnnxSession, batch: int):
         self._session, self._seen = session, np.ones((batch, 0), np.int64)
-        self._outputs = ["logits", *map(onnx_layouts.present_of, session.past)]
+        self._outputs = ["logits", *map(graph_names.present_of, session.past)]
         self._state = {name: _empty(value, batch) for name, value in session.past.items()}
 
     def step(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
@@ -102,7 +102,7 @@ def _refuse_foreign(
     path: Path, others: Set[str], past: dict[str, ort.NodeArg], outputs: dict[str, ort.NodeArg]
 ) -> None:
     """A graph of another tool, or a damaged one: it would fail later, and less clearly."""
-    missing = {"logits", *map(onnx_layouts.present_of, past)} - outputs.keys()
+    missing = {"logits", *map(graph_names.present_of, past)} - outputs.keys()
     states = [name for name, value in past.items() if value.type not in ELEMENTS or not value.shape]
     if others != {"input_ids", "attention_mask"}:
         problem = "expected the inputs input_ids and attention_mask, and past_key_values"

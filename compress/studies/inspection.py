@@ -13,8 +13,9 @@ from compress.model.architecture import Architecture
 from compress.model.block import Layer
 from compress.model.states import StateKind
 from compress.model.weight import Unit, UnitSpec
-from compress.output_folder import integrity, onnx_layouts
+from compress.output_folder import integrity
 from compress.recipe import source
+from compress.runtime import graph_names
 from compress.runtime.artifacts import find_artifact
 from compress.terminal.escaping import printable
 
@@ -123,7 +124,7 @@ def _declared_state_bytes(architecture: Architecture, graph: "ir.Model") -> size
     totals = dict.fromkeys(StateKind, 0)
     for value in graph.graph.inputs:
         name = value.name or ""
-        kind = kinds.get(onnx_layouts.kind_of(name)) if onnx_layouts.is_past(name) else None
+        kind = kinds.get(graph_names.kind_of(name)) if graph_names.is_past(name) else None
         if kind is not None and value.shape is not None and value.dtype is not None:
             sizes_known = [size for size in value.shape if isinstance(size, int)]
             totals[kind] += int(math.prod(sizes_known) * value.dtype.itemsize)

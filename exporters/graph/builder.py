@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +28,9 @@ DTYPES = {
     torch.int8: ir.DataType.INT8,
     torch.uint8: ir.DataType.UINT8,
 }
+
+
+Attribute = int | float | str | Sequence[int] | ir.TensorProtocol | ir.Graph
 
 
 class WeightFile:
@@ -101,11 +104,13 @@ class Graph:
     def unique_name(self, stem: str) -> str:
         return f"{stem}_{next(self._names)}"
 
-    def op(self, kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+    def op(self, kind: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
         """Adds a node of one output. An operator beyond the standard's is written with its domain, `com.microsoft::Gelu`."""
         return self.several(1, kind, *inputs, **attributes)[0]
 
-    def several(self, outputs: int, kind: str, *inputs: ir.Value | None, **attributes: Any) -> tuple[ir.Value, ...]:
+    def several(
+        self, outputs: int, kind: str, *inputs: ir.Value | None, **attributes: Attribute
+    ) -> tuple[ir.Value, ...]:
         """Adds a node of so many outputs."""
         domain, _, name = kind.rpartition("::")
         if domain not in self._versions:
@@ -167,7 +172,7 @@ class Graph:
         """A weight whose content comes piece by piece along its first dimensions, such as an expert at a time."""
         return _with_format(self._initializer(self._weights.add_pieces(name, pieces, dtype, shape)), number_format)
 
-    def _initializer(self, tensor: ir.Tensor[Any] | ir.ExternalTensor) -> ir.Value:
+    def _initializer(self, tensor: ir.Tensor[np.ndarray] | ir.ExternalTensor) -> ir.Value:
         value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         self._initializers.append(value)
         return value

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from compress.output_folder.onnx_layouts import DIMENSIONS, PAST, SEQUENCE, TOTAL
+from compress.runtime.graph_names import DIMENSIONS, PAST, SEQUENCE, TOTAL
 
 
 @dataclass(frozen=True)

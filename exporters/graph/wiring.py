@@ -11,7 +11,7 @@ import onnx_ir as ir
 from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
 from compress.model.weight import Weight
-from compress.output_folder.onnx_layouts import BATCH, PAST, SEQUENCE, TOTAL, dimensions, past_of, present_of
+from compress.runtime.graph_names import BATCH, PAST, SEQUENCE, TOTAL, dimensions, past_of, present_of
 from exporters.dialects.base import Dialect, Tokens
 from exporters.graph.builder import WeightFile, declare, rename
 from exporters.graph.form import WHOLE, Form

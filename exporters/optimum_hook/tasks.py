@@ -10,7 +10,7 @@ from optimum.utils.input_generators import DEFAULT_DUMMY_SHAPES, DummyInputGener
 
 from compress.model import families
 from compress.model.states import StateSpec
-from compress.output_folder.onnx_layouts import BATCH, PAST, SEQUENCE, TOTAL, dimensions, past_of, present_of
+from compress.runtime.graph_names import BATCH, PAST, SEQUENCE, TOTAL, dimensions, past_of, present_of
 
 Axes = dict[str, dict[int, str]]
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from compress.model.architecture import Architecture, Place
 from compress.model.block import Block, Layer, Residual
@@ -285,6 +285,6 @@ class NemotronH(Architecture):
                 _transformers_moe.fit(model, path, "gate", self.EXPERTS_KEYS[0], layer.experts)
             elif layer.kind == "mamba2":
                 mixer = model.get_submodule(path)
-                setattr(mixer, "time_step_limit", (0.0, math.inf))
+                vars(mixer)["time_step_limit"] = (0.0, math.inf)
                 for name in ("A_log", "D", "dt_bias"):
                     setattr(mixer, name, torch.nn.Parameter(getattr(mixer, name).float()))
