@@ -96,7 +96,9 @@ def change(model, edit):
 def without_records(config: dict) -> dict:
     """config.json but for what passes say they did, which tests/test_records.py reads."""
     section = {key: value for key, value in config["compress"].items() if key != "passes"}
-    return {key: value for key, value in config.items() if key != "compress"} | ({"compress": section} if section else {})
+    return {key: value for key, value in config.items() if key != "compress"} | (
+        {"compress": section} if section else {}
+    )
 
 
 # ---- what is stored

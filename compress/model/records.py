@@ -7,13 +7,14 @@ were made, and speak of the tensors by the names they have after the pass. Numbe
 
 import base64
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
 from compress.model.expert_counts import SECTION, ExpertCounts
 from compress.model.tensor_names import written_out
+from compress.strict.json_text import JsonObject
 
 KEY = "passes"  # in the section
 MOST_EXPERTS = 10_000
@@ -125,11 +126,15 @@ class Compressed(ExpertCounts):
     passes: tuple[Record, ...] = ()
 
 
-def added(values: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+def added(values: JsonObject, records: Sequence[Record]) -> JsonObject:
     """config.json with the records of one more run."""
-    section = values.get(SECTION) or {}
+    if not records:
+        return values
+    section = values.get(SECTION)
+    kept = section if isinstance(section, Mapping) else {}
+    earlier = kept.get(KEY)
     new = [record.model_dump(mode="json", exclude_none=True) for record in records]
-    return values | {SECTION: section | {KEY: [*section.get(KEY, ()), *new]}} if new else values
+    return values | {SECTION: {**kept, KEY: [*(earlier if isinstance(earlier, list) else ()), *new]}}
 
 
 def packed(exponents: Iterable[int]) -> str:
