@@ -5,17 +5,19 @@ over the chosen experts alone, experts without gates."""
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from stepping import own_logits
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from compress.apply import exporting
 from compress.checkpoint.reader import Checkpoint
 from compress.model import families
 from compress.recipe import resources
-from compress.runtime.eager import Eager
-from compress.runtime.inference import Head, embed, empty_state, layer_weights
+from compress.runtime.onnx_session import OnnxSession
 
 HIDDEN, HEADS, KV_HEADS, INNER, STATES, RANK = 48, 6, 2, 96, 5, 7
 AGREEMENT = 2e-5  # float32 on logits of about 1, through three layers
@@ -106,28 +108,26 @@ def expected_logits(tensors, ids):
     return norm(hidden, tensors["norm.weight"]) @ tensors["lm_head.weight"].T
 
 
-def run(model, ids, cuts, mask=None):
-    """ids [B, S] in pieces that end at `cuts`."""
-    states = [empty_state(layer, len(ids), "cpu") for layer in model.layers]
-    outputs, start = [], 0
-    for end in cuts:
-        hidden = embed(model, ids[:, start:end])
-        for layer in model.layers:
-            ops = Eager(layer_weights(model, layer.index, "cpu"), None if mask is None else mask[:, :end])
-            hidden, states[layer.index] = layer.run(ops, hidden, states[layer.index])
-        outputs.append(Head(model, "cpu")(hidden))
-        start = end
-    return torch.cat(outputs, 1)
-
-
 @pytest.mark.parametrize("cuts", [(13,), (6, 7, 8, 9, 10, 11, 12, 13), (5, 13)])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_its_forward_is_that_of_plain_loops(folder, cuts, padding):
     ids = torch.randint(3, 128, (2, 13), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, 13)
     mask[0, :padding] = 0
-    actual = run(Checkpoint(folder).model, ids, cuts, mask if padding else None)
+    actual = own_logits(Checkpoint(folder).model, ids, cuts, mask if padding else None)
     tensors = load_file(folder / "model.safetensors")
     for row, first in enumerate((padding, 0)):
         expected = expected_logits(tensors, ids[row, first:])
         torch.testing.assert_close(actual[row, first:], expected, rtol=0, atol=AGREEMENT)
+
+
+def test_its_graph_needs_no_file_and_gives_the_same(folder, tmp_path):
+    """A prompt with padding before it, then token by token."""
+    ids, mask = np.random.default_rng(1).integers(3, 128, (2, 13)), np.ones((2, 13), np.int64)
+    mask[0, :3] = 0
+    path = exporting.export_checkpoint(folder, "onnx", tmp_path / "onnx") / "model.onnx"
+    generation, model = OnnxSession(path, threads=1).start(2), Checkpoint(folder).model
+    pieces = zip(*(np.split(values, range(6, 13), axis=1) for values in (ids, mask)), strict=True)
+    actual = np.concatenate([generation.step(*piece).copy() for piece in pieces], 1)
+    expected = own_logits(model, torch.from_numpy(ids), [13], torch.from_numpy(mask)).numpy()
+    np.testing.assert_allclose(actual[mask == 1], expected[mask == 1], rtol=0, atol=AGREEMENT)

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from jamba_models import make_jamba
-from onnx_graphs import all_graphs, assert_shapes_are_inferred
+from onnx_graphs import EXACT, all_graphs, assert_shapes_are_inferred
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,6 @@ from exporters import onnx as exporter
 EXPORTER = exporter.Onnx(exporter.Options())
 
 AGREEMENT = 1e-3  # largest difference between logits: the project's requirement on an exported graph
-EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}  # fused int8 products in float32, as our own forward has them
 SPREAD = 0.7  # see test_jamba_forward.py: keeps the noise of float32 itself far below the bound
 BATCH = 3
 

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnx_graphs
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
 from jamba_models import make_jamba
-from onnx_graphs import all_graphs, assert_shapes_are_inferred
+from onnx_graphs import EXACT, all_graphs, assert_shapes_are_inferred, make_session
 from safetensors import safe_open
 
 from compress import formats
@@ -35,14 +35,12 @@ from compress.runtime.inference import Head, stream
 from compress.runtime.onnx_session import OnnxSession
 from compress.studies.inspection import inspect
 from exporters import onnx as exporter
-from exporters.graph import artifact
-from exporters.graph.builder import Graph, WeightFile, declare, rename
+from exporters.graph.builder import Graph
 from exporters.graph.linear import linear
 from exporters.graph.table import Table
 
 EXPORTER = exporter.Onnx(exporter.Options())
 
-EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}  # fused products in float32, as our own forward has them
 QUANTIZED = tuple(formats.FILES)
 FORMATS = (*QUANTIZED, *formats.PLAIN)
 WHOLE = ("int8", "int8-tensor")
@@ -83,25 +81,7 @@ def make_weight(number_format: str, shape: tuple[int, int], activation=None, rot
 
 
 def run_graph(folder: Path, x: np.ndarray, width: int, build, options: dict | None = None) -> np.ndarray:
-    """A graph of one input and one output [..., width] under onnxruntime; checked as a whole export is."""
-    weights = WeightFile(folder / "model.onnx.data")
-    graph, value = Graph(weights, 21), declare("x", ir.DataType.from_numpy(x.dtype), [f"d{i}" for i in range(x.ndim)])
-    y = rename(build(graph, value), "y", ir.DataType.FLOAT, [*(f"y{i}" for i in range(x.ndim - 1)), width])
-    weights.close()
-    ir.save(ir.Model(graph.finish([value], [y], "test"), ir_version=artifact.IR_VERSION), folder / "model.onnx")
-    onnx.checker.check_model(folder / "model.onnx", full_check=True)
-    return make_session(folder / "model.onnx", options or EXACT).run(None, {"x": x})[0]
-
-
-def make_session(path: Path, options: dict, optimized: Path | None = None) -> ort.InferenceSession:
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    for key, value in options.items():
-        settings.add_session_config_entry(key, value)
-    if optimized:
-        settings.optimized_model_filepath = str(optimized)
-        settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
-    return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    return onnx_graphs.run_graph(folder, {"x": x}, width, build, options or EXACT)
 
 
 def make_inputs(width: int) -> np.ndarray:

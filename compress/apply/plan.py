@@ -224,6 +224,7 @@ def describe(plan: Plan, out: Path) -> str:
             for said in notes
         ),
         *(f"{fact.about:<9} {fact.text}" for fact in plan.changes),
+        *(f"travels   {fact}" for fact in sizes.travelling(plan.result)),
         *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),

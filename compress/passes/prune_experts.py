@@ -94,7 +94,7 @@ class PruneExperts(Pass[Options]):
         rows = model.config.total_experts if self.options.router == KEEP_ROWS else None
         kept = _kept(self.options, model, context.found)
         values = expert_counts.pruned(
-            model.config_json, architecture.EXPERTS_KEY, kept, model.config.num_hidden_layers, rows
+            model.config_json, architecture.EXPERTS_KEYS, kept, model.config.num_hidden_layers, rows
         )
         pruned = type(architecture).parse(values, "config.json after prune_experts")
         sources = {unit.name: unit for unit in model.units}

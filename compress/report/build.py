@@ -27,7 +27,7 @@ def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdic
     """Assembles the report from the plan, what was done and the files as written."""
     model, result = planned.model, planned.result
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
-    notes = [fact.text for fact in planned.changes] + config_dtype.changes(model, result)
+    notes = [fact.text for fact in planned.changes] + config_dtype.changes(model, result) + sizes.travelling(result)
     if notes := notes + left_behind(planned.source.folder):
         artifacts[0]["notes"] = notes
     artifacts += [

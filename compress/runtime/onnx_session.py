@@ -17,7 +17,8 @@ from compress.runtime.onnx_files import open_session
 LOG_LEVEL = 3 if os.environ.get("COMPRESS_TRACEBACK") else 4
 ort.set_default_logger_severity(LOG_LEVEL)
 
-ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of states
+# of states: numpy's type of as many bytes, whose zeros are the same, and ONNX's own
+ELEMENTS = {"tensor(float)": (np.float32, 1), "tensor(float16)": (np.float16, 10), "tensor(bfloat16)": (np.uint16, 16)}
 LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
 
 
@@ -63,9 +64,7 @@ class Generation:
     def __init__(self, session: OnnxSession, batch: int):
         self._session, self._seen = session, np.ones((batch, 0), np.int64)
         self._outputs = ["logits", *map(onnx_layouts.present_of, session.past)]
-        self._state = {
-            name: ort.OrtValue.ortvalue_from_numpy(_empty(value, batch)) for name, value in session.past.items()
-        }
+        self._state = {name: _empty(value, batch) for name, value in session.past.items()}
 
     def step(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """`attention_mask` [B, S] is 0 for left padding among the new tokens; all are tokens by default."""
@@ -92,10 +91,11 @@ class OnnxDecoder:
         return torch.from_numpy(self._generation.step(ids.numpy())[:, -1].copy())
 
 
-def _empty(value: ort.NodeArg, batch: int) -> np.ndarray:
+def _empty(value: ort.NodeArg, batch: int) -> ort.OrtValue:
     """The empty past of one input: batch in the first dimension, a past of length 0 where that is dynamic, zeros."""
     shape = [batch] + [size if isinstance(size, int) else 0 for size in value.shape[1:]]
-    return np.zeros(shape, ELEMENTS[value.type])
+    held_as, element = ELEMENTS[value.type]
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, held_as), element)
 
 
 def _refuse_foreign(

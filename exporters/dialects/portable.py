@@ -8,11 +8,13 @@ import torch
 from compress.model.routing import Router
 from compress.model.states import StateKind, StateSpec
 from exporters.dialects.base import Dialect
-from exporters.graph import mamba, moe
+from exporters.graph import moe
 from exporters.graph.attention import Angles, attention, causal_bias, past_bias, rotary_angles
 from exporters.graph.builder import fixed_shape, sizes_of, width_of, with_width
 from exporters.graph.linear import linear
+from exporters.graph.mamba import TokenMask, causal_conv, decay, scan_step, selective_scan, token_mask
 from exporters.graph.norm import rms_norm
+from exporters.graph.ssd import ssd
 from exporters.graph.stored import TYPES, as_stored, matrix, plain, widened
 from exporters.graph.table import Table
 
@@ -62,7 +64,7 @@ class Portable(Dialect):
         taps = plain(graph, kernel, lambda w: w[:, 0].T)
         shift = None if bias is None else plain(graph, self.weight(bias))
         real = None if self.tokens.is_one else self._token_mask().real
-        return mamba.causal_conv(graph, x, state, real, taps, shift, kernel.shape[2])
+        return causal_conv(graph, x, state, real, taps, shift, kernel.shape[2])
 
     def selective_scan(
         self, x: Value, dt: Value, b: Value, c: Value, state: Value, a_log: str, d: str
@@ -71,7 +73,7 @@ class Portable(Dialect):
         graph = self.graph
         dt = self._without_padding(dt)
         stored = as_stored(graph, self.weight(a_log), torch.t)
-        scan = mamba.scan_step if self.tokens.is_one else mamba.selective_scan
+        scan = scan_step if self.tokens.is_one else selective_scan
         wide_x, wide_dt, wide_b, wide_c = map(graph.float32, (x, dt, b, c))
         y, state = scan(graph, wide_x, wide_dt, stored, wide_b, wide_c, state)
         skipped = graph.op("Mul", x, plain(graph, self.weight(d)))
@@ -79,16 +81,12 @@ class Portable(Dialect):
 
     def ssd(self, x: Value, dt: Value, b: Value, c: Value, state: Value, a_log: str, d: str) -> tuple[Value, Value]:
         """In float32, whatever the type of hidden states."""
-        from exporters.graph.ssd import ssd
-
-        graph, groups_width = self.graph, width_of(b)
+        graph, stored = self.graph, as_stored(self.graph, self.weight(a_log))
+        skip = widened(graph, as_stored(graph, self.weight(d)), to=ir.DataType.FLOAT)
         _, heads, d_state, head_dim = sizes_of(state)
-        a_log_value, d_value = (
-            widened(graph, as_stored(graph, self.weight(name)), to=ir.DataType.FLOAT) for name in (a_log, d)
-        )
+        sizes = {"heads": heads, "head_dim": head_dim, "groups": width_of(b) // d_state, "d_state": d_state}
         x, dt, b, c = map(graph.float32, (x, self._without_padding(dt), b, c))
-        sizes = {"heads": heads, "head_dim": head_dim, "groups": groups_width // d_state, "d_state": d_state}
-        y, state = ssd(graph, x, dt, a_log_value, b, c, d_value, state, **sizes)
+        y, state = ssd(graph, x, dt, lambda body: decay(body, stored), b, c, skip, state, **sizes)
         return graph.from_float32(y), state
 
     def attention(
@@ -132,8 +130,8 @@ class Portable(Dialect):
     def _table(self, name: str) -> Table:
         return self.graph.once(("table", name), lambda: Table(self.graph, self.weight(name)))
 
-    def _token_mask(self) -> mamba.TokenMask:
-        return self.graph.once("token mask", lambda: mamba.token_mask(self.graph, self.tokens.given, self.tokens.mask))
+    def _token_mask(self) -> TokenMask:
+        return self.graph.once("token mask", lambda: token_mask(self.graph, self.tokens.given, self.tokens.mask))
 
     def _without_padding(self, x: Value) -> Value:
         """x [B, S, D], zero at padding."""

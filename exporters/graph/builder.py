@@ -47,7 +47,7 @@ class WeightFile:
         are not as many as `dtype` and `shape` say."""
         size = -(-math.prod(shape) * dtype.bitwidth // 8)
         offset = self._aligned(size)
-        written = sum(self._append(piece) for piece in pieces)
+        written = sum(map(self._append, pieces))  # a loop would hold a piece while the next is made
         if written != size:
             raise ValueError(f"'{name}': {written} bytes were given; {dtype.name} {list(shape)} takes {size}")
         place = self._path.name, offset, size, dtype

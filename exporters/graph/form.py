@@ -8,8 +8,9 @@ from compress.output_folder.onnx_layouts import DIMENSIONS, PAST, SEQUENCE, TOTA
 
 @dataclass(frozen=True)
 class Form:
-    """`layers`: those of a stage, all by default. `sizes`: numbers of dimensions by name; that of all tokens follows from past
-    and new ones. `decode_only`: one new token at a time, which is no padding."""
+    """`layers`: those of a stage, all by default; the embedding goes with the first, the head with the last. `sizes`: numbers
+    of dimensions by name; that of all tokens follows from past and new ones. `decode_only`: one new token at a time, which
+    is no padding."""
 
     layers: range | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -41,7 +42,7 @@ class Form:
     def layers_of(self, count: int) -> range:
         """Of a model with so many. Raises ValueError for others."""
         layers = range(count) if self.layers is None else self.layers
-        if layers.step != 1 or not 0 <= layers.start <= layers.stop <= count:
+        if layers.step != 1 or not 0 <= layers.start < layers.stop <= count:
             raise ValueError(f"{layers} are no neighbouring layers of a model with {count}")
         return layers
 

@@ -112,11 +112,11 @@ def _advanced(
     graph: Graph, a_log: ir.Value, h: ir.Value, dt: ir.Value, dtx: ir.Value, b: ir.Value, c: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
     """One token: y [B, 1, D] and the state after it."""
-    decayed = graph.op("Mul", graph.op("Exp", graph.op("Mul", dt, _decay(graph, a_log))), h)
+    decayed = graph.op("Mul", graph.op("Exp", graph.op("Mul", dt, decay(graph, a_log))), h)
     following = graph.op("Add", decayed, graph.op("Mul", b, dtx))
     return graph.op("MatMul", c, following), following
 
 
-def _decay(graph: Graph, a_log: ir.Value) -> ir.Value:
-    """A = -exp(A_log), [N, D]."""
+def decay(graph: Graph, a_log: ir.Value) -> ir.Value:
+    """A = -exp(A_log), float32."""
     return graph.op("Neg", graph.op("Exp", widened(graph, a_log, to=ir.DataType.FLOAT)))

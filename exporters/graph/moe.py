@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from compress.model.routing import Router
+from compress.model.routing import GROUP_SCORES, SMALLEST_SUM, Router
 from exporters.graph.builder import FLOAT, Graph
 
 
@@ -43,42 +43,48 @@ def mixture(
 
 
 def choose(graph: Graph, logits: ir.Value, router: Router, experts: int, bias: ir.Value | None) -> Choice:
-    """logits [tokens, R] and bias [E], float32, as `Router.gates` has it: of equal values TopK takes the lower number.
+    """logits [tokens, R] and bias [E], float32, as `Router.gates` has it: of equal ranks TopK takes the lower number.
 
     The experts' rows come first. Rows after them, of experts that were removed, count in a softmax's denominator only.
     """
     is_softmax = router.score == "softmax"
     scores = graph.op("Softmax", logits, axis=-1) if is_softmax else graph.op("Sigmoid", logits)
-    values = logits if bias is None else scores
-    if router.rows != experts:
-        values = graph.op("Slice", values, graph.constant([0]), graph.constant([experts]), graph.constant([1]))
-    if bias is not None:
-        values = graph.op("Add", values, bias)
-    if router.groups > 1:
-        values = _in_best_groups(graph, values, router, experts)
-    _, numbers = graph.several(2, "TopK", values, graph.constant([router.top_k]), axis=-1)
+    ranks = _ranks(graph, logits if router.chooses_by_logits else scores, router, experts, bias)
+    _, numbers = graph.several(2, "TopK", ranks, graph.constant([router.top_k]), axis=-1)
     return Choice(_gates(graph, graph.op("GatherElements", scores, numbers, axis=-1), router), numbers)
+
+
+def _ranks(graph: Graph, ranks: ir.Value, router: Router, experts: int, bias: ir.Value | None) -> ir.Value:
+    """What experts are chosen by, from logits or scores [tokens, R]: [tokens, E], minus infinity outside the groups whose best
+    experts sum highest."""
+    if router.rows != experts:
+        ranks = graph.op("Slice", ranks, graph.constant([0]), graph.constant([experts]), graph.constant([1]))
+    if bias is not None:
+        ranks = graph.op("Add", ranks, bias)
+    if router.groups_used == router.groups:
+        return ranks
+    grouped = graph.reshape(ranks, -1, router.groups, experts // router.groups)
+    used = graph.op("Where", _used_groups(graph, grouped, router), grouped, graph.constant(-np.inf, FLOAT))
+    return graph.reshape(used, -1, experts)
+
+
+def _used_groups(graph: Graph, grouped: ir.Value, router: Router) -> ir.Value:
+    """[tokens, groups, experts of each] -> whether a group is chosen from, [tokens, groups, 1]."""
+    best, _ = graph.several(2, "TopK", grouped, graph.constant([GROUP_SCORES]), axis=-1)
+    sums = graph.op("ReduceSum", best, graph.constant([-1]), keepdims=0)
+    _, used = graph.several(2, "TopK", sums, graph.constant([router.groups_used]), axis=-1)
+    numbers = graph.constant(np.arange(router.groups).reshape(-1, 1))
+    hits = graph.op("Equal", graph.op("Unsqueeze", used, graph.constant([1])), numbers)  # [tokens, groups, used]
+    counts = graph.op("ReduceSum", graph.op("Cast", hits, to=ir.DataType.INT64), graph.constant([-1]), keepdims=1)
+    return graph.op("Cast", counts, to=ir.DataType.BOOL)
 
 
 def _gates(graph: Graph, gates: ir.Value, router: Router) -> ir.Value:
     """Scores of the chosen [tokens, top-k] -> their gates."""
     if router.renormalized:
         total = graph.op("ReduceSum", gates, graph.constant([-1]), keepdims=1)
-        gates = graph.op("Div", gates, graph.op("Add", total, graph.constant(1e-20, FLOAT)))
+        gates = graph.op("Div", gates, graph.op("Add", total, graph.constant(SMALLEST_SUM, FLOAT)))
     return gates if router.scale == 1 else graph.op("Mul", gates, graph.constant(router.scale, FLOAT))
-
-
-def _in_best_groups(graph: Graph, values: ir.Value, router: Router, experts: int) -> ir.Value:
-    """values [tokens, E], -inf outside the groups whose two best experts sum highest."""
-    grouped = graph.reshape(values, -1, router.groups, experts // router.groups)
-    best, _ = graph.several(2, "TopK", grouped, graph.constant([2]), axis=-1)
-    sums = graph.op("ReduceSum", best, graph.constant([-1]), keepdims=0)
-    _, used = graph.several(2, "TopK", sums, graph.constant([router.groups_used]), axis=-1)
-    numbers = graph.constant(np.arange(router.groups).reshape(-1, 1))
-    hits = graph.op("Equal", graph.op("Unsqueeze", used, graph.constant([1])), numbers)  # [tokens, groups, used]
-    counts = graph.op("ReduceSum", graph.op("Cast", hits, to=ir.DataType.INT64), graph.constant([-1]), keepdims=1)
-    kept = graph.op("Where", graph.op("Cast", counts, to=ir.DataType.BOOL), grouped, graph.constant(-np.inf, FLOAT))
-    return graph.reshape(kept, -1, experts)
 
 
 def _sorted_by_expert(graph: Graph, chosen: ir.Value, experts: int) -> tuple[ir.Value, ir.Value]:
