@@ -60,8 +60,9 @@ def pruned(
     """config.json for a model whose MoE layers (by index) keep so many experts, their number standing under those of `keys`
     that are there, else under the first; `router_rows` where removed ones stay in the denominator."""
     counts, stated = set(moe.values()), [key for key in keys if key in values] or keys[:1]
-    came = values.get(SECTION) or {}
-    section = {name: value for name, value in came.items() if name not in ExpertCounts.model_fields}
+    came = values.get(SECTION)
+    kept = came if isinstance(came, dict) else {}
+    section: JsonObject = {name: value for name, value in kept.items() if name not in ExpertCounts.model_fields}
     section |= {} if router_rows is None else {"router_rows": router_rows}
     if len(counts) > 1:
         section = {"num_experts_per_layer": [moe.get(index, 1) for index in range(layers)]} | section
