@@ -28,7 +28,7 @@ SHAPES = {
     "tiny-nemotron-h": {"heads": 6, "head_dim": 64, "groups": 2, "d_state": 32},
     "Nemotron-3-Nano": {"heads": 64, "head_dim": 64, "groups": 8, "d_state": 128},
 }
-RUNS = {1: 100, 64: 5, 512: 1}  # tokens -> how often a form runs in a round
+RUNS = {1: 100, 64: 10, 512: 3}  # tokens -> how often a form runs in a round
 NAMES = ("x", "dt", "b", "c")
 LAYERS, ROUNDS, LONGEST = 4, 12, max(RUNS)
 

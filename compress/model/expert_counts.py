@@ -3,10 +3,18 @@
 Stock runtimes do not read it. They stop at such a checkpoint, since the shapes are not those that this number implies.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from compress.errors import InputError
 from compress.strict.json_text import JsonObject
+
+if TYPE_CHECKING:
+    from compress.model.hybrid import HybridModel
 
 SECTION = "compress"
 MAX_ROUTER_ROWS = 10_000  # as many as a model may have experts; keeps a corrupt config from promising a huge matrix
@@ -61,8 +69,8 @@ def pruned(
     that are there, else under the first; `router_rows` where removed ones stay in the denominator."""
     counts, stated = set(moe.values()), [key for key in keys if key in values] or keys[:1]
     came = values.get(SECTION)
-    kept = came if isinstance(came, dict) else {}
-    section: JsonObject = {name: value for name, value in kept.items() if name not in ExpertCounts.model_fields}
+    section: JsonObject = dict(came) if isinstance(came, Mapping) else {}
+    section = {name: value for name, value in section.items() if name not in ExpertCounts.model_fields}
     section |= {} if router_rows is None else {"router_rows": router_rows}
     if len(counts) > 1:
         section = {"num_experts_per_layer": [moe.get(index, 1) for index in range(layers)]} | section
@@ -75,12 +83,12 @@ def fewest(top_k: int) -> int:
     return max(2, top_k)
 
 
-def of_model(model) -> dict[int, int]:
+def of_model(model: HybridModel) -> dict[int, int]:
     """Experts of every MoE layer of an opened model, by the layer's index."""
     return {layer.index: layer.num_experts for layer in model.layers if layer.experts}
 
 
-def refuse_unprunable(model, what: str) -> dict[int, int]:
+def refuse_unprunable(model: HybridModel, what: str) -> dict[int, int]:
     """`of_model`, of one that has experts and was not pruned to what only we can run. `what` begins the sentence."""
     counts = of_model(model)
     if not counts:
@@ -93,7 +101,7 @@ def refuse_unprunable(model, what: str) -> dict[int, int]:
     return counts
 
 
-def changes(before, after) -> list[str]:
+def changes(before: HybridModel, after: HybridModel) -> list[str]:
     """What happened to the experts between two opened models, as sentences; none where nothing did."""
     whole, left = of_model(before), of_model(after)
     if whole == left:

@@ -4,8 +4,8 @@
 
 One decay a head lets the tokens of a chunk be computed together: what token j adds reaches token i as
 exp(dt_(j+1) A + ... + dt_i A) (c_i . b_j) dt_j x_j, a product of small matrices like attention's, and only the state goes
-from chunk to chunk, by a Scan. A prompt takes a third to a sixth of the time of a Scan over tokens, a decode step about
-the same (benchmarks/RESULTS.md).
+from chunk to chunk, by a Scan. A prompt takes a third to a seventh of the time of a Scan over tokens, a decode step
+about the same (benchmarks/RESULTS.md).
 
 A sequence is cut into as few chunks as it takes, all of one length, so that hardly any padding is computed: 65 tokens
 make two chunks of 33, a decode step one chunk of one.
@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from exporters.graph.builder import FLOAT, Dimension, Graph, declare, fixed_shape
 
-CHUNK = 64  # tokens at most
+CHUNK = 64  # tokens at most; 32 is as fast, 128 slower in a long prompt
 LENGTH = 3  # the axis of L in a body's values, [B, G, R, L, ...]
 END = (1 << 63) - 1  # "to the end" for Slice
 
@@ -152,8 +152,8 @@ def _chunk(body: Graph, a: Callable[[Graph], ir.Value], batch: Dimension, sizes:
 def _within(body: Graph, steps: ir.Value, b: ir.Value, c: ir.Value, earlier: ir.Value) -> ir.Value:
     """[B, G, R, L, L]: how much of token j reaches token i of the same chunk.
 
-    What lies between is summed for every pair. As a difference of two sums from the chunk's start it would be cheaper by
-    a twentieth of the whole, and wrong by 1e-5 where the decay is strong.
+    What lies between is summed for every pair. As a difference of two sums from the chunk's start it would save
+    a twentieth of the whole, and be wrong by 1e-5 where the decay is strong.
     """
     between = _sums(body, body.op("Mul", steps, earlier))
     products = body.op("Trilu", body.op("MatMul", c, b), upper=0)
