@@ -41,11 +41,11 @@ def load(package: str, name: str) -> ModuleType:
 
 
 def load_pass(name: str) -> type[Pass[Strict]]:
-    return _class_in(PASSES, name, Pass)  # type: ignore[type-abstract]  # what is returned is no abstract class
+    return _class_in(PASSES, name, Pass)  # type: ignore[type-abstract]  # what is returned is not abstract
 
 
 def load_exporter(name: str) -> type[Exporter[Strict]]:
-    return _class_in(EXPORTERS, name, Exporter)  # type: ignore[type-abstract]  # what is returned is no abstract class
+    return _class_in(EXPORTERS, name, Exporter)  # type: ignore[type-abstract]  # what is returned is not abstract
 
 
 class GraphReading(Protocol):

@@ -197,9 +197,9 @@ def test_an_export_of_a_damaged_shard_is_made_again_with_it(apply, out, monkeypa
     """The bit was flipped before the export read it."""
     real = pipeline.exporting.export_to
 
-    def damaged(module, kind, options, written, folder):
+    def damaged(exporter, kind, written, folder):
         flip_a_bit(written.files.paths[3])
-        return real(module, kind, options, written, folder)
+        return real(exporter, kind, written, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.exporting, "export_to", damaged)

@@ -29,6 +29,7 @@ from compress.report import markdown, model_card
 from compress.report.passes import PassDone
 from compress.report.schema import Report
 from compress.runtime.artifacts import CheckpointArtifact
+from compress.strict.json_text import JsonObject
 from compress.terminal import progress
 
 
@@ -96,9 +97,9 @@ def _run(job: Job, planned: Plan, space: Workspace) -> Report:
     return _publish(job, planned, outcome, space)
 
 
-def _key(job: Job, planned: Plan, outcome: Outcome, windows: list[torch.Tensor] | None) -> Report:
+def _key(job: Job, planned: Plan, outcome: Outcome, windows: list[torch.Tensor] | None) -> JsonObject:
     """What must not change between an interruption and `--resume`."""
-    key = {
+    key: JsonObject = {
         "recipe": job.recipe.resolved_yaml(),
         "model": planned.opened.sha256(outcome.weights_sha256),
         "seed": job.seed,

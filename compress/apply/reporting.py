@@ -10,7 +10,7 @@ from compress.checkpoint.companions import left_behind
 from compress.model import sizes
 from compress.output_folder.manifest import versions
 from compress.passes import Coverage
-from compress.report.schema import Report
+from compress.report.schema import ArtifactFacts, CalibrationFacts, CoverageFacts, Report
 from compress.runtime import runtimes
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdic
         _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported
     ]
     smallest = min(artifacts, key=lambda artifact: artifact["weight_bytes"])
-    return {
+    found: Report = {
         "schema": 1,
         "verdict": verdict,
         "model": {
@@ -53,18 +53,20 @@ def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdic
             "candidate_parameters": planned.result.parameters,
         },
         "passes": [step.to_json() for step in outcome.passes],
-        **({"calibration": _calibration(outcome)} if outcome.calibration else {}),
         "artifacts": artifacts,
         "runtimes": [runtime.to_json() for runtime in runtimes.of(result, planned.recipe.export)],
         "prompts": outcome.prompts,
         "checks": [row.to_json() for row in outcome.rows],
         "versions": versions(),
     }
+    if outcome.calibration:
+        found["calibration"] = _calibration(outcome)
+    return found
 
 
-def _calibration(outcome: Outcome) -> Report:
+def _calibration(outcome: Outcome) -> CalibrationFacts:
     """What was used, and how many tokens reached each expert."""
-    found = {
+    found: CalibrationFacts = {
         "tokens": sum(entry["tokens"] for entry in outcome.calibration),
         "prompts": [entry["name"] for entry in outcome.calibration],
         "windows": sum(entry["windows"] for entry in outcome.calibration),
@@ -72,29 +74,35 @@ def _calibration(outcome: Outcome) -> Report:
     if warnings := [f"{entry['name']}: {entry['warning']}" for entry in outcome.calibration if "warning" in entry]:
         found["warnings"] = warnings
     covered = [coverage for step in outcome.passes if (coverage := step.step.coverage(step.details))]
-    return found | ({"expert_coverage": _coverage(covered[-1])} if covered else {})
+    if covered:
+        found["expert_coverage"] = _coverage(covered[-1])
+    return found
 
 
-def _coverage(coverage: Coverage) -> Report:
+def _coverage(coverage: Coverage) -> CoverageFacts:
     """Of the last pass that counted: an earlier one may have removed experts, and numbered the others anew."""
-    found = {"min_tokens": coverage.min_tokens, "experts_below_threshold": list(coverage.below)}
-    return found | ({"below_threshold": coverage.sentence} if coverage.below else {})
+    found: CoverageFacts = {"min_tokens": coverage.min_tokens, "experts_below_threshold": list(coverage.below)}
+    if coverage.below:
+        found["below_threshold"] = coverage.sentence
+    return found
 
 
-def _checkpoint_artifact(planned: Plan, folder: Path) -> Report:
+def _checkpoint_artifact(planned: Plan, folder: Path) -> ArtifactFacts:
     shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     total = shards + sum((folder / name).stat().st_size for name in CHECKPOINT_FILES if (folder / name).is_file())
     return _artifact("checkpoint", "checkpoint", total, planned.checkpoint_bytes, planned.model.parameters)
 
 
-def _exported_artifact(exported: Exported, folder: Path, parameters: int) -> Report:
+def _exported_artifact(exported: Exported, folder: Path, parameters: int) -> ArtifactFacts:
     artifact = _artifact(
         exported.kind, f"{exported.kind}/{exported.main}", exported.bytes(folder), exported.weight_bytes, parameters
     )
-    return artifact | ({"notes": list(exported.notes)} if exported.notes else {})
+    if exported.notes:
+        artifact["notes"] = list(exported.notes)
+    return artifact
 
 
-def _artifact(kind: str, path: str, total: int, weight_bytes: int, parameters: int) -> Report:
+def _artifact(kind: str, path: str, total: int, weight_bytes: int, parameters: int) -> ArtifactFacts:
     return {
         "kind": kind,
         "path": path,

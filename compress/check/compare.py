@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -11,7 +12,6 @@ from compress.disk.paths import as_text
 from compress.prompts import PromptSet
 from compress.recipe.check import METRICS, PHASES, MetricName
 from compress.runtime.candidates import Candidate
-from compress.strict.json_text import JsonObject
 from compress.terminal import progress
 
 ALL = "all"
@@ -20,6 +20,19 @@ ALL = "all"
 def stage(artifact: str, phase: str, prompt_set: str) -> str:
     """What the progress of scoring is shown under."""
     return f"{artifact}: {phase} on {as_text(prompt_set)}"
+
+
+class RowFacts(TypedDict):
+    """A row as JSON has it."""
+
+    artifact: str
+    metric: MetricName
+    phase: str
+    prompts: str
+    value: float | None
+    positions: int
+    limit: float | None
+    passed: bool | None
 
 
 @dataclass(frozen=True)
@@ -42,9 +55,18 @@ class Row:
     def is_finite(self) -> bool:
         return math.isfinite(self.value)
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> RowFacts:
         """`value` is None where it is not a number."""
-        return {**self.__dict__, "value": self.value if self.is_finite else None, "passed": self.passed}
+        return {
+            "artifact": self.artifact,
+            "metric": self.metric,
+            "phase": self.phase,
+            "prompts": self.prompts,
+            "value": self.value if self.is_finite else None,
+            "positions": self.positions,
+            "limit": self.limit,
+            "passed": self.passed,
+        }
 
 
 def compare(

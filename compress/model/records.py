@@ -128,12 +128,13 @@ class Compressed(ExpertCounts):
 
 def added(values: JsonObject, records: Sequence[Record]) -> JsonObject:
     """config.json with the records of one more run."""
-    came = values.get(SECTION)
-    section: JsonObject = dict(came) if isinstance(came, Mapping) else {}
-    earlier = section.get(KEY)
+    if not records:
+        return values
+    section = values.get(SECTION)
+    kept = section if isinstance(section, Mapping) else {}
+    earlier = kept.get(KEY)
     new = [record.model_dump(mode="json", exclude_none=True) for record in records]
-    both = [*(earlier if isinstance(earlier, list | tuple) else ()), *new]
-    return values | {SECTION: section | {KEY: both}} if new else values
+    return values | {SECTION: {**kept, KEY: [*(earlier if isinstance(earlier, list) else ()), *new]}}
 
 
 def packed(exponents: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from compress.check.compare import RowFacts
 from compress.report.passes import PassDone
 from compress.report.schema import Report
 from compress.report.terminal import value_words, verdict_words
@@ -19,7 +20,7 @@ def _headline(report: Report) -> str:
     model, size = report["model"], report["size"]
     ratio = size["candidate_bytes"] / size["baseline_float32_bytes"]
     return (
-        f"# {markdown(model['name'])}: {verdict_words(report)}\n\n"
+        f"# {markdown(model['name'])}: {verdict_words(report['verdict'], report['checks'])}\n\n"
         f"{model['parameters']:,} parameters ({model['active_parameters']:,} active), model type {code(model['model_type'])}.\n"
         f"Weights: {size['baseline_bytes']:,} bytes before, {size['candidate_bytes']:,} after "
         f"({size['bits_per_weight']:.2f} bits per weight of the original, {ratio:.3f} of float32).\n"
@@ -57,14 +58,14 @@ def _checks(report: Report) -> str:
     return "\n".join([*header, *map(_check_row, report["checks"]), "", _prompts(report)])
 
 
-def _check_row(row: Report) -> str:
+def _check_row(row: RowFacts) -> str:
     limit = "" if row["limit"] is None else f"{row['limit']:g}"
     mark = {None: "", True: "held", False: "**missed**"}[row["passed"]]
     return f"| {row['artifact']} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']} | {value_words(row)} | {limit} | {mark} |"
 
 
 def _prompts(report: Report) -> str:
-    used = report.get("prompts", [])
+    used = report["prompts"]
     lines = [f"- {code(p['name'])}: {p['windows']} windows, {p['tokens']:,} tokens\n" for p in used]
     return "".join(lines + [f"- Warning: {code(p['name'])}: {p['warning']}\n" for p in used if "warning" in p])
 

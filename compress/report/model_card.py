@@ -15,6 +15,8 @@ from compress.formats import PLAIN
 from compress.report import loading_snippets
 from compress.report.schema import Report
 from compress.report.terminal import value_words, verdict_words
+from compress.runtime.runtimes import RuntimeFacts
+from compress.strict.json_text import JsonObject
 from compress.terminal.escaping import code, code_block, markdown, printable
 
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # as the hub has them
@@ -46,7 +48,7 @@ def render(report: Report, formats: dict[str, str], source_folder: Path, recipe_
     return "\n\n".join(sections) + "\n"
 
 
-def _original(path: Path) -> tuple[str, Report]:
+def _original(path: Path) -> tuple[str, JsonObject]:
     """The text of the original's card and the data in front of it; nothing where there is none that may travel."""
     if not path.is_file() or not companions.may_travel(path):
         return "", {}
@@ -57,26 +59,25 @@ def _original(path: Path) -> tuple[str, Report]:
         found = ModelCard(card, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError):  # front matter that is not YAML, or no mapping
         return card.strip(), {}
-    data: Report = found.data.to_dict()  # type: ignore[no-untyped-call]  # the hub has typed it in part
+    data: JsonObject = found.data.to_dict()  # type: ignore[no-untyped-call]  # the hub has typed it in part
     return found.text.strip(), data
 
 
-def _front_matter(report: Report, formats: dict[str, str], original: Report) -> str:
+def _front_matter(report: Report, formats: dict[str, str], original: JsonObject) -> str:
     """The licence is the original's, where its card names one; the library is the one that loads it. A name that the hub has
     none of is left out."""
     name = report["model"]["name"]
     takes_stock = any(row["name"] == "transformers" and row["loads"] for row in report["runtimes"])
     library = "transformers" if takes_stock else "compress"
-    return (
-        ModelCardData(
-            base_model=name if MODEL_NAME.fullmatch(name) else None,
-            library_name=library,
-            tags=["compress", report["model"]["model_type"], *sorted(set(formats.values()))],
-            **{key: original[key] for key in LICENCE_KEYS if original.get(key)},
-        )
-        .to_yaml()
-        .strip()
+    data = ModelCardData(
+        base_model=name if MODEL_NAME.fullmatch(name) else None,
+        library_name=library,
+        tags=["compress", report["model"]["model_type"], *sorted(set(formats.values()))],
     )
+    for key in LICENCE_KEYS:
+        if original.get(key):
+            setattr(data, key, original[key])
+    return data.to_yaml().strip()
 
 
 def _summary(report: Report, formats: dict[str, str]) -> str:
@@ -106,7 +107,7 @@ def _loading(report: Report, formats: dict[str, str]) -> list[str]:
     return found
 
 
-def _loading_with(row: Report, path: str, is_quantized: bool) -> str:
+def _loading_with(row: RuntimeFacts, path: str, is_quantized: bool) -> str:
     if not row["loads"]:
         return f"{row['name']} does not load it: {row['why']}."
     title = f"{row['name']} {row['minimum']}" if row["minimum"] else row["name"]
@@ -126,7 +127,10 @@ def _measured(report: Report) -> str:
         for row in rows
     ]
     head = ("| file | phase | metric | value | limit |", "|---|---|---|---|---|")
-    return f"Against the original, on {sets}. Verdict: {verdict_words(report)}.\n\n" + "\n".join((*head, *lines))
+    return (
+        f"Against the original, on {sets}. Verdict: {verdict_words(report['verdict'], report['checks'])}.\n\n"
+        + "\n".join((*head, *lines))
+    )
 
 
 def _quoted(card: str) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from compress.passes import Details, Pass
+from compress.report.schema import PassFacts
 from compress.strict import yaml_text
 from compress.strict.json_text import Json
 from compress.strict.models import Strict
@@ -24,7 +25,7 @@ class PassDone:
     notes: tuple[str, ...]
     layers_reused: int
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> PassFacts:
         """The pass's own words win where it uses a name of ours."""
         ours = {"layers_reused": self.layers_reused} | ({"notes": list(self.notes)} if self.notes else {})
         theirs = {str(key): plain(value) for key, value in self.details.items()}

@@ -5,20 +5,30 @@ mixture of formats (tests/test_load.py). Older ones were not tried, or failed.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import TypedDict
 
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight
 from compress.recipe.recipe import ExportStep
-from compress.strict.json_text import JsonObject
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
 INT4_TABLE = "1.23"  # the first that casts to int4, as an int4 embedding is when it is the output matrix too
 BLOCKS = "it wants inputs that blocks of 128 divide"
 SAME_SCALES = {"int8-tensor": "int8", "fp8-e4m3-tensor": "fp8-e4m3"}  # transformers reads either for the other
+
+
+class RuntimeFacts(TypedDict):
+    """The same as JSON has it."""
+
+    artifact: str
+    name: str
+    minimum: str | None
+    loads: bool
+    why: str | None
 
 
 @dataclass(frozen=True)
@@ -31,8 +41,14 @@ class Runtime:
     loads: bool = True
     why: str | None = None
 
-    def to_json(self) -> JsonObject:
-        return asdict(self)
+    def to_json(self) -> RuntimeFacts:
+        return {
+            "artifact": self.artifact,
+            "name": self.name,
+            "minimum": self.minimum,
+            "loads": self.loads,
+            "why": self.why,
+        }
 
     @property
     def title(self) -> str:

@@ -76,7 +76,7 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
     }
     console = output.console(stderr=True)
     terminal.show_rows(figures, console)
-    console.print(f"verdict: {terminal.verdict_words(result)}")
+    console.print(f"verdict: {terminal.verdict_words(verdict(rows), figures)}")
     return result
 
 
