@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import torch
 from machine import describe_machine
 
 from exporters.graph.builder import Graph, WeightFile, declare, rename
@@ -31,14 +32,14 @@ def conv_operator(graph, x, conv_state, real, weight, bias, width):
 
 def session(form, folder: Path) -> ort.InferenceSession:
     weights = WeightFile(folder / "model.onnx.data")
-    graph, random = Graph(weights, 21), np.random.default_rng(0)
+    graph, g = Graph(weights, 21), torch.Generator().manual_seed(0)
     inputs = [
         declare("x", ir.DataType.FLOAT, ["B", "S", CHANNELS]),
         declare("conv_state", ir.DataType.FLOAT, ["B", CHANNELS, WIDTH - 1]),
-        declare("real", ir.DataType.INT64, ["B"]),
+        declare("real", ir.DataType.INT64, ["B", 1]),
     ]
-    weight = graph.weight("weight", random.normal(size=(WIDTH, CHANNELS)).astype(np.float32))
-    bias = graph.weight("bias", random.normal(size=CHANNELS).astype(np.float32))
+    weight = graph.weight("weight", "fp32", torch.randn(WIDTH, CHANNELS, generator=g))
+    bias = graph.weight("bias", "fp32", torch.randn(CHANNELS, generator=g))
     y, state = form(graph, *inputs, weight, bias, WIDTH)
     outputs = [
         rename(y, "y", ir.DataType.FLOAT, ["B", "S", CHANNELS]),
@@ -61,7 +62,7 @@ def microseconds(conv: ort.InferenceSession, feeds: dict) -> float:
 def measure(length: int, sessions: dict[str, ort.InferenceSession]) -> dict[str, float]:
     """Both forms on the same input; they must agree before they are timed."""
     x = np.random.default_rng(length).normal(size=(1, length, CHANNELS)).astype(np.float32)
-    feeds = {"x": x, "conv_state": np.ones((1, CHANNELS, WIDTH - 1), np.float32), "real": np.array([length])}
+    feeds = {"x": x, "conv_state": np.ones((1, CHANNELS, WIDTH - 1), np.float32), "real": np.array([[length]])}
     outputs = [conv.run(None, feeds) for conv in sessions.values()]
     for one, other in zip(*outputs, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)  # float32 sums in another order
