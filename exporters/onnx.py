@@ -4,14 +4,16 @@ Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `
 `layout: transformers.js` onnx/model.onnx, onnx/model.onnx_data, config.json and the tokenizer's files.
 """
 
-from collections.abc import Callable, Iterable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from compress.output_folder import onnx_layouts
 from compress.output_folder.onnx_layouts import GENAI, TRANSFORMERS_JS
 from compress.strict.models import Strict
-from exporters import Exported
+from exporters import Exported, Exporter
 
 if TYPE_CHECKING:  # heavy: importing them takes as long as a command should
     from compress.checkpoint.reader import Checkpoint
@@ -27,43 +29,39 @@ class Options(Strict):
     layout: Literal["genai", "transformers.js"] = "genai"
 
 
-def predict_bytes(units: "Iterable[Unit]") -> int:
-    """Bytes of weights, before any is read."""
-    from exporters.graph import artifact
+class Onnx(Exporter[Options]):
+    def predict_bytes(self, units: Sequence[Unit]) -> int:
+        from exporters.graph import artifact
 
-    return artifact.predict_bytes(units)
+        return artifact.predict_bytes(units)
 
+    def runtimes(self, model: HybridModel) -> list[Runtime]:
+        from compress.runtime.runtimes import of_onnx
 
-def runtimes(model: "HybridModel", options: Options) -> "list[Runtime]":
-    """Which runtimes take what will be written."""
-    from compress.runtime.runtimes import of_onnx
+        return of_onnx(model, "onnx", self.options.layout)
 
-    return of_onnx(model, "onnx", options.layout)
+    def export(self, checkpoint: Checkpoint, folder: Path, advance: Callable[[int], None]) -> None:
+        """One weight in memory at a time."""
+        from compress.checkpoint.writer import copy_companions
+        from compress.disk.json_files import write_json
+        from exporters.dialects.portable import Portable
+        from exporters.graph import artifact, genai, transformers_js, wiring
+        from exporters.graph.builder import WeightFile
 
+        layout = LAYOUTS[self.options.layout]
+        is_js = layout is TRANSFORMERS_JS
+        (folder / layout.model).parent.mkdir(exist_ok=True)
+        weights = WeightFile(folder / layout.data)
+        graph = wiring.build(checkpoint.model, Portable, weights, advance)
+        weights.close()
+        if is_js:
+            transformers_js.rename_states(graph)
+        artifact.save(graph, checkpoint.config, folder / layout.model)
+        copy_companions(checkpoint.folder, folder)
+        write_json(folder / layout.config, (transformers_js if is_js else genai).config(checkpoint))
 
-def export(checkpoint: "Checkpoint", folder: Path, options: Options, advance: Callable[[int], None]) -> None:
-    """Writes the artifact of an opened checkpoint into an empty folder, one weight in memory at a time."""
-    from compress.checkpoint.writer import copy_companions
-    from compress.disk.json_files import write_json
-    from exporters.dialects.portable import Portable
-    from exporters.graph import artifact, genai, transformers_js, wiring
-    from exporters.graph.builder import WeightFile
+    def describe(self, folder: Path) -> Exported:
+        """Read from model.onnx itself."""
+        from exporters.graph import artifact
 
-    layout = LAYOUTS[options.layout]
-    is_js = layout is TRANSFORMERS_JS
-    (folder / layout.model).parent.mkdir(exist_ok=True)
-    weights = WeightFile(folder / layout.data)
-    graph = wiring.build(checkpoint.model, Portable, weights, advance)
-    weights.close()
-    if is_js:
-        transformers_js.rename_states(graph)
-    artifact.save(graph, checkpoint.config, folder / layout.model)
-    copy_companions(checkpoint.folder, folder)
-    write_json(folder / layout.config, (transformers_js if is_js else genai).config(checkpoint))
-
-
-def describe(folder: Path) -> Exported:
-    """What an exported folder holds, read from model.onnx itself."""
-    from exporters.graph import artifact
-
-    return artifact.describe(folder, "onnx", onnx_layouts.of(folder) or GENAI)
+        return artifact.describe(folder, "onnx", onnx_layouts.of(folder) or GENAI)

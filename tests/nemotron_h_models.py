@@ -1,9 +1,11 @@
 """Small random Nemotron-H checkpoints, made by transformers so that they are what a user would have."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 PATTERN = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -113,3 +115,22 @@ def load_reference(folder: Path) -> NemotronHForCausalLM:
     return NemotronHForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager", time_step_min=0.0
     ).eval()
+
+
+def add_mtp(folder: Path) -> dict[str, torch.Tensor]:
+    """Puts the tensors of a layer that guesses further tokens beside the others; transformers makes none. Returns them."""
+    hidden = AWKWARD["hidden_size"]
+    shapes = {
+        "layers.0.enorm.weight": (hidden,),
+        "layers.0.eh_proj.weight": (hidden, 2 * hidden),
+        "layers.0.mixer.q_proj.weight": (60, hidden),
+        "layers.1.mixer.experts.0.up_proj.weight": (24, hidden),
+        "layers.1.mixer.gate.e_score_correction_bias": (6,),
+    }
+    generator = torch.Generator().manual_seed(5)
+    added = {f"mtp.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    added = {name: tensor if name.endswith("_bias") else tensor.bfloat16() for name, tensor in added.items()}
+    path, config = folder / "model.safetensors", folder / "config.json"
+    save_file(load_file(path) | added, path, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_nextn_predict_layers": 1}))
+    return added

@@ -214,7 +214,7 @@ def make_source(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) ->
 def job_of(model: Path, folder: Path, *passes: dict, export: bool = False, **options) -> pipeline.Job:
     """Writes a recipe of `passes`; a pass that is none of its own is the block of `prune_experts`."""
     folder.mkdir(exist_ok=True)
-    steps = [step if "quantize" in step else {"prune_experts": step} for step in passes]
+    steps = [step if step.keys() & {"quantize", "leave_out"} else {"prune_experts": step} for step in passes]
     recipe = {"version": 1, "calibration": CALIBRATION, "passes": steps} | (
         {"export": [{"onnx": {}}]} if export else {}
     )

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from compress import formats
-from compress.apply.plan import PassContext
 from compress.checkpoint import writer
 from compress.checkpoint.folder import INDEX
 from compress.checkpoint.reader import Checkpoint
@@ -22,7 +21,8 @@ from compress.formats.base import Quantized
 from compress.model import weight as model_module
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
-from compress.passes import quantize
+from compress.passes import PassContext
+from compress.passes.quantize import Options, Quantize
 
 
 def plain_units(folder: Path) -> tuple[Unit, ...]:
@@ -31,7 +31,7 @@ def plain_units(folder: Path) -> tuple[Unit, ...]:
 
 def int8_units(folder: Path) -> tuple[Unit, ...]:
     context = PassContext(device="cpu", seed=0)
-    return tuple(quantize.apply(quantize.Options(), unit, context) for unit in plain_units(folder))
+    return tuple(Quantize(Options()).apply(unit, context) for unit in plain_units(folder))
 
 
 UNITS = {"as it came": plain_units, "int8": int8_units}

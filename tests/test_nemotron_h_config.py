@@ -9,7 +9,7 @@ from nemotron_h_models import VARIANTS, configuration, pattern
 from refusals import refusal
 from transformers import NemotronHConfig
 
-from compress.model.families._nemotron_h_config import LETTERS, WORDS, parse_config
+from compress.model.families.nemotron_h import LETTERS, WORDS, NemotronH
 
 BASE = {
     "model_type": "nemotron_h",
@@ -65,7 +65,7 @@ SAME = (
     *("intermediate_size", "mlp_hidden_act", "mlp_bias", "mamba_num_heads", "mamba_head_dim", "ssm_state_size"),
     *("n_groups", "conv_kernel", "use_conv_bias", "mamba_hidden_act", "use_bias", "n_routed_experts", "n_group"),
     *("num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size"),
-    *("topk_group", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers", "layer_norm_epsilon"),
+    *("topk_group", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers"),
     *("sliding_window", "tie_word_embeddings", "max_position_embeddings", "bos_token_id", "eos_token_id"),
     "pad_token_id",
 )
@@ -73,8 +73,9 @@ SAME = (
 
 def assert_reads_as_transformers_does(values: dict, folder: Path):
     (folder / "config.json").write_text(json.dumps(values))
-    expected, actual = NemotronHConfig.from_pretrained(folder), parse_config(values, "config.json")
+    expected, actual = NemotronHConfig.from_pretrained(folder), NemotronH.CONFIG.parse(values, "config.json")
     assert {key: getattr(actual, key) for key in SAME} == {key: getattr(expected, key) for key in SAME}
+    assert actual.rms_norm_eps == expected.layer_norm_epsilon
     assert actual.kinds == tuple(WORDS[word] for word in expected.layers_block_type)
     assert actual.time_step_limit == tuple(expected.time_step_limit)
 
@@ -97,25 +98,35 @@ def test_what_transformers_saves_is_read(variant, tmp_path):
 
 def test_the_trained_model_is_read(nemotron):
     values = json.loads((nemotron / "config.json").read_text())
-    config = parse_config(values, "config.json")
+    config = NemotronH.CONFIG.parse(values, "config.json")
     assert config.kinds == tuple(LETTERS[letter] for letter in "MEM*EMEM-M*E")
-    assert (config.d_inner, config.conv_channels) == (384, 384 + 2 * 2 * 32)
-    assert (config.num_experts, config.attention_head_dim, config.rms_norm_eps) == (8, 64, 1e-5)
+    assert (config.total_experts, config.rms_norm_eps) == (8, 1e-5)
 
 
-def test_derived_widths():
-    config = parse_config({**BASE, "moe_shared_expert_intermediate_size": 0, "intermediate_size": 33}, "config.json")
-    assert (config.shared_expert_size, config.expert_width) == (33, 48)
-    assert parse_config({**BASE, "moe_latent_size": 20}, "config.json").expert_width == 20
+def shapes(**changes) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a layer that routes, by what they are called in it."""
+    layer = NemotronH.parse({**BASE, **changes}, "config.json").layer(1)
+    return {spec.name.removeprefix("backbone.layers.1.mixer."): spec.shape for spec in layer.specs()}
+
+
+def test_a_shared_expert_of_width_0_is_as_wide_as_an_mlp():
+    assert shapes(moe_shared_expert_intermediate_size=0, intermediate_size=33)["shared_experts.up_proj.weight"][0] == 33
+
+
+def test_latent_projections_narrow_the_routed_experts_alone():
+    found = shapes(moe_latent_size=20, moe_intermediate_size=9)
+    assert found["experts.11.up_proj.weight"] == (9, 20)
+    assert (found["fc1_latent_proj.weight"], found["fc2_latent_proj.weight"]) == ((20, 48), (48, 20))
+    assert {found[name][1] for name in ("gate.weight", "shared_experts.up_proj.weight")} == {48}
 
 
 def test_a_head_size_by_the_name_of_older_code_is_read_and_loses_to_the_newer():
-    assert parse_config({**BASE, "attention_head_dim": 64}, "config.json").head_dim == 64
-    assert parse_config({**BASE, "attention_head_dim": 64, "head_dim": 16}, "config.json").head_dim == 16
+    assert NemotronH.CONFIG.parse({**BASE, "attention_head_dim": 64}, "config.json").head_dim == 64
+    assert NemotronH.CONFIG.parse({**BASE, "attention_head_dim": 64, "head_dim": 16}, "config.json").head_dim == 16
 
 
 def test_no_number_of_key_value_heads_is_one_per_query_head():
-    assert parse_config({**BASE, "num_key_value_heads": None}, "config.json").num_key_value_heads == 6
+    assert NemotronH.CONFIG.parse({**BASE, "num_key_value_heads": None}, "config.json").num_key_value_heads == 6
 
 
 BAD = {
@@ -197,7 +208,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_a_model_is_refused_in_one_sentence(case):
     changes, *parts = BAD[case]
-    message = refusal(lambda: parse_config({**BASE, **changes}, "folder/config.json"))
+    message = refusal(lambda: NemotronH.CONFIG.parse({**BASE, **changes}, "folder/config.json"))
     assert message.startswith("folder/config.json: ")
     assert len(message) < 400
     for part in parts:
@@ -206,5 +217,5 @@ def test_what_cannot_be_a_model_is_refused_in_one_sentence(case):
 
 def test_layers_that_differ_in_their_experts_are_read():
     section = {"num_experts_per_layer": [1, 9, 1, 1]}
-    config = parse_config({**BASE, "compress": section, "layers_block_type": pattern("MEM*")}, "config.json")
-    assert config.compress.of_layer(1, config.num_experts) == 9
+    config = NemotronH.CONFIG.parse({**BASE, "compress": section, "layers_block_type": pattern("MEM*")}, "config.json")
+    assert config.experts_of(1) == 9

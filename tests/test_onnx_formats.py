@@ -39,6 +39,8 @@ from exporters.graph.builder import Graph
 from exporters.graph.linear import linear
 from exporters.graph.table import Table
 
+EXPORTER = exporter.Onnx(exporter.Options())
+
 QUANTIZED = tuple(formats.FILES)
 FORMATS = (*QUANTIZED, *formats.PLAIN)
 WHOLE = ("int8", "int8-tensor")
@@ -450,7 +452,7 @@ def test_every_weight_is_stored_under_its_name_in_the_bits_of_its_format(stored_
 def test_the_predicted_size_is_the_size_of_the_weights(stored_as):
     """Alignment aside, which is under 64 bytes a tensor; no scale of these models needs more than a byte."""
     tensors = initializers(stored_as.path)
-    predicted = exporter.predict_bytes(stored_as.model.units)
+    predicted = EXPORTER.predict_bytes(stored_as.model.units)
     assert predicted == sum(place(tensor).length for tensor in tensors.values())
     assert 0 <= (stored_as.folder / "model.onnx.data").stat().st_size - predicted < 64 * len(tensors)
 
@@ -465,14 +467,14 @@ def test_the_graph_itself_holds_no_weights(stored_as):
 
 
 def test_an_artifact_names_the_formats_of_its_checkpoint(stored_as):
-    described = exporter.describe(stored_as.folder)
+    described = EXPORTER.describe(stored_as.folder)
     assert described.formats == {name: weight.format for name, weight in stored_as.weights.items()}
     assert described.weight_bytes == sum(place(t).length for t in initializers(stored_as.path).values())
     assert inspect(str(stored_as.folder))["formats"] == inspect(str(stored_as.checkpoint))["formats"]
 
 
 def test_an_artifact_with_rounded_activations_names_the_formats_of_its_checkpoint(rounded_to):
-    assert exporter.describe(rounded_to.folder).formats == {n: w.format for n, w in rounded_to.weights.items()}
+    assert EXPORTER.describe(rounded_to.folder).formats == {n: w.format for n, w in rounded_to.weights.items()}
     assert inspect(str(rounded_to.folder))["formats"] == inspect(str(rounded_to.checkpoint))["formats"]
 
 

@@ -20,7 +20,7 @@ from compress.calibration.inputs import LayerInputs
 from compress.check import judge
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import InputError
-from compress.passes import prune_experts
+from compress.passes.prune_experts import PruneExperts
 from compress.passes.pruning import prune as pruning_layer
 from exporters.graph.builder import WeightFile
 
@@ -361,7 +361,7 @@ def test_a_pruning_that_was_interrupted_resumes_to_the_same_bytes(
         calls = 0
     interrupt_pruning(with_experts, tmp_path, name, owner, attribute, calls)
     surveyed = []
-    monkeypatch.setattr(prune_experts, "survey", lambda *arguments: surveyed.append(arguments))
+    monkeypatch.setattr(PruneExperts, "survey", lambda *arguments: surveyed.append(arguments))
     resumed, expected = run_pruning(with_experts, tmp_path, *PRUNINGS[name], resume=True), uninterrupted_prunings[name]
     assert not surveyed, "what the survey found is kept"
     assert resumed.digests == expected.digests

@@ -1,7 +1,8 @@
 """The weight files of a checkpoint folder: which tensor lies in which file, and refusals of what must not be read."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,20 +16,22 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-class WeightFolder:
-    """All tensors of a checkpoint folder by name, over one `model.safetensors` or a sharded index."""
+NamesOfStored = Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, tuple[str, ...]]]
 
-    def __init__(self, folder: Path):
+
+class WeightFolder:
+    """All tensors of a checkpoint folder by name, over one `model.safetensors` or a sharded index. `names_of_stored` says
+    what they are called where that is not what files call them (`Architecture.names_of_stored`)."""
+
+    def __init__(self, folder: Path, names_of_stored: NamesOfStored | None = None):
         self.folder = folder
         self.paths = _weight_files(folder)
         files = [SafetensorsFile(path) for path in self.paths]
-        self._files: dict[str, SafetensorsFile] = {}
-        for file in files:
-            for name in file.entries:
-                if name in self._files:
-                    raise InputError(f"{file.path}: tensor '{name}' is also in {self._files[name].path.name}")
-                self._files[name] = file
+        self._files = _by_name(files)
         _check_index(folder, self._files)
+        if names_of_stored is not None:
+            _rename(folder, self._files, names_of_stored)
+            self._files = _by_name(files)
 
     @property
     def names(self) -> set[str]:
@@ -57,6 +60,33 @@ class WeightFolder:
             return digests[0][1]
         listing = "".join(f"{digest}  {name}\n" for name, digest in digests)
         return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _by_name(files: Iterable[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    found: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.entries:
+            if name in found:
+                raise InputError(f"{file.path}: tensor '{name}' is also in {found[name].path.name}")
+            found[name] = file
+    return found
+
+
+def _rename(folder: Path, files: Mapping[str, SafetensorsFile], names_of_stored: NamesOfStored) -> None:
+    """Entries under the names that are used here; their own says what the file calls them. Of a stack, each matrix has one."""
+    try:
+        found = names_of_stored({name: file.entries[name].shape for name, file in files.items()})
+    except ValueError as error:
+        raise InputError(f"{folder}: {error}") from None
+    for stored, names in found.items():
+        if names == (stored,):
+            continue
+        entries, entry = files[stored].entries, files[stored].entries.pop(stored)
+        length, shape = entry.length // max(1, len(names)), entry.shape if len(names) == 1 else entry.shape[1:]
+        for number, name in enumerate(names):
+            if name in entries:
+                raise InputError(f"{files[stored].path}: tensor '{stored}' is also there as '{entries[name].name}'")
+            entries[name] = replace(entry, shape=shape, offset=entry.offset + number * length, length=length)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -94,7 +94,7 @@ class Checkpoint:
             raise InputError(
                 f"{folder / 'config.json'}: the model is already quantized (quantization_config); start from the original"
             )
-        self.files = WeightFolder(folder)
+        self.files = WeightFolder(folder, architecture.names_of_stored)
         companions.refuse_pointers(folder)
         self._schemes = (
             compressed_tensors.schemes_of(self.config, folder, self.files.names) if self.is_quantized else {}
@@ -164,11 +164,11 @@ class Checkpoint:
         entry = self.files.entry(name)
         if entry.shape != shape:
             raise InputError(
-                f"{self.files.path_of(name)}: tensor '{name}' has shape {list(entry.shape)}, config.json implies {list(shape)}"
+                f"{self.files.path_of(name)}: tensor '{entry.name}' has shape {list(entry.shape)}, config.json implies {list(shape)}"
             )
         if dtype is not None and entry.dtype != dtype:
             raise InputError(
-                f"{self.files.path_of(name)}: tensor '{name}' is {DTYPE_NAMES[entry.dtype]}, expected {DTYPE_NAMES[dtype]}"
+                f"{self.files.path_of(name)}: tensor '{entry.name}' is {DTYPE_NAMES[entry.dtype]}, expected {DTYPE_NAMES[dtype]}"
             )
 
     def _finite(self, name: str, rows: slice | None) -> torch.Tensor:

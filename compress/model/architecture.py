@@ -1,7 +1,7 @@
 """What a family of models is to the rest of the code: its layers as blocks, and names."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -28,8 +28,11 @@ class Architecture(ABC):
     EMBEDDING: ClassVar[str]
     FINAL_NORM: ClassVar[str]
     LM_HEAD: ClassVar[str] = "lm_head.weight"
-    EXPERTS_KEY: ClassVar[str]  # of config.json: how many experts a layer has
+    EXPERTS_KEYS: ClassVar[
+        tuple[str, ...]
+    ]  # of config.json: how many experts a layer has; the first where none is there
     TRAVELLING: ClassVar[tuple[str, ...]] = ()  # what names of tensors begin with that nothing here uses
+    WITHOUT_TRAVELLERS: ClassVar[dict[str, Any]] = {}  # what config.json says where those were left out
 
     def __init__(self, config: Config):
         self.config = config
@@ -61,6 +64,11 @@ class Architecture(ABC):
         if not config.tie_word_embeddings:
             head.append(Spec(self.LM_HEAD, (config.vocab_size, config.hidden_size), Role.LM_HEAD))
         yield UnitSpec("head", tuple(head))
+
+    def names_of_stored(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+        """What tensors are called here, by the names they have in files: several names for a stack of so many matrices.
+        Raises ValueError where names follow more than one convention."""
+        return {name: (name,) for name in shapes}
 
     def transformers_place(self, name: str) -> Place:
         """Where a tensor belongs in transformers' model."""

@@ -2,10 +2,12 @@
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import InputError
-from compress.model.expert_counts import SECTION, ExpertCounts
+from compress.model.expert_counts import SECTION
+from compress.model.records import Compressed
+from compress.model.routing import GROUP_SCORES
 
 MAX_COUNT = 10_000  # of layers and of experts: far beyond any model, keeps a corrupt config from being enumerated
 MAX_EXPERTS_IN_ALL = 50_000
@@ -15,6 +17,11 @@ MAX_SIZE = 1 << 31
 def size(default: int | None, most: int = MAX_SIZE, least: int = 1) -> Any:
     """A field that holds a size."""
     return Field(default, ge=least, le=most)
+
+
+def named(default: Any, *names: str, **bounds: float) -> Any:
+    """A field with several names in config.json, of which the first that is there counts."""
+    return Field(default, validation_alias=AliasChoices(*names), **bounds)
 
 
 class Config(BaseModel):
@@ -32,7 +39,7 @@ class Config(BaseModel):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    compress: ExpertCounts = ExpertCounts()  # what `prune_experts` left that one number of experts cannot say
+    compress: Compressed = Compressed()  # what passes left that other keys cannot say
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str) -> Self:
@@ -49,10 +56,41 @@ class Config(BaseModel):
 
     @classmethod
     def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """config.json in the names and values of the class, where a family knows several."""
+        """config.json in the values of the class. transformers reads null as one KV head per query head."""
+        if values.get("num_key_value_heads", 0) is None:
+            heads = cls.model_fields["num_attention_heads"].default
+            return values | {"num_key_value_heads": values.get("num_attention_heads", heads)}
         return values
 
     @property
     def total_experts(self) -> int:
         """Experts of a layer that has them, the most where layers differ."""
         raise NotImplementedError(type(self).__name__)
+
+    def refuse_rest(self, many: str, few: str) -> None:
+        """Raises ValueError where one number is no multiple of another."""
+        if getattr(self, many) % getattr(self, few):
+            raise ValueError(f"{many} {getattr(self, many)} is not divisible by {few} {getattr(self, few)}")
+
+    @staticmethod
+    def refuse_too_many_experts(layers: int, experts: int) -> None:
+        """Raises ValueError before a corrupt number of experts is enumerated."""
+        if layers * experts > MAX_EXPERTS_IN_ALL:
+            raise ValueError(f"{layers} layers of {experts} experts are more than any model has")
+
+
+def refuse_unroutable(experts: int, key: str, top_k: int, groups: int, used: int) -> None:
+    """Raises ValueError where a token cannot choose `top_k` of so many experts, which `key` gives, from the best `used` of
+    `groups` equal groups. Keys of these are those of DeepSeek-V3 (arXiv 2412.19437), which others took over."""
+    if experts % groups:
+        raise ValueError(f"{key} {experts} is not divisible by n_group {groups}")
+    if experts // groups < GROUP_SCORES:
+        raise ValueError(f"{key} {experts} in n_group {groups} leaves a group fewer than {GROUP_SCORES} experts")
+    if used > groups:
+        raise ValueError(f"topk_group {used} exceeds n_group {groups}")
+    if top_k > experts:
+        raise ValueError(f"num_experts_per_tok {top_k} exceeds {key} {experts}")
+    if top_k > (held := experts // groups * used):
+        raise ValueError(
+            f"num_experts_per_tok {top_k} exceeds the {held} experts that topk_group {used} of n_group {groups} hold"
+        )

@@ -7,6 +7,7 @@ from typing import Any
 from compress.model.architecture import Architecture
 from compress.model.block import Layer
 from compress.model.config import Config
+from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
 
 
@@ -57,6 +58,11 @@ class HybridModel:
     @property
     def weights(self) -> Iterator[Weight]:
         return (weight for unit in self.units for weight in unit.weights.values())
+
+    @property
+    def travellers(self) -> tuple[Weight, ...]:
+        """Tensors that nothing here runs, which travel with the others as they came."""
+        return tuple(weight for weight in self.weights if weight.role == Role.MTP)
 
     @property
     def parameters(self) -> int:

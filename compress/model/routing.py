@@ -35,12 +35,19 @@ class Router:
 
     def gates(self, logits: torch.Tensor, experts: int, bias: torch.Tensor | None = None) -> torch.Tensor:
         """logits [..., R] and bias [E] -> [..., E], zero for experts a token does not go to."""
+        weights, chosen = self.choice(logits, experts, bias)
+        return torch.zeros_like(logits[..., :experts]).scatter_(-1, chosen, weights)
+
+    def choice(
+        self, logits: torch.Tensor, experts: int, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as weights and numbers of the experts that a token goes to, [..., top_k] each."""
         scores = (torch.softmax(logits, dim=-1) if self.score == "softmax" else torch.sigmoid(logits))[..., :experts]
         chosen = choose(self._ranks(logits[..., :experts], scores, bias), self.top_k)
         weights = scores.gather(-1, chosen)
         if self.renormalized:
             weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
-        return torch.zeros_like(scores).scatter_(-1, chosen, weights if self.scale == 1 else weights * self.scale)
+        return (weights if self.scale == 1 else weights * self.scale), chosen
 
     @property
     def chooses_by_logits(self) -> bool:

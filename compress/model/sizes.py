@@ -5,12 +5,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from compress.model.architecture import Architecture
+from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.states import StateKind
 from compress.model.weight import Spec, Unit, UnitSpec, Weight
 
 # from a configuration alone: float32 SSM state, bfloat16 convolution state and KV, as the usual runtimes have them
 USUAL_BYTES = {StateKind.SSM: 4, StateKind.CONV: 2, StateKind.KV: 2}
+
+NAMED = 8  # tensors that a sentence names
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ def active_parameters(architecture: Architecture, units: Iterable[Unit | UnitSpe
 
 def total_parameters(units: Iterable[Unit | UnitSpec]) -> int:
     return sum(math.prod(item.shape) for _, item in _items(units))
+
+
+def travelling(model: HybridModel) -> list[str]:
+    """A sentence where a model has tensors that nothing here runs."""
+    names, count = [weight.name for weight in model.travellers], sum(weight.parameters for weight in model.travellers)
+    if not names:
+        return []
+    few = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return [f"{len(names)} tensors that nothing here runs travel as they came, {count:,} parameters: {few}."]
 
 
 def parameters_by_format(weights: Iterable[Weight]) -> dict[str, int]:

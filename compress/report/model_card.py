@@ -13,6 +13,7 @@ from compress.check.compare import ALL
 from compress.checkpoint import companions
 from compress.formats import PLAIN
 from compress.report import loading_snippets
+from compress.report.schema import Report
 from compress.report.terminal import value_words, verdict_words
 from compress.terminal.escaping import code, code_block, markdown, printable
 
@@ -26,7 +27,7 @@ EXPORTED = "The output of compress that this checkpoint is part of"
 NEEDED = {"transformers": "pip install compressed-tensors"}  # to read what is quantized
 
 
-def render(report: dict, formats: dict[str, str], source_folder: Path, recipe_text: str) -> str:
+def render(report: Report, formats: dict[str, str], source_folder: Path, recipe_text: str) -> str:
     """The card's text, from report.json and the format of every tensor by name."""
     original, metadata = _original(source_folder / companions.CARD)
     sections = [
@@ -45,7 +46,7 @@ def render(report: dict, formats: dict[str, str], source_folder: Path, recipe_te
     return "\n\n".join(sections) + "\n"
 
 
-def _original(path: Path) -> tuple[str, dict]:
+def _original(path: Path) -> tuple[str, Report]:
     """The text of the original's card and the data in front of it; nothing where there is none that may travel."""
     if not path.is_file() or not companions.may_travel(path):
         return "", {}
@@ -56,10 +57,11 @@ def _original(path: Path) -> tuple[str, dict]:
         found = ModelCard(card, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError):  # front matter that is not YAML, or no mapping
         return card.strip(), {}
-    return found.text.strip(), found.data.to_dict()
+    data: Report = found.data.to_dict()  # type: ignore[no-untyped-call] # the hub has typed it in part
+    return found.text.strip(), data
 
 
-def _front_matter(report: dict, formats: dict[str, str], original: dict) -> str:
+def _front_matter(report: Report, formats: dict[str, str], original: Report) -> str:
     """The licence is the original's, where its card names one; the library is the one that loads it. A name that the hub has
     none of is left out."""
     name = report["model"]["name"]
@@ -77,7 +79,7 @@ def _front_matter(report: dict, formats: dict[str, str], original: dict) -> str:
     )
 
 
-def _summary(report: dict, formats: dict[str, str]) -> str:
+def _summary(report: Report, formats: dict[str, str]) -> str:
     artifact = report["artifacts"][0]
     stored = ", ".join(f"{number} tensors as {name}" for name, number in sorted(Counter(formats.values()).items()))
     return " ".join(
@@ -90,7 +92,7 @@ def _summary(report: dict, formats: dict[str, str]) -> str:
     )
 
 
-def _loading(report: dict, formats: dict[str, str]) -> list[str]:
+def _loading(report: Report, formats: dict[str, str]) -> list[str]:
     """A paragraph for each runtime of the checkpoint, then for each runtime of the exports of the same output."""
     is_quantized = any(name not in PLAIN for name in formats.values())
     found = []
@@ -104,7 +106,7 @@ def _loading(report: dict, formats: dict[str, str]) -> list[str]:
     return found
 
 
-def _loading_with(row: dict, path: str, is_quantized: bool) -> str:
+def _loading_with(row: Report, path: str, is_quantized: bool) -> str:
     if not row["loads"]:
         return f"{row['name']} does not load it: {row['why']}."
     title = f"{row['name']} {row['minimum']}" if row["minimum"] else row["name"]
@@ -113,7 +115,7 @@ def _loading_with(row: dict, path: str, is_quantized: bool) -> str:
     return f"With {title}{needed}:\n\n{code_block(snippet, language)}"
 
 
-def _measured(report: dict) -> str:
+def _measured(report: Report) -> str:
     rows = [row for row in report["checks"] if row["prompts"] == ALL]
     if not rows:
         return "Nothing: no check was asked for."

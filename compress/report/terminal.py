@@ -7,12 +7,13 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.check.compare import ALL
+from compress.report.schema import Report
 from compress.terminal import output, progress
 
 GOOD = ("pass", "not_checked")  # verdicts that end with exit code 0
 
 
-def show(report: dict, out: Path) -> None:
+def show(report: Report, out: Path) -> None:
     """On stdout: it is the result."""
     console = output.console(stderr=False)
     size = report["size"]
@@ -30,7 +31,7 @@ def show(report: dict, out: Path) -> None:
         progress.note(last)  # as with every exit code but 0, stderr says why
 
 
-def verdict_words(result: dict) -> str:
+def verdict_words(result: Report) -> str:
     """The verdict of a report or of a check's result, and why, where no row tells."""
     words = result["verdict"].replace("_", " ")
     if result["verdict"] == "not_checked" and result["checks"]:
@@ -38,11 +39,11 @@ def verdict_words(result: dict) -> str:
     return f"{words}, not every figure is finite" if any(row["value"] is None for row in result["checks"]) else words
 
 
-def value_words(row: dict) -> str:
+def value_words(row: Report) -> str:
     return "not finite" if row["value"] is None else f"{row['value']:.6g}"
 
 
-def show_rows(rows: list[dict], console: Console) -> None:
+def show_rows(rows: list[Report], console: Console) -> None:
     """The rows over all prompts."""
     if not rows:
         return

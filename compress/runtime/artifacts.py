@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from compress import plugins
 from compress.checkpoint.reader import Checkpoint
 from compress.disk.files import file_sha256
 from compress.errors import InputError
@@ -92,13 +93,12 @@ class OnnxArtifact:
     runtime = "onnxruntime"
 
     def __init__(self, path: Path):
-        from exporters.graph.reading import architecture, external_tensors, load, stored_parameters
-
-        self.folder, self._path, graph = onnx_layouts.folder_of(path), path, load(path)
+        reading = plugins.graph_reading()
+        self.folder, self._path, graph = onnx_layouts.folder_of(path), path, reading.load(path)
         self._sha256: str | None = None
-        self.config = architecture(graph, path).config
-        tensors = external_tensors(graph)
-        self._data, self.formats = {Path(tensor.path) for tensor in tensors}, stored_parameters(tensors)
+        self.config = reading.architecture(graph, path).config
+        tensors = reading.external_tensors(graph)
+        self._data, self.formats = {Path(tensor.path) for tensor in tensors}, reading.stored_parameters(tensors)
 
     def sha256(self) -> str:
         if self._sha256 is None:

@@ -14,6 +14,7 @@ from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.errors import InputError, WorkError, first_line
 from compress.model.architecture import Place
 from compress.model.hybrid import HybridModel
+from compress.model.roles import Role
 from compress.model.weight import Weight, is_finite
 from compress.output_folder import integrity
 
@@ -78,9 +79,11 @@ def _fill(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 
 def _placed(model: HybridModel) -> Iterator[tuple[Weight, Place]]:
-    """Every tensor and its place; no two have the same."""
+    """Every tensor and its place; no two have the same. What travels along has none: transformers leaves it out too."""
     taken: dict[str, str] = {}
     for weight in model.weights:
+        if weight.role == Role.MTP:
+            continue
         place = model.architecture.transformers_place(weight.name)
         other = taken.setdefault(str(place), weight.name)
         if other != weight.name:

@@ -6,15 +6,13 @@ mixture of formats (tests/test_load.py). Older ones were not tried, or failed.
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
-from compress import plugins
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight
+from compress.recipe.recipe import ExportStep
 from compress.strict.json_text import JsonObject
-from compress.strict.models import Strict
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
@@ -41,23 +39,9 @@ class Runtime:
         return self.name if self.minimum is None else f"{self.name} {self.minimum}"
 
 
-class Export(Protocol):
-    """A step of a recipe's `export`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def options(self) -> Strict: ...
-
-
-def of(model: HybridModel, exports: Iterable[Export]) -> list[Runtime]:
+def of(model: HybridModel, exports: Iterable[ExportStep]) -> list[Runtime]:
     """For a model as it will be stored, and the exports of a recipe. An exporter that says nothing has no rows."""
-    found = of_checkpoint(model)
-    for step in exports:
-        exporter = plugins.load(plugins.EXPORTERS, step.name)
-        found += exporter.runtimes(model, step.options) if hasattr(exporter, "runtimes") else []
-    return found
+    return of_checkpoint(model) + [runtime for step in exports for runtime in step.bound().runtimes(model)]
 
 
 def as_lines(found: list[Runtime]) -> list[str]:

@@ -26,7 +26,7 @@ class Strict(BaseModel):
 
 
 def _mapping_without_nothing(plain: Mapping[str, Json]) -> JsonObject:
-    """Plain data without what is empty."""
+    """Json data without what is empty."""
     kept = {key: _without_nothing(value) for key, value in plain.items()}
     return {key: value for key, value in kept.items() if value not in (None, {}, [])}
 

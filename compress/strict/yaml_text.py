@@ -39,7 +39,7 @@ Meaning = TypeVar("Meaning", bound=BaseResolver)
 
 def _with_meanings(base: type[Meaning]) -> type[Meaning]:
     """A loader or dumper that reads, or puts quotes around, plain scalars by MEANINGS."""
-    plain: type[Meaning] = type(f"Plain{base.__name__}", (base,), {"yaml_implicit_resolvers": {}})
+    plain: type[Meaning] = type(f"Json{base.__name__}", (base,), {"yaml_implicit_resolvers": {}})
     for tag, pattern in MEANINGS.items():
         plain.add_implicit_resolver(tag, re.compile(rf"(?:{pattern})\Z", re.VERBOSE), [None])
     return plain
@@ -49,7 +49,7 @@ _Loader, _Dumper = _with_meanings(yaml.SafeLoader), _with_meanings(yaml.SafeDump
 
 
 class Document:
-    """Plain data, and `line(path)`: where in the file the value at a key path begins (1-based)."""
+    """Json data, and `line(path)`: where in the file the value at a key path begins (1-based)."""
 
     def __init__(self, source: str, data: Json, lines: dict[KeyPath, int]):
         self.source, self.data, self._lines = source, data, lines
@@ -89,7 +89,7 @@ def parse(text: str, source: str) -> Document:
 
 
 def dump(plain: object) -> str:
-    """Plain data as YAML that `parse` reads as the same data."""
+    """Json data as YAML that `parse` reads as the same data."""
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
+from compress import plugins
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 from compress.errors import InputError
 from compress.model import sizes
@@ -52,6 +53,7 @@ class Facts(TypedDict):
     conv_state_bytes: int
     weight_bytes: int
     formats: dict[str, int]
+    travelling: NotRequired[list[str]]
     verified: NotRequired[VerifiedFacts]
 
 
@@ -97,13 +99,16 @@ def _config_facts(folder: Path) -> Facts:
 def _checkpoint_facts(folder: Path) -> Facts:
     model = Checkpoint(folder, allow_quantized=True).model
     weight_bytes, formats = sizes.stored_bytes(model.units), sizes.parameters_by_format(model.weights)
-    return _described(model.architecture, model.units, sizes.state_bytes(model.architecture), weight_bytes, formats)
+    states = sizes.state_bytes(model.architecture)
+    facts = _described(model.architecture, model.units, states, weight_bytes, formats)
+    if model.travellers:
+        facts["travelling"] = [weight.name for weight in model.travellers]
+    return facts
 
 
 def _onnx_facts(path: Path) -> Facts:
     """An exported graph carries its model's config.json; states count in the types the graph declares."""
-    from exporters.graph import reading
-
+    reading = plugins.graph_reading()
     graph = reading.load(path)
     architecture = reading.architecture(graph, path)
     tensors = reading.external_tensors(graph)
@@ -171,6 +176,7 @@ def as_text(facts: Facts) -> str:
     lines += [f"verified               {verified['files']} files, {verified['bytes']:,} bytes"] if verified else []
     lines += [f"stored as {name:<12} {count:,} parameters" for name, count in facts["formats"].items()]
     lines += [f"{role:<22} {count:,}" for role, count in sorted(facts["roles"].items(), key=lambda item: -item[1])]
+    lines += [f"travels unused         {name}" for name in facts.get("travelling", [])]
     return "\n".join(map(printable, lines))
 
 

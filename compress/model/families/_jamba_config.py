@@ -1,11 +1,11 @@
 """config.json of a Jamba, validated."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from compress.model.config import MAX_COUNT, MAX_EXPERTS_IN_ALL, Config, size
+from compress.model.config import MAX_COUNT, Config, size
 
 
 class JambaConfig(Config):
@@ -38,33 +38,18 @@ class JambaConfig(Config):
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = size(0, least=0)
 
-    @classmethod
-    def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """transformers reads null as one KV head per query head."""
-        if values.get("num_key_value_heads", 0) is None:
-            return values | {"num_key_value_heads": values.get("num_attention_heads", 32)}
-        return values
-
     @model_validator(mode="after")
     def _consistent(self):
         for kind in ("expert", "attn"):
             period, offset = getattr(self, f"{kind}_layer_period"), getattr(self, f"{kind}_layer_offset")
             if offset >= period:
                 raise ValueError(f"{kind}_layer_offset {offset} must be smaller than {kind}_layer_period {period}")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads {self.num_key_value_heads}"
-            )
+        if self.head_dim is None:
+            self.refuse_rest("hidden_size", "num_attention_heads")
+        self.refuse_rest("num_attention_heads", "num_key_value_heads")
         if self.num_experts > 1 and self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
-        if self.num_hidden_layers * self.num_experts > MAX_EXPERTS_IN_ALL:
-            raise ValueError(
-                f"{self.num_hidden_layers} layers of {self.num_experts} experts are more than any model has"
-            )
+        self.refuse_too_many_experts(self.num_hidden_layers, self.num_experts)
         return self
 
     @model_validator(mode="after")

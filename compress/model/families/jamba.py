@@ -26,7 +26,7 @@ class Jamba(Architecture):
     CONFIG = JambaConfig
     EMBEDDING: ClassVar[str] = "model.embed_tokens.weight"
     FINAL_NORM: ClassVar[str] = "model.final_layernorm.weight"
-    EXPERTS_KEY: ClassVar[str] = "num_experts"
+    EXPERTS_KEYS: ClassVar[tuple[str, ...]] = ("num_experts",)
     config: JambaConfig
 
     def layer(self, index: int) -> Layer:
@@ -72,8 +72,9 @@ class Jamba(Architecture):
 
     def fit_transformers(self, model: "PreTrainedModel") -> None:
         """The feed-forwards that pruning left, and routers that choose as ours do."""
-        from compress.model.families import _jamba_blocks  # imports transformers' modelling code, which only this needs
+        from compress.model.families import _transformers_moe  # imports transformers, which only this needs
 
         for layer in self.layers:
             if layer.experts:
-                _jamba_blocks.replace(model, layer.index, layer.experts)
+                path = f"{layer.prefix}feed_forward"
+                _transformers_moe.fit(model, path, "router", self.EXPERTS_KEYS[0], layer.experts)

@@ -7,7 +7,7 @@ from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache
 from compress.errors import InputError
 from compress.model.hybrid import HybridModel
-from compress.passes import quantize
+from compress.passes.quantize import Options, Quantize
 from compress.prompts import PromptSet
 from compress.recipe.check import Check
 from compress.recipe.recipe import LoadedRecipe
@@ -36,8 +36,9 @@ class Job:
 def study(job: Job) -> Study:
     """Refuses what can be refused, measures, and returns what `--json` writes."""
     checkpoint = Checkpoint(job.source.folder)
-    options, _ = quantize.fitted(quantize_options(job.recipe), checkpoint.model)
-    quantize.requires(options, checkpoint.model)
+    step, _ = Quantize(quantize_options(job.recipe)).fitted(checkpoint.model)
+    step.requires(checkpoint.model)
+    options = step.options
     check = check_settings(job)
     for name in check.prompts:
         prompts.refuse_unusable(name, job.source.folder, job.recipe.folder, length=check.length)
@@ -56,9 +57,9 @@ def study(job: Job) -> Study:
     }
 
 
-def quantize_options(recipe: LoadedRecipe) -> quantize.Options:
+def quantize_options(recipe: LoadedRecipe) -> Options:
     """The options of the recipe's one quantize pass."""
-    found: list[quantize.Options] = [step.options for step in recipe.recipe.passes if step.name == "quantize"]
+    found = [step.options for step in recipe.recipe.passes if isinstance(step.options, Options)]
     if not found:
         raise InputError(f"{recipe.path}: has no quantize pass, whose cost could be measured")
     if len(found) > 1:
