@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -16,13 +15,14 @@ from compress.disk.paths import with_text_name
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
 from compress.output_folder.onnx_layouts import Layout
+from compress.strict.json_text import JsonObject
 from exporters import Exported
 from exporters.graph import reading
 
 IR_VERSION = 10  # the one that came with opset 21
 
 
-def save(graph: ir.Graph, config_json: dict[str, Any], path: Path) -> None:
+def save(graph: ir.Graph, config_json: JsonObject, path: Path) -> None:
     """Writes model.onnx beside its weights, with the checkpoint's config.json in its metadata, and has it checked."""
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="compress", producer_version=compress.__version__)
     model.metadata_props[reading.CONFIG_KEY] = json.dumps(without_code(config_json), sort_keys=True)

@@ -5,12 +5,12 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 20  # large weights begin on a page so that a runtime can map them
 FLOAT, FP8 = np.float32, ir.DataType.FLOAT8E4M3FN.numpy()  # of constants
@@ -19,6 +19,7 @@ WIDTH_KEY = "width"  # what the builder knows of a value's last dimension; not w
 
 T = TypeVar("T")
 Dimension = int | str | ir.SymbolicDim
+Attribute = int | float | str | Sequence[int] | ir.DataType | ir.Graph | ir.TensorProtocol
 
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -101,11 +102,13 @@ class Graph:
     def unique_name(self, stem: str) -> str:
         return f"{stem}_{next(self._names)}"
 
-    def op(self, kind: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+    def op(self, kind: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
         """Adds a node of one output. An operator beyond the standard's is written with its domain, `com.microsoft::Gelu`."""
         return self.several(1, kind, *inputs, **attributes)[0]
 
-    def several(self, outputs: int, kind: str, *inputs: ir.Value | None, **attributes: Any) -> tuple[ir.Value, ...]:
+    def several(
+        self, outputs: int, kind: str, *inputs: ir.Value | None, **attributes: Attribute
+    ) -> tuple[ir.Value, ...]:
         """Adds a node of so many outputs."""
         domain, _, name = kind.rpartition("::")
         if domain not in self._versions:
@@ -167,7 +170,7 @@ class Graph:
         """A weight whose content comes piece by piece along its first dimensions, such as an expert at a time."""
         return _with_format(self._initializer(self._weights.add_pieces(name, pieces, dtype, shape)), number_format)
 
-    def _initializer(self, tensor: ir.Tensor[Any] | ir.ExternalTensor) -> ir.Value:
+    def _initializer(self, tensor: ir.Tensor[NDArray[np.generic]] | ir.ExternalTensor) -> ir.Value:
         value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         self._initializers.append(value)
         return value

@@ -1,16 +1,15 @@
 """genai_config.json: how onnxruntime-genai runs the graph. `decoder` is the type that takes hybrid states by name."""
 
-from typing import Any
-
 from compress.checkpoint.end_tokens import end_tokens
 from compress.checkpoint.reader import Checkpoint
 from compress.model.config import Config
 from compress.output_folder.onnx_layouts import GENAI
 from compress.recipe.source import tokenizer_of
+from compress.strict.json_text import JsonObject
 from exporters.graph.heads import heads_of
 
 
-def config(checkpoint: Checkpoint) -> dict[str, Any]:
+def config(checkpoint: Checkpoint) -> JsonObject:
     """The configuration for a decoder with the contract's input and output names, which stops at every end of text."""
     model, folder = checkpoint.model, checkpoint.folder
     ends = end_tokens(model.config, folder, tokenizer_of(folder))

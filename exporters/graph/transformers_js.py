@@ -5,8 +5,6 @@ with Mamba and attention layers side by side are told apart by `layer_types`. So
 these (Granite 4's); the model's own values stay, and the graph's metadata carry the true one.
 """
 
-from typing import Any
-
 import onnx_ir as ir
 
 from compress.checkpoint.companions import without_code
@@ -14,12 +12,17 @@ from compress.checkpoint.reader import Checkpoint
 from compress.model.block import Layer
 from compress.model.states import StateKind
 from compress.output_folder.onnx_layouts import in_transformers_js
+from compress.strict.json_text import JsonObject
 from exporters.graph.heads import heads_of
 
 # one Mamba head: transformers' tokenizers read this file too, and check that heads divide the width
-POSE = {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"], "mamba_n_heads": 1}
+POSE: JsonObject = {
+    "model_type": "granitemoehybrid",
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "mamba_n_heads": 1,
+}
 # the plain file, whose data lie in a file of their own (its default in browsers would be model_quantized.onnx)
-SETTINGS = {"dtype": "fp32", "use_external_data_format": True}
+SETTINGS: JsonObject = {"dtype": "fp32", "use_external_data_format": True}
 
 
 def rename_states(graph: ir.Graph) -> None:
@@ -27,19 +30,19 @@ def rename_states(graph: ir.Graph) -> None:
         value.name = in_transformers_js(value.name or "")
 
 
-def config(checkpoint: Checkpoint) -> dict[str, Any]:
+def config(checkpoint: Checkpoint) -> JsonObject:
     """config.json for Transformers.js; without the sections that describe the checkpoint's own files."""
     model = checkpoint.model
     kept = {key: value for key, value in without_code(checkpoint.config).items() if key != "quantization_config"}
     heads = heads_of(model.architecture)
-    sizes = {
+    sizes: JsonObject = {
         "num_attention_heads": heads.queries,
         "num_key_value_heads": heads.key_values,
         "head_dim": heads.size,
         "num_hidden_layers": len(model.layers),
     }
     kinds = [_layer_type(layer) for layer in model.layers]
-    return kept | POSE | sizes | {"layer_types": kinds, "transformers.js_config": SETTINGS}
+    return {**kept, **POSE, **sizes, "layer_types": kinds, "transformers.js_config": SETTINGS}
 
 
 def _layer_type(layer: Layer) -> str:
