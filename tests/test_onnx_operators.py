@@ -127,6 +127,37 @@ def test_operators_without_matrices_are_our_own(tmp_path, build):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=SAME * 4)
 
 
+# Mamba-2
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("length", [1, 5, 70])
+def test_mamba_2_goes_on_from_a_state_and_leaves_it_as_it_was_at_padding(tmp_path, groups, padding, length):
+    heads, size, states, padding = 4, 3, 5, min(padding, length)
+    state = normal(2, heads, states, size, seed=7)
+    widths = (heads * size, heads, groups * states, groups * states)
+    inputs = {"x": normal(2, length, sum(widths), seed=1).numpy(), "mask": np.ones((2, length), np.int64)}
+    inputs["mask"][0, :padding] = 0
+
+    def build(ops, x):
+        """The last tokens' y and the state after them, side by side."""
+        x, dt, b, c = ops.split(x, widths)
+        kept = state if isinstance(ops, Eager) else constant(ops, state)
+        y, after = ops.ssd(x, ops.softplus(dt), b, c, kept, "a_log", "d")
+        if isinstance(ops, Eager):
+            return torch.cat([y.flatten(), after.flatten()])[None, None]
+        parts = (ops.graph.reshape(value, -1) for value in (y, after))
+        return ops.graph.reshape(ops.graph.op("Concat", *parts, axis=0), 1, 1, -1)
+
+    tensors = {"a_log": normal(heads, seed=2), "d": normal(heads, seed=3)}
+    outputs = 2 * length * heads * size
+    actual, expected = both(tmp_path, tensors, inputs, build, outputs + state.numel())
+    real = np.repeat(inputs["mask"].flatten() == 1, heads * size)
+    np.testing.assert_allclose(actual[0, 0, :outputs][real], expected[0, 0, :outputs][real], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(actual[0, 0, outputs:], expected[0, 0, outputs:], rtol=0, atol=2e-5)
+
+
 # rotary positions
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 20  # large weights begin on a page so that a runtime can map them
 FLOAT, FP8 = np.float32, ir.DataType.FLOAT8E4M3FN.numpy()  # of constants
@@ -19,6 +19,7 @@ WIDTH_KEY = "width"  # what the builder knows of a value's last dimension; not w
 
 T = TypeVar("T")
 Dimension = int | str | ir.SymbolicDim
+Attribute = int | float | str | Sequence[int] | ir.DataType | ir.Graph | ir.TensorProtocol
 
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -172,7 +173,7 @@ class Graph:
         """A weight whose content comes piece by piece along its first dimensions, such as an expert at a time."""
         return _with_format(self._initializer(self._weights.add_pieces(name, pieces, dtype, shape)), number_format)
 
-    def _initializer(self, tensor: ir.Tensor[np.ndarray] | ir.ExternalTensor) -> ir.Value:
+    def _initializer(self, tensor: ir.Tensor[NDArray[np.generic]] | ir.ExternalTensor) -> ir.Value:
         value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
         self._initializers.append(value)
         return value

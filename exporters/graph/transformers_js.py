@@ -44,7 +44,7 @@ def config(checkpoint: Checkpoint) -> JsonObject:
         "num_hidden_layers": len(model.layers),
     }
     kinds = [_layer_type(layer) for layer in model.layers]
-    return kept | POSE | sizes | {"layer_types": kinds, "transformers.js_config": SETTINGS}
+    return {**kept, **POSE, **sizes, "layer_types": kinds, "transformers.js_config": SETTINGS}
 
 
 def _layer_type(layer: Layer) -> str:

@@ -1,12 +1,11 @@
 """Registers every model family with optimum's `TasksManager`, so that
 `get_exporter_config_constructor("onnx", model_type="jamba")` works."""
 
-from typing import Any
-
 from optimum.exporters.base import ExporterConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedTextConfig
 from optimum.utils.input_generators import DEFAULT_DUMMY_SHAPES, DummyInputGenerator, DummyTextInputGenerator
+from transformers import PretrainedConfig
 
 from compress.model import families
 from compress.model.states import StateSpec
@@ -18,7 +17,7 @@ Axes = dict[str, dict[int, str]]
 class HybridConfig(NormalizedTextConfig):
     """optimum's view of a transformers configuration, and the architecture it describes, validated as ours."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: PretrainedConfig):
         super().__init__(config)
         self.architecture = families.get(config.model_type).parse(config.to_dict(), "config")
 
@@ -33,14 +32,18 @@ class HybridStateGenerator(DummyInputGenerator):
     SUPPORTED_INPUT_NAMES = ("past_key_values.",)
 
     def __init__(
-        self, task: str, normalized_config: HybridConfig, batch_size: int = DEFAULT_DUMMY_SHAPES["batch_size"], **_: Any
+        self,
+        task: str,
+        normalized_config: HybridConfig,
+        batch_size: int = DEFAULT_DUMMY_SHAPES["batch_size"],
+        **_: object,
     ):
         self._batch = batch_size
         self._states = {past_of(index, spec): spec for index, spec in normalized_config.states()}
 
     def generate(
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
-    ) -> Any:
+    ) -> object:
         spec = self._states[input_name]
         return self.random_float_tensor(list(spec.sized(self._batch)), framework=framework, dtype=spec.format)
 
@@ -54,7 +57,7 @@ class HybridExporterConfig(ExporterConfig):
 
     def __init__(
         self,
-        config: Any,
+        config: PretrainedConfig,
         task: str = "text-generation",
         int_dtype: str = "int64",
         float_dtype: str = "fp32",
