@@ -46,6 +46,19 @@ class Options(Strict):
         return uncorrected | (set() if self.method == "merge" else {"merge_weights"})
 
 
+def fitted(options: Options, model) -> tuple[Options, tuple[str, ...]]:
+    """What the default of `router` comes to where nothing grows."""
+    routers = [layer.experts.router for layer in model.layers if layer.experts]
+    if options.router != "rescale" or not routers or any(router.inflates for router in routers):
+        return options, ()
+    renormalized = all(router.renormalized for router in routers)
+    why = "sum to the same whatever experts there are" if renormalized else "do not depend on other experts"
+    return options, (
+        f"a token's gates {why}, so none grows when experts are removed: router rescale is one factor a layer, of what the "
+        "experts that stay give to what all gave",
+    )
+
+
 def requires(options: Options, model) -> None:
     """Refuses amounts this model cannot spare, and models that have no experts or whose experts are quantized."""
     counts = expert_counts.refuse_unprunable(model, "prune_experts")
