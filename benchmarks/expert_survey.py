@@ -49,7 +49,7 @@ def sampled_pairs(layers: list[int], experts: int, count: int, seed: int) -> lis
 def survey(model: HybridModel, windows: list[torch.Tensor], folder: Path, seed: int) -> dict[int, list[tuple]]:
     """By count: (layer, unit with those experts, count, predicted loss, plain squared error) of every pair."""
     layers = list(expert_counts.of_model(model))
-    experts, least = model.config.num_experts, model.config.num_experts_per_tok
+    experts, least = model.config.total_experts, model.config.num_experts_per_tok
     pairs = {count: sampled_pairs(layers, experts, count, seed) for count in range(experts - 1, max(2, least) + 1, -1)}
     found: dict[int, list[tuple]] = {count: [] for count in pairs}
     for unit, inputs in walk(model, windows, folder, "cpu"):
@@ -68,7 +68,7 @@ def survey(model: HybridModel, windows: list[torch.Tensor], folder: Path, seed: 
 def with_layer(model: HybridModel, index: int, unit: Unit, count: int) -> HybridModel:
     """The model with one layer pruned."""
     counts = expert_counts.of_model(model) | {index: count}
-    values = expert_counts.pruned(model.config_json, counts, model.config.num_hidden_layers, None)
+    values = expert_counts.pruned(model.config_json, model.architecture.EXPERTS_KEYS, counts, model.config.num_hidden_layers, None)
     units = tuple(unit if unit.name == other.name else other for other in model.units)
     return replace(model, architecture=type(model.architecture).parse(values, "config.json"), units=units)
 

@@ -38,7 +38,7 @@ def prune(source: Path, folder: Path, pruning: Pruning) -> Path:
         tensors = _with_experts(tensors, f"model.layers.{layer}.feed_forward.", kept, pruning.rows_stay)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     rows = config["num_experts"] if pruning.rows_stay else None
-    config = pruned(config, pruning.counts, config["num_hidden_layers"], rows)
+    config = pruned(config, ("num_experts",), pruning.counts, config["num_hidden_layers"], rows)
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(source / "generation_config.json", folder)
     return folder

@@ -129,7 +129,7 @@ def test_calibration_too_small_to_withhold_any_is_refused(moe, tmp_path):
     states = HiddenStates(tmp_path, few, 40).at(tmp_path / "states")
     states.write(0, torch.zeros(states.shapes[0]))
     model = moe.inputs()
-    model._entering = states
+    model._entering = [states]
     message = refusal(lambda: collect(moe.unit, model))
     assert "calibration" in message and "183 tokens" in message
 
@@ -143,7 +143,7 @@ def correction_of(moe, router: str = "slice") -> tuple[Correction, Block]:
     """A pruned layer before any correction; and the block with the very float32 statistics that weigh it."""
     found, inputs = collected(moe)
     pruned = removal.keep(moe.unit, inputs, KEPT, keep_rows=router == "keep_rows")
-    gates = reconstruction.gates_of(found.logits, KEPT, found.top_k, keep_rows=router == "keep_rows")
+    gates = reconstruction.gates_of(found, found.logits, KEPT, keep_rows=router == "keep_rows")
     with torch.inference_mode():
         return Correction(pruned, inputs, found, gates, inputs.stash(pruned)), moe.block
 
@@ -269,7 +269,7 @@ def test_the_stored_loss_counts_the_rounding_to_the_type_in_which_weights_are_st
     unit, note = layer.prune(options, rounded, moe.inputs(), 3)
     inputs, entry = moe.inputs(), note["layers"][0]
     found = collect(rounded, inputs)
-    gates = reconstruction.gates_of(found.logits, tuple(entry["kept"]), found.top_k, keep_rows=False)
+    gates = reconstruction.gates_of(found, found.logits, tuple(entry["kept"]), keep_rows=False)
     again = Correction(unit, inputs, found, gates, None).loss
     assert entry["loss"]["stored"] == pytest.approx(again, rel=1e-7)
     if recovery == "none":
@@ -291,7 +291,7 @@ def test_a_correction_is_judged_in_the_type_it_is_stored_in(moe):
     inputs = moe.inputs()
     found = collect(rounded, inputs)
     pruned = removal.keep(rounded, inputs, KEPT, keep_rows=False)
-    gates = reconstruction.gates_of(found.logits, KEPT, found.top_k, keep_rows=False)
+    gates = reconstruction.gates_of(found, found.logits, KEPT, keep_rows=False)
     correction = Correction(pruned, inputs, found, gates, inputs.stash(pruned))
     assert correction.recover(3.0)
     judged = correction.loss

@@ -292,8 +292,8 @@ def test_a_uniform_pruning_needs_no_section(cases):
 
 def test_a_section_that_was_there_is_replaced():
     values = {"num_experts": 8, "hidden_size": 40, "compress": {"num_experts_per_layer": [1, 8], "router_rows": 8}}
-    assert pruned(values, {1: 3}, 2, None) == {"num_experts": 3, "hidden_size": 40}
-    assert pruned(values, {0: 2, 1: 3}, 4, 8)["compress"] == {"num_experts_per_layer": [2, 3, 1, 1], "router_rows": 8}
+    assert pruned(values, ("num_experts",), {1: 3}, 2, None) == {"num_experts": 3, "hidden_size": 40}
+    assert pruned(values, ("num_experts",), {0: 2, 1: 3}, 4, 8)["compress"] == {"num_experts_per_layer": [2, 3, 1, 1], "router_rows": 8}
 
 
 COUNTS = "num_experts_per_layer"
@@ -302,7 +302,7 @@ COUNTS = "num_experts_per_layer"
 @pytest.mark.parametrize(("section", "named"), [
     ({COUNTS: [1, 1, 1, 1, 2, 1]}, f"{COUNTS}[1] is 1, expected 2 to 4"),
     ({COUNTS: [1, 4, 1, 1, 5, 1]}, f"{COUNTS}[4] is 5, expected 2 to 4"),
-    ({COUNTS: [2, 4, 1, 1, 2, 1]}, f"{COUNTS}[0] is 2, expected 1 (its feed-forward is dense)"),
+    ({COUNTS: [2, 4, 1, 1, 2, 1]}, f"{COUNTS}[0] is 2, expected 1 (it has no experts)"),
     ({COUNTS: [1, 4, 1]}, f"{COUNTS} lists 3 layers, the model has 6"),
     ({COUNTS: [1, 4.5, 1, 1, 2, 1]}, f"compress.{COUNTS}.1"),
     ({COUNTS: 4}, f"compress.{COUNTS}"),
@@ -310,7 +310,7 @@ COUNTS = "num_experts_per_layer"
     ({"router_rows": 0}, "compress.router_rows"),
     ({"router_rows": 10**9}, "compress.router_rows"),
     ({"router_rows": True}, "compress.router_rows"),
-    ({"experts": 4}, "compress.studies.experts"),
+    ({"experts": 4}, "compress.experts"),
     ("pruned", "compress"),
     (None, "compress"),
 ])  # fmt: skip
