@@ -49,7 +49,7 @@ def sampled_pairs(layers: list[int], experts: int, count: int, seed: int) -> lis
 def survey(model: HybridModel, windows: list[torch.Tensor], folder: Path, seed: int) -> dict[int, list[tuple]]:
     """By count: (layer, unit with those experts, count, predicted loss, plain squared error) of every pair."""
     layers = list(expert_counts.of_model(model))
-    experts, least = model.config.num_experts, model.config.num_experts_per_tok
+    experts, least = model.config.total_experts, model.config.num_experts_per_tok
     pairs = {count: sampled_pairs(layers, experts, count, seed) for count in range(experts - 1, max(2, least) + 1, -1)}
     found: dict[int, list[tuple]] = {count: [] for count in pairs}
     for unit, inputs in walk(model, windows, folder, "cpu"):

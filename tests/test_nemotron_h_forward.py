@@ -259,3 +259,22 @@ def test_what_decides_decays_stays_exact_in_a_model_of_half_precision(tmp_path):
 def test_what_is_loaded_is_saved_as_a_checkpoint_that_is_read_again(plain_case, tmp_path):
     compress.load(plain_case.folder).save_pretrained(tmp_path / "saved")
     assert_agrees(Run(Checkpoint(tmp_path / "saved").model, BATCH)(plain_case.ids), plain_case.logits)
+
+
+def all_equal(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Routers that cannot tell experts apart."""
+    gates = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if ".mixer.gate." in name}
+    return tensors | gates
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}], ids=["", "groups"])
+def test_of_equal_experts_the_lower_number_is_chosen_by_us_and_by_what_is_loaded(tmp_path, changes):
+    folder = renamed(make_nemotron_h(tmp_path / "source", **changes), tmp_path / "equal", all_equal)
+    model, ids = compress.load(folder), tokens(67, 9, 1)
+    chosen = []
+    model.model.layers[1].mixer.gate.register_forward_hook(lambda *arguments: chosen.append(arguments[2][2]))
+    with torch.inference_mode():
+        logits = model(ids, use_cache=False).logits
+    assert_agrees(logits, Run(Checkpoint(folder).model, 1)(ids))
+    top_k = changes.get("num_experts_per_tok", 2)
+    assert chosen[0].sort().values.tolist() == [list(range(top_k))] * 9

@@ -305,7 +305,7 @@ COUNTS = "num_experts_per_layer"
 @pytest.mark.parametrize(("section", "named"), [
     ({COUNTS: [1, 1, 1, 1, 2, 1]}, f"{COUNTS}[1] is 1, expected 2 to 4"),
     ({COUNTS: [1, 4, 1, 1, 5, 1]}, f"{COUNTS}[4] is 5, expected 2 to 4"),
-    ({COUNTS: [2, 4, 1, 1, 2, 1]}, f"{COUNTS}[0] is 2, expected 1 (its feed-forward is dense)"),
+    ({COUNTS: [2, 4, 1, 1, 2, 1]}, f"{COUNTS}[0] is 2, expected 1 (it has no experts)"),
     ({COUNTS: [1, 4, 1]}, f"{COUNTS} lists 3 layers, the model has 6"),
     ({COUNTS: [1, 4.5, 1, 1, 2, 1]}, f"compress.{COUNTS}.1"),
     ({COUNTS: 4}, f"compress.{COUNTS}"),

@@ -70,6 +70,18 @@ class PruneExperts(Pass[Options]):
     spoken_for = frozenset(PruneDetails.model_fields)
     scratch_states = 3  # what the experts gave, what they give, and what they would give with one more correction
 
+    def fitted(self, model: HybridModel) -> tuple[Self, tuple[str, ...]]:
+        """What the default of `router` comes to where nothing grows."""
+        routers = [layer.experts.router for layer in model.layers if layer.experts]
+        if self.options.router != "rescale" or not routers or any(router.inflates for router in routers):
+            return self, ()
+        renormalized = all(router.renormalized for router in routers)
+        why = "sum to the same whatever experts there are" if renormalized else "do not depend on other experts"
+        return self, (
+            f"a token's gates {why}, so none grows when experts are removed: router rescale is one factor a layer, of what "
+            "the experts that stay give to what all gave",
+        )
+
     def requires(self, model: HybridModel) -> None:
         """Refuses amounts this model cannot spare, and models that have no experts or whose experts are quantized."""
         counts = expert_counts.refuse_unprunable(model, "prune_experts")

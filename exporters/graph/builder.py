@@ -31,9 +31,6 @@ DTYPES = {
 }
 
 
-Attribute = int | float | str | Sequence[int] | ir.TensorProtocol | ir.Graph
-
-
 class WeightFile:
     """The external data of one model, written in the order weights are added; nothing stays in memory."""
 
