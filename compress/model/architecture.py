@@ -2,13 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from compress.formats.remembered import Precision
 from compress.model.block import Layer
 from compress.model.config import Config
 from compress.model.roles import Role
+from compress.model.states import SCALE_AXES
 from compress.model.weight import Spec, UnitSpec
 from compress.strict.json_text import JsonObject
 
@@ -55,14 +57,27 @@ class Architecture(ABC):
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        return tuple(map(self.layer, range(self.config.num_hidden_layers)))
+        return tuple(map(self.layer_as_kept, range(self.config.num_hidden_layers)))
+
+    def layer_as_kept(self, index: int) -> Layer:
+        """One layer, its states in the precisions that config.json says."""
+        layer, kept = self.layer(index), [state for state in self.config.compress.states if state.layer == index]
+        kinds = {spec.name: spec.kind for spec in layer.states}
+        precisions = {
+            state.state: Precision(
+                state.format, state.rounding, state.scale, SCALE_AXES[kinds[state.state]], state.block, state.seed
+            )
+            for state in kept
+            if state.state in kinds
+        }
+        return replace(layer, precisions=precisions) if precisions else layer
 
     def layout(self) -> Iterator[UnitSpec]:
         """The units in order of computation, lazily: a caller may stop at the first surprise."""
         config = self.config
         yield UnitSpec("embedding", (Spec(self.EMBEDDING, (config.vocab_size, config.hidden_size), Role.EMBEDDING),))
         for index in range(config.num_hidden_layers):
-            yield UnitSpec(f"layer.{index}", tuple(self.layer(index).specs()))
+            yield UnitSpec(f"layer.{index}", tuple(self.layer_as_kept(index).specs()))
         head = [Spec(self.FINAL_NORM, (config.hidden_size,), Role.NORM)]
         if not config.tie_word_embeddings:
             head.append(Spec(self.LM_HEAD, (config.vocab_size, config.hidden_size), Role.LM_HEAD))

@@ -5,11 +5,12 @@ an input, and its arithmetic in `Operators`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple, TypeVar
 
+from compress.formats.remembered import Precision
 from compress.model.experts import Experts
 from compress.model.operators import Operators
 from compress.model.roles import Role
@@ -99,6 +100,7 @@ class Layer:
     prefix: str
     hidden_size: int
     residuals: tuple[Residual, ...]
+    precisions: Mapping[str, Precision] = field(default_factory=dict)  # of states that are not kept in float32, by name
 
     @property
     def kind(self) -> str:
@@ -107,7 +109,8 @@ class Layer:
 
     @cached_property
     def states(self) -> tuple[StateSpec, ...]:
-        return tuple(spec for residual in self.residuals for spec in residual.block.states())
+        specs = (spec for residual in self.residuals for spec in residual.block.states())
+        return tuple(replace(spec, precision=self.precisions.get(spec.name, spec.precision)) for spec in specs)
 
     @cached_property
     def experts(self) -> Experts | None:
@@ -124,6 +127,9 @@ class Layer:
         for residual in self.residuals:
             for spec in (Spec(residual.norm, (self.hidden_size,), Role.NORM), *residual.block.specs()):
                 yield Spec(self.prefix + spec.name, spec.shape, spec.role)
+        for state in self.states:
+            if state.precision.has_static_scale:
+                yield Spec(self.prefix + state.scale_name, state.scale_shape, Role.STATE_SCALE)
 
     def folds(self) -> tuple[Fold, ...]:
         return tuple(fold for residual in self.residuals for fold in residual.block.folds(residual.norm))
@@ -140,4 +146,4 @@ class Layer:
         for residual in self.residuals:
             hidden, found = residual.run(ops, hidden, state)
             new |= found
-        return hidden, {spec.name: ops.state_out(spec, new[spec.name]) for spec in self.states}
+        return hidden, {spec.name: ops.state_out(spec, new[spec.name], kept[spec.name]) for spec in self.states}

@@ -100,5 +100,6 @@ class Operators(ABC, Generic[T]):
         """A state as arithmetic takes it, from what was kept between calls."""
 
     @abstractmethod
-    def state_out(self, spec: StateSpec, value: T) -> T:
-        """A state as it is kept between calls: the one place where a state is rounded."""
+    def state_out(self, spec: StateSpec, value: T, kept: T) -> T:
+        """A state as it is kept between calls: the one place where a state is rounded. `kept` is what was kept before this
+        call: of a state that grows it stays, and only what is new of `value` is stored behind it."""

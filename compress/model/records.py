@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
+from compress.formats.remembered import Format, Rounding
 from compress.model.expert_counts import SECTION, ExpertCounts
 from compress.model.tensor_names import written_out
 from compress.strict.json_text import JsonObject
@@ -120,10 +121,25 @@ class Record(BaseModel):
     changes: tuple[Annotated[Change, Field(discriminator="kind")], ...] | None = None
 
 
+class KeptState(BaseModel):
+    """How a state of a layer is kept between calls, where not in float32 (`formats/remembered.py`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: Annotated[StrictInt, Field(ge=0)]
+    state: StrictStr  # such as `recurrent_state`
+    format: Format
+    rounding: Rounding = "nearest"
+    scale: Literal["dynamic", "static"] = "dynamic"
+    block: Annotated[StrictInt, Field(ge=1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=0, lt=1 << 16)] = 0
+
+
 class Compressed(ExpertCounts):
     """The `compress` section of config.json."""
 
     passes: tuple[Record, ...] = ()
+    states: tuple[KeptState, ...] = ()
 
 
 def added(values: JsonObject, records: Sequence[Record]) -> JsonObject:

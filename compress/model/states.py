@@ -1,11 +1,17 @@
-"""What a layer remembers, as data: the empty past, bytes, graph inputs and outputs, and runtimes' settings all follow from it."""
+"""What a layer remembers, as data: the empty past, bytes, graph inputs and outputs, and runtimes' settings all follow from it.
+
+**When a state is rounded.** Arithmetic is in float32. At the end of every call (a prompt, a piece of one, a decoded token) what
+the next call needs is stored once, in the precision of its `StateSpec`; the next call begins with what was stored. Of a state
+that grows, only the entries of the new tokens are stored; the others stay as they are. `Operators.state_out` is the one place.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 
-from compress.model.weight import PLAIN_DTYPES
+from compress.formats import remembered
+from compress.formats.remembered import Precision
 
 
 class StateKind(StrEnum):
@@ -14,32 +20,78 @@ class StateKind(StrEnum):
     KV = "kv_cache"
 
 
+# the axis, from the end, whose entries share a scale: d_state, so that each channel has its own; else the last
+SCALE_AXES = {StateKind.SSM: -2, StateKind.CONV: -1, StateKind.KV: -1}
+
+IN_FLOAT32 = Precision()
+
+
 @dataclass(frozen=True)
 class StateSpec:
     """One tensor that a layer carries from call to call; a layer may have several of a kind.
 
     `shape` is that of one sequence, without the batch. A state that grows has a place for every token along the axis `grows`
-    (of that shape), and 0 there when nothing was read. `format` is the type it is kept in between calls.
+    (of that shape), and 0 there when nothing was read.
     """
 
     name: str  # as onnxruntime-genai has it: key, value, conv_state, recurrent_state
     kind: StateKind
     shape: tuple[int, ...]
     grows: int | None = None
-    format: str = "fp32"
+    precision: Precision = IN_FLOAT32
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """As it is kept between calls."""
+        return self.precision.stored_shape(self.shape)
+
+    @property
+    def scale_name(self) -> str:
+        """Of the tensor with static scales, within the layer."""
+        return f"states.{self.name}.scale"
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of static scales; those of a cache are the same for every token."""
+        shape = tuple(1 if axis == self.grows else size for axis, size in enumerate(self.shape))
+        return self.precision.scale_shape(shape)
 
     def sized(self, batch: int, tokens: int = 0) -> tuple[int, ...]:
-        """Its shape for a batch that has read so many tokens."""
-        return (batch, *(tokens if axis == self.grows else size for axis, size in enumerate(self.shape)))
+        """Its stored shape for a batch that has read so many tokens."""
+        return (batch, *(tokens if axis == self.grows else size for axis, size in enumerate(self.stored_shape)))
 
     def empty(self, batch: int, device: str | torch.device = "cpu") -> torch.Tensor:
-        """The past before the first token."""
-        return torch.zeros(self.sized(batch), dtype=PLAIN_DTYPES[self.format], device=device)
+        """The past before the first token, as stored: zeros, whatever the scale."""
+        zeros = torch.zeros(batch, *(0 if axis == self.grows else size for axis, size in enumerate(self.shape)))
+        scales = torch.ones(self.scale_shape) if self.precision.has_static_scale else None
+        position = torch.zeros([1] * zeros.dim())
+        return remembered.encode(zeros, self.precision, position, scales).to(device)
 
     def elements(self, tokens: int = 1) -> int:
         """Of one sequence; of one that grows, after so many tokens."""
-        return torch.Size(self.sized(1, tokens)).numel()
+        return torch.Size(
+            (1, *(tokens if axis == self.grows else size for axis, size in enumerate(self.shape)))
+        ).numel()
 
-    def stored(self, value: torch.Tensor) -> torch.Tensor:
-        """As it is kept between calls."""
-        return value.to(PLAIN_DTYPES[self.format])
+    def bytes(self, tokens: int = 1) -> int:
+        """Of one sequence as it is stored, scales included; of one that grows, after so many tokens."""
+        return torch.Size(self.sized(1, tokens)).numel() * self.precision.dtype.itemsize
+
+    def restored(self, stored: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+        """float32, as arithmetic takes it."""
+        return remembered.decode(stored, self.precision, self.shape[self.precision.axis], scales)
+
+    def stored(
+        self, value: torch.Tensor, kept: torch.Tensor, positions: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As it is kept between calls: `value` [B, ...] after this call, what was `kept` before it; positions [B, T] of all
+        tokens, real ones counted from 1 (that of the last token is the state's)."""
+        if self.grows is None:
+            position = positions[:, -1].view(-1, *[1] * len(self.shape))
+            return remembered.encode(value, self.precision, position, scales)
+        axis = self.grows + 1
+        past = kept.shape[axis]
+        new = value.narrow(axis, past, value.shape[axis] - past)
+        sizes = [len(positions), *(new.shape[axis] if place + 1 == axis else 1 for place in range(len(self.shape)))]
+        position = positions[:, -new.shape[axis] :].reshape(sizes)
+        return torch.cat([kept, remembered.encode(new, self.precision, position, scales)], axis)

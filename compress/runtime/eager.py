@@ -31,11 +31,11 @@ class Weights(Protocol):
 
 
 class Eager(Operators[Tensor]):
-    """`mask` [B, past + S] is 1 for tokens and 0 for padding, or None. `only` limits mixtures to some experts, to look at
-    what reaches them."""
+    """`mask` [B, T] is 1 for tokens and 0 for padding, or None where there is none; then `total` is T, which only rounding of
+    states with a dither and rotary positions ask for. `only` limits mixtures to some experts, to look at what reaches them."""
 
-    def __init__(self, weights: Weights, mask: Tensor | None = None, only: set[int] | None = None):
-        self.weights, self._mask, self._only = weights, mask, only
+    def __init__(self, weights: Weights, mask: Tensor | None = None, only: set[int] | None = None, total: int = 0):
+        self.weights, self._mask, self._only, self._total = weights, mask, only, total
 
     def linear(self, name: str, x: Tensor, bias: str | None = None) -> Tensor:
         return self.weights.linear(name, x, None if bias is None else self.weights(bias))
@@ -111,10 +111,19 @@ class Eager(Operators[Tensor]):
         return routing.logits(x, self.weights(router.weight))
 
     def state_in(self, spec: StateSpec, stored: Tensor) -> Tensor:
-        return stored.float()
+        return spec.restored(stored, self._scales(spec))
 
-    def state_out(self, spec: StateSpec, value: Tensor) -> Tensor:
-        return spec.stored(value)
+    def state_out(self, spec: StateSpec, value: Tensor, kept: Tensor) -> Tensor:
+        return spec.stored(value, kept, self._read(value), self._scales(spec))
+
+    def _scales(self, spec: StateSpec) -> Tensor | None:
+        return self.weights(spec.scale_name) if spec.precision.has_static_scale else None
+
+    def _read(self, like: Tensor) -> Tensor:
+        """Real tokens read up to each token, itself included, [B, T] or [1, T]."""
+        if self._mask is None:
+            return torch.arange(1, max(1, self._total) + 1, device=like.device)[None]
+        return self._mask.long().cumsum(1)
 
     def _new(self, x: Tensor) -> Tensor | None:
         """The mask of the new tokens, [B, S]."""

@@ -194,13 +194,13 @@ def run_layer(model: HybridModel, index: int, weights: LayerWeights, entering: H
 def _run_block(
     model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, decode: bool
 ) -> torch.Tensor:
-    layer, ops = model.layer(index), Eager(weights)
+    layer, length = model.layer(index), hidden.shape[1]
     state = empty_state(layer, hidden.shape[0], hidden.device)
     if not decode:
-        return layer.run(ops, hidden, state)[0]
+        return layer.run(Eager(weights, total=length), hidden, state)[0]
     outputs = []
-    for t in range(hidden.shape[1]):
-        output, state = layer.run(ops, hidden[:, t : t + 1], state)
+    for t in range(length):
+        output, state = layer.run(Eager(weights, total=t + 1), hidden[:, t : t + 1], state)
         outputs.append(output)
     return torch.cat(outputs, 1)
 
@@ -220,12 +220,15 @@ class Decoder:
         self._weights = [layer_weights(model, i, device, self._budget) for i in layers]
         self._states = [empty_state(layer, batch, device) for layer in model.layers]
         self._head = Head(model, device, self._budget)
+        self._read = 0
 
     @torch.inference_mode()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = embed(self._model, ids, self._device)
+        self._read += ids.shape[1]
         for index, weights in enumerate(self._weights):
-            hidden, self._states[index] = self._model.layer(index).run(Eager(weights), hidden, self._states[index])
+            ops = Eager(weights, total=self._read)
+            hidden, self._states[index] = self._model.layer(index).run(ops, hidden, self._states[index])
         return self._head(hidden[:, -1])
 
 

@@ -114,8 +114,8 @@ class Portable(Dialect):
             value.type, value.shape = ir.TensorType(self.state_type(spec)), ir.Shape(fixed_shape(stored))
         return value
 
-    def state_out(self, spec: StateSpec, value: Value) -> Value:
-        return self.graph.cast(value, TYPES[spec.format], self.state_type(spec))
+    def state_out(self, spec: StateSpec, value: Value, kept: Value) -> Value:
+        return self.graph.cast(value, TYPES[spec.precision.format], self.state_type(spec))
 
     def state_type(self, spec: StateSpec) -> ir.DataType:
         """That arithmetic takes a state in."""

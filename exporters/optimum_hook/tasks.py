@@ -45,7 +45,7 @@ class HybridStateGenerator(DummyInputGenerator):
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
     ) -> object:
         spec = self._states[input_name]
-        return self.random_float_tensor(list(spec.sized(self._batch)), framework=framework, dtype=spec.format)
+        return self.random_float_tensor(list(spec.sized(self._batch)), framework=framework, dtype=spec.precision.format)
 
 
 class HybridExporterConfig(ExporterConfig):
