@@ -6,11 +6,13 @@
     fp8-e4m3            FLOAT8E4M3FN times a scale
 
 `block` entries along `axis` share a scale (all of them, where it is None). A static scale is fixed by calibration and stored
-with the weights. A dynamic one is that of the entries it serves, and rides with them, in two more entries along the axis for
-each block: first all the first ones, then all the second ones. For whole numbers it is m 2^e, a byte m (with an offset of 128
-in INT8) and an exponent e (with an offset of 128 in UINT8), rounded up, so that nothing saturates; for fp8 it is f 2^(14 c), f an fp8
-number and c a small whole one, which fp8 holds exactly. (A power of two alone would be a grid that stands still while the state
-moves slowly: every step then rounds to the same value, and nearest rounding is some twenty times worse.)
+with the weights. A dynamic one is that of the entries it serves, and rides with them in two bytes: in more entries along the axis,
+two for each block (four of fp8, which holds whole numbers below 16 only), first all the first ones, and so on. What is stored
+is a whole number k, in digits: the scale is 2^(k / 1024 - 44), the nearest to absmax / 127 (7, 448).
+
+Scales must be fine and unbiased. Where a state decays slowly, a grid that stands still gives the same value back every time, and
+one that is rounded up makes it grow: with a byte times a power of two, rounded up, nearest int8 was 2.5 times and fp8 twenty times
+worse on the reference model.
 
 **Rounding.** `nearest`, ties to even; or `stochastic`: floor(v + u), with a dither u in [0, 1) that is a function of the
 position (real tokens read) and the place of the entry alone:
@@ -35,11 +37,11 @@ Rounding = Literal["nearest", "stochastic"]
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {**PLAIN, "fp8-e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 MOST = {"int8": 127, "int4": 7, "fp8-e4m3": fp8.LARGEST}
-SCALE_ENTRIES = 2  # that a dynamic scale takes
-OFFSET = 128  # of bytes
+SCALE_ENTRIES = {"int8": 2, "int4": 2, "fp8-e4m3": 4}  # that a dynamic scale takes
+DIGITS = {"int8": (256, 128), "int4": (256, 0), "fp8-e4m3": (16, 0)}  # base, and what is taken off
 NIBBLE = 8  # offset of int4 values
-LEAST_EXPONENT, MOST_EXPONENT = -126, 119  # of m 2^e in float32
-FP8_POWER = 14  # of two, that the second entry of an fp8 scale counts
+POWER_STEPS = 1024  # scales are whole powers of 2^(1/1024), from
+LEAST_POWER, MOST_POWER = -44, 19  # of two, on
 STEPS = (40503, 30011, 1 << 16)  # of the dither, and its period
 
 
@@ -75,7 +77,7 @@ class Precision:
         if self.is_plain:
             return size
         values = -(-size // 2) if self.format == "int4" else size
-        return values + (SCALE_ENTRIES * self.blocks(size) if self.scale == "dynamic" else 0)
+        return values + (SCALE_ENTRIES[self.format] * self.blocks(size) if self.scale == "dynamic" else 0)
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return _with(shape, self.axis, self.stored_size(shape[self.axis]))
@@ -117,8 +119,7 @@ def decode(stored: Tensor, precision: Precision, size: int, scales: Tensor | Non
     blocks, values = precision.blocks(size), -(-size // 2) if precision.format == "int4" else size
     whole = _blocked(_unpacked(entries[..., :values], precision.format)[..., :size], precision)
     if scales is None:
-        first, second = entries[..., values : values + blocks], entries[..., values + blocks :]
-        scale = _scale(first, second, precision.format)[..., None]
+        scale = _scale(entries[..., values:].unflatten(-1, (-1, blocks)), precision.format)[..., None]
     else:
         scale = scales.movedim(precision.axis, -1)[..., None]
     return (whole * scale).flatten(-2)[..., :size].movedim(-1, precision.axis)
@@ -140,30 +141,30 @@ def _blocked(values: Tensor, precision: Precision) -> Tensor:
     return blocked
 
 
-def _dynamic(absmax: Tensor, precision: Precision) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """The two entries that hold the scale, and the scale."""
-    if precision.format == "fp8-e4m3":
-        least = (absmax / fp8.LARGEST).clamp_min(2.0**LEAST_EXPONENT)
-        power = torch.floor((torch.log2(least) + 6) / FP8_POWER)
-        rest = least * torch.exp2(-FP8_POWER * power)
-        step = torch.exp2(torch.floor(torch.log2(rest)) - 3)  # of numbers with three bits behind the first
-        codes = torch.ceil(rest / step) * step, power
-    else:
-        least = (absmax / MOST[precision.format]).clamp_min(2.0 ** (LEAST_EXPONENT + 7))
-        exponent = torch.floor(torch.log2(least)) - 7
-        mantissa = torch.ceil(least * torch.exp2(-exponent))
-        above = mantissa > 255
-        mantissa, exponent = torch.where(above, 128.0, mantissa), torch.where(above, exponent + 1, exponent)
-        shift = OFFSET if precision.format == "int8" else 0
-        codes = mantissa - shift, exponent + (OFFSET - shift)
-    return codes, _scale(*codes, precision.format)
+def _dynamic(absmax: Tensor, precision: Precision) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The entries that hold the scale, and the scale."""
+    least = (absmax / MOST[precision.format]).clamp(2.0**LEAST_POWER, 2.0**MOST_POWER)
+    code = torch.round((torch.log2(least) - LEAST_POWER) * POWER_STEPS)
+    return _digits(code, precision.format), torch.exp2(code / POWER_STEPS + LEAST_POWER)
 
 
-def _scale(first: Tensor, second: Tensor, format: Format) -> Tensor:
-    if format == "fp8-e4m3":
-        return first * torch.exp2(FP8_POWER * second)
-    shift = OFFSET if format == "int8" else 0
-    return (first + shift) * torch.exp2(second - (OFFSET - shift))
+def _digits(code: Tensor, format: Format) -> tuple[Tensor, ...]:
+    """A number below 2^16 in entries of the stored type, the highest digit first."""
+    base, shift = DIGITS[format]
+    found = []
+    for _ in range(SCALE_ENTRIES[format]):
+        higher = torch.floor(code / base)
+        found.append(code - base * higher - shift)
+        code = higher
+    return tuple(reversed(found))
+
+
+def _scale(digits: Tensor, format: Format) -> Tensor:
+    """From its entries [..., entries, blocks]: [..., blocks]."""
+    base, shift = DIGITS[format]
+    powers = base ** torch.arange(SCALE_ENTRIES[format] - 1, -1, -1, device=digits.device)
+    code = ((digits + shift) * powers[:, None]).sum(-2)
+    return torch.exp2(code / POWER_STEPS + LEAST_POWER)
 
 
 def _on_grid(scaled: Tensor, format: Format, dithers: Tensor | None) -> Tensor:
