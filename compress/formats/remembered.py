@@ -24,16 +24,14 @@ sequence), and rounding errors of one sign cannot pile up.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats import fp8
+from compress.formats.state_words import Format, Rounding, Scale
 
-Format = Literal["fp32", "bf16", "fp16", "fp8-e4m3", "int8", "int4"]
-Rounding = Literal["nearest", "stochastic"]
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {**PLAIN, "fp8-e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 MOST = {"int8": 127, "int4": 7, "fp8-e4m3": fp8.LARGEST}
@@ -51,7 +49,7 @@ class Precision:
 
     format: Format = "fp32"
     rounding: Rounding = "nearest"
-    scale: Literal["dynamic", "static"] = "dynamic"
+    scale: Scale = "dynamic"
     axis: int = -1
     block: int | None = None
     seed: int = 0

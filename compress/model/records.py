@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
-from compress.formats.remembered import Format, Rounding
+from compress.formats.state_words import Format, Rounding, Scale
 from compress.model.expert_counts import SECTION, ExpertCounts
 from compress.model.tensor_names import written_out
 from compress.strict.json_text import JsonObject
@@ -130,7 +130,7 @@ class KeptState(BaseModel):
     state: StrictStr  # such as `recurrent_state`
     format: Format
     rounding: Rounding = "nearest"
-    scale: Literal["dynamic", "static"] = "dynamic"
+    scale: Scale = "dynamic"
     block: Annotated[StrictInt, Field(ge=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=0, lt=1 << 16)] = 0
 
