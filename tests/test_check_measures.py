@@ -339,7 +339,7 @@ def test_a_single_window_has_no_interval_and_it_is_said(compress_cli, small):
 
 
 def test_apply_reports_positions_and_distances(compress_cli, tiny, tmp_path):
-    settings = ("check.prompts=[recall]", "check.recall={distances: [4], trials: 2}", "check.length=64", "check.prefill=20",
+    settings = ("check.prompts=[recall]", "check.recall={distances: [4], trials: 2}", "check.length=24", "check.prefill=20",
                 "check.limits={recall_accuracy_drop: 1}", "passes=[]", "export=[]")  # fmt: skip
     arguments = [argument for setting in settings for argument in ("--set", setting)]
     planned = compress_cli("apply", "tiny-int8", "-m", tiny, "-o", tmp_path / "out", *arguments, "--dry-run")

@@ -145,7 +145,10 @@ def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Pa
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
         if settings is not None:
             for name in settings.prompts:
-                prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
+                asking = settings.recall if isinstance(settings, Check) else None
+                prompts.refuse_unusable(
+                    name, folder, recipe_folder, length=settings.length, purpose=purpose, asking=asking
+                )
     _refuse_shared_prompts(recipe, calibration, recipe_folder)
     return plan
 

@@ -68,7 +68,7 @@ class Used(TypedDict):
 
 
 def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = None, *, length: int,
-                    purpose: str = "check") -> None:  # fmt: skip
+                    purpose: str = "check", asking: Recall | None = None) -> None:  # fmt: skip
     """Refuses, before any work, a set that is not known, a file that cannot be read as one, or text without a tokenizer.
 
     Without `model_folder` only the name is looked at.
@@ -79,8 +79,10 @@ def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = 
     tokenizer = load_tokenizer(model_folder)
     if path is not None:
         passages.from_file(path, tokenizer)
-    if name == "recall":
+    if name == "recall" and asking is None:
         recall.windows(tokenizer, ["Any text."], samples=1, length=length, seed=0)
+    elif name == "recall":
+        recall.at_distances(tokenizer, ["Any text."], distances=[0], trials=1, seed=0)
 
 
 def load(name: str, *, purpose: str, tokenizer: Tokenizer | None, model: Artifact | None, model_sha256: str, samples: int,

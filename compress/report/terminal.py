@@ -55,7 +55,7 @@ def value_words(row: RowFacts) -> str:
 
 def interval_words(low: float | None, high: float | None) -> str:
     """The 95 % interval; empty where there is none."""
-    return "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+    return "" if low is None or high is None else f"{low:.5g} to {high:.5g}"
 
 
 def notes(rows: Sequence[RowFacts]) -> list[str]:

@@ -70,7 +70,7 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
         integrity.verify(artifact)
     original = open_artifact(original_path, device)
     for name in checks.prompts:
-        prompts.refuse_unusable(name, original.folder, length=checks.length)
+        prompts.refuse_unusable(name, original.folder, length=checks.length, asking=checks.recall)
     for artifact in (original_path, path):  # last: it reads everything
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
