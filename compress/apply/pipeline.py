@@ -10,7 +10,7 @@ from compress import prompts
 from compress.apply import exporting, plan, reporting, stages, surveys, sweep
 from compress.apply.plan import Plan
 from compress.check import judge
-from compress.check.compare import Row, verdict
+from compress.check.compare import Found, verdict
 from compress.checkpoint import companions, compressed_tensors, config_dtype, writer
 from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache, files, json_files
@@ -54,7 +54,7 @@ class Outcome:
     passes: list[PassDone] = field(default_factory=list)
     calibration: list[Used] = field(default_factory=list)
     exported: list[Exported] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    checked: Found = field(default_factory=Found)
     prompts: list[Used] = field(default_factory=list)
 
 
@@ -164,14 +164,14 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
     artifacts = {"checkpoint": folder / "checkpoint"}
     artifacts |= {exported.kind: folder / exported.kind / exported.main for exported in outcome.exported}
     original = CheckpointArtifact(planned.opened, job.device, outcome.weights_sha256)
-    outcome.rows, outcome.prompts = judge.check(
+    outcome.checked, outcome.prompts = judge.check(
         original, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
     )
 
 
 def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Report:
     """Report, recipe, and last of all the manifest; then the folder gets its name."""
-    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
+    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.checked.rows))
     json_files.write_json(space.folder / "report.json", report)
     files.write_text(space.folder / "report.md", markdown.render(report, outcome.passes))
     files.write_text(space.folder / "recipe.yaml", job.recipe.text)

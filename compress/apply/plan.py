@@ -20,7 +20,9 @@ from compress.model.hybrid import HybridModel
 from compress.model.weight import Unit
 from compress.output_folder import destination
 from compress.passes import Fact, Found, Pass, PassContext
+from compress.prompts import recall
 from compress.recipe.calibration import Calibration
+from compress.recipe.check import Check
 from compress.recipe.recipe import PassStep, Recipe
 from compress.recipe.source import Source
 from compress.runtime import runtimes
@@ -122,8 +124,15 @@ class Plan:
         if self.recipe.check is None:
             return 0
         check, config = self.recipe.check, self.model.config
-        tokens = len(check.prompts) * check.samples * check.length
-        return baseline.bytes_needed(tokens, config.vocab_size) + 4 * check.samples * check.length * config.hidden_size
+        tokens = [_tokens_of(name, check) for name in check.prompts]
+        return baseline.bytes_needed(sum(tokens), config.vocab_size) + 4 * max(tokens) * config.hidden_size
+
+
+def _tokens_of(name: str, check: Check) -> int:
+    """At most, of one prompt set."""
+    if name == "recall" and check.recall is not None:
+        return recall.most_tokens(check.recall.distances, check.recall.trials)
+    return check.samples * check.length
 
 
 def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Path, needs_weights: bool = True) -> Plan:
@@ -136,7 +145,10 @@ def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Pa
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
         if settings is not None:
             for name in settings.prompts:
-                prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
+                asking = settings.recall if isinstance(settings, Check) else None
+                prompts.refuse_unusable(
+                    name, folder, recipe_folder, length=settings.length, purpose=purpose, asking=asking
+                )
     _refuse_shared_prompts(recipe, calibration, recipe_folder)
     return plan
 
@@ -241,9 +253,21 @@ def describe(plan: Plan, out: Path) -> str:
     limits = ", ".join(f"{name} {value:g}" for name, value in check.limits.items()) or "no limits"
     lines += [
         f"check     {', '.join(check.prompts)}: up to {check.samples} windows of {check.length} tokens from each; {limits}",
+        *_check_lines(check),
         f"          needs {plan.check_bytes():,} bytes of cache on disk",
     ]
     return _as_lines(lines)
+
+
+def _check_lines(check: Check) -> list[str]:
+    """What is asked for beyond what every check does."""
+    lines = [f"          decodes after a prompt of {check.prefill} tokens"] if check.prefill else []
+    if check.recall is not None:
+        distances = ", ".join(map(str, check.recall.distances))
+        lines.append(
+            f"          recall: at least {check.recall.trials} questions at each distance of {distances} tokens"
+        )
+    return lines
 
 
 def _pass_lines(step: PassStep) -> list[str]:

@@ -56,7 +56,9 @@ def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdic
         "artifacts": artifacts,
         "runtimes": [runtime.to_json() for runtime in runtimes.of(result, planned.recipe.export)],
         "prompts": outcome.prompts,
-        "checks": [row.to_json() for row in outcome.rows],
+        "checks": [row.to_json() for row in outcome.checked.rows],
+        "by_position": outcome.checked.by_position,
+        "recall": outcome.checked.recall,
         "versions": versions(),
     }
     if outcome.calibration:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from compress.check.compare import RowFacts
+from compress.report import measures
 from compress.report.passes import PassDone
 from compress.report.schema import Report
-from compress.report.terminal import value_words, verdict_words
+from compress.report.terminal import interval_words, notes, value_words, verdict_words
 from compress.runtime.runtimes import Runtime, as_lines
 from compress.terminal.escaping import code, markdown
 
@@ -52,16 +53,20 @@ def _checks(report: Report) -> str:
         return "## Checks\n\nNone were asked for.\n"
     header = [
         "## Checks\n",
-        "| artifact | phase | prompts | metric | value | limit | |",
-        "|---|---|---|---|---|---|---|",
+        "| artifact | phase | prompts | metric | value | 95 % interval | limit | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*header, *map(_check_row, report["checks"]), "", _prompts(report)])
+    said = [f"- {note}\n" for note in notes(report["checks"])]
+    details = measures.by_position(report["by_position"]), measures.recall(report["recall"])
+    return "\n".join([*header, *map(_check_row, report["checks"]), "", _prompts(report), *said, *details])
 
 
 def _check_row(row: RowFacts) -> str:
     limit = "" if row["limit"] is None else f"{row['limit']:g}"
     mark = {None: "", True: "held", False: "**missed**"}[row["passed"]]
-    return f"| {row['artifact']} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']} | {value_words(row)} | {limit} | {mark} |"
+    interval = interval_words(row.get("low"), row.get("high"))
+    name = f"{row['artifact']} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']}"
+    return f"| {name} | {value_words(row)} | {interval} | {limit} | {mark} |"
 
 
 def _prompts(report: Report) -> str:

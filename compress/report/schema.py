@@ -3,6 +3,8 @@
 from typing import NotRequired, TypedDict
 
 from compress.check.compare import RowFacts
+from compress.check.positions import PositionFacts
+from compress.check.recall import RecallFacts
 from compress.prompts import Used
 from compress.runtime.runtimes import RuntimeFacts
 from compress.strict.json_text import JsonObject
@@ -73,4 +75,6 @@ class Report(TypedDict):
     runtimes: list[RuntimeFacts]
     prompts: list[Used]
     checks: list[RowFacts]
+    by_position: list[PositionFacts]
+    recall: list[RecallFacts]
     versions: dict[str, str]

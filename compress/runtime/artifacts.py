@@ -60,7 +60,8 @@ class Artifact(Protocol):
     def sha256(self) -> str:
         """Digest of everything that decides its logits."""
 
-    def candidate(self) -> Candidate: ...
+    def candidate(self, prefill: int = 0) -> Candidate:
+        """What scores windows; it decodes after a prompt of so many tokens."""
 
     def steps(self, batch: int) -> Steps: ...
 
@@ -80,8 +81,8 @@ class CheckpointArtifact:
         self._weights_sha256 = self._weights_sha256 or self._checkpoint.files.sha256()
         return self._checkpoint.sha256(self._weights_sha256)
 
-    def candidate(self) -> Candidate:
-        return CheckpointCandidate(self._model, self._device)
+    def candidate(self, prefill: int = 0) -> Candidate:
+        return CheckpointCandidate(self._model, self._device, prefill)
 
     def steps(self, batch: int) -> Steps:
         return Decoder(self._model, batch, self._device)
@@ -106,8 +107,8 @@ class OnnxArtifact:
             self._sha256 = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
         return self._sha256
 
-    def candidate(self) -> Candidate:
-        return OnnxCandidate(self._path)
+    def candidate(self, prefill: int = 0) -> Candidate:
+        return OnnxCandidate(self._path, prefill=prefill)
 
     def steps(self, batch: int) -> Steps:
         return OnnxDecoder(OnnxSession(self._path).start(batch))

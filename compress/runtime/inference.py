@@ -167,42 +167,57 @@ def embed_windows(model: HybridModel, windows: list[torch.Tensor], states: Hidde
 
 @torch.inference_mode()
 def stream(model: HybridModel, windows: list[torch.Tensor], scratch: Path, *, device: str = "cpu",
-           decode: bool = False, advance: Advance = lambda tokens: None) -> Iterator[tuple[list[int], torch.Tensor]]:  # fmt: skip
+           decode: bool = False, prefill: int = 1, advance: Advance = lambda tokens: None,
+           ) -> Iterator[tuple[list[int], torch.Tensor]]:  # fmt: skip
     """Yields (window indices, final hidden states [b, S, H]) for blocks of windows, weights read once per layer and block.
 
     Hidden states wait on disk under `scratch` between layers. With `decode`, every layer takes its tokens one at a
-    time and carries its state, as in generation: what rounds or drifts there shows. `advance` hears of tokens x layers.
+    time, but the first `prefill` in one call, and carries its state, as in generation: what rounds or drifts there shows.
+    `advance` hears of tokens x layers.
     """
-    states = HiddenStates(scratch, windows, model.config.hidden_size, DECODE_TOKENS if decode else BLOCK_TOKENS)
+    tokens = _decoded_together(max(map(len, windows)), prefill) if decode else BLOCK_TOKENS
+    states = HiddenStates(scratch, windows, model.config.hidden_size, tokens)
     embed_windows(model, windows, states)
     for index in range(model.config.num_hidden_layers):
-        run_layer(model, index, layer_weights(model, index, device), states, states, device, advance, decode=decode)
+        weights = layer_weights(model, index, device)
+        run_layer(model, index, weights, states, states, device, advance, decode=decode, prefill=prefill)
     for number, block in enumerate(states.blocks):
         yield block, states.read(number).to(device)
         states.remove(number)
 
 
+def _decoded_together(longest: int, prefill: int) -> int:
+    """Tokens of windows that are decoded side by side: a prompt takes as much memory as in prefill."""
+    return min(DECODE_TOKENS, longest * max(1, BLOCK_TOKENS // max(1, prefill)))
+
+
 def run_layer(model: HybridModel, index: int, weights: LayerWeights, entering: HiddenStates, leaving: HiddenStates,
-              device: str, advance: Advance, *, decode: bool = False) -> None:  # fmt: skip
+              device: str, advance: Advance, *, decode: bool = False, prefill: int = 1) -> None:  # fmt: skip
     """One layer, block by block; `leaving` may be `entering`. `advance` hears of tokens."""
     for number in range(len(entering)):
         hidden = entering.read(number).to(device)
-        leaving.write(number, _run_block(model, index, weights, hidden, decode))
+        leaving.write(number, _run_block(model, index, weights, hidden, prefill if decode else hidden.shape[1]))
         advance(hidden.shape[0] * hidden.shape[1])
 
 
 def _run_block(
-    model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, decode: bool
+    model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, prefill: int
 ) -> torch.Tensor:
+    """The first `prefill` tokens in one call, each of the others in one of its own."""
     layer, length = model.layer(index), hidden.shape[1]
     state = empty_state(layer, hidden.shape[0], hidden.device)
-    if not decode:
-        return layer.run(Eager(weights, total=length), hidden, state)[0]
     outputs = []
-    for t in range(length):
-        output, state = layer.run(Eager(weights, total=t + 1), hidden[:, t : t + 1], state)
+    for start, stop in calls(length, prefill):
+        output, state = layer.run(Eager(weights, total=stop), hidden[:, start:stop], state)
         outputs.append(output)
     return torch.cat(outputs, 1)
+
+
+def calls(length: int, prefill: int) -> Iterator[tuple[int, int]]:
+    """Where each call starts and stops that decodes so many tokens, after the first `prefill` (at least one) together."""
+    first = min(length, max(1, prefill))
+    yield 0, first
+    yield from ((t, t + 1) for t in range(first, length))
 
 
 class Decoder:

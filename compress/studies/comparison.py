@@ -20,11 +20,22 @@ from compress.terminal import output
 
 
 def settings(
-    prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None, samples: int, length: int
-) -> Check:
+    prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None, samples: int, length: int,
+    prefill: int = 0, distances: tuple[int, ...] = (), trials: int | None = None,
+) -> Check:  # fmt: skip
     """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
     values = _file_limits(limits_file) | dict(_limit(text) for text in limits)
-    return from_flags(Check, prompts=prompts or ("heldout",), samples=samples, length=length, limits=values)
+    asked = {"distances": distances} | ({} if trials is None else {"trials": trials})
+    recall = asked if distances or trials is not None else None
+    return from_flags(
+        Check,
+        prompts=prompts or ("heldout",),
+        samples=samples,
+        length=length,
+        prefill=prefill,
+        recall=recall,
+        limits=values,
+    )
 
 
 def _limit(text: str) -> tuple[str, float]:
@@ -59,24 +70,26 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
         integrity.verify(artifact)
     original = open_artifact(original_path, device)
     for name in checks.prompts:
-        prompts.refuse_unusable(name, original.folder, length=checks.length)
+        prompts.refuse_unusable(name, original.folder, length=checks.length, asking=checks.recall)
     for artifact in (original_path, path):  # last: it reads everything
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
-    rows, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
-    figures = [row.to_json() for row in rows]
+    found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
+    figures, decided = [row.to_json() for row in found.rows], verdict(found.rows)
     result: dict[str, object] = {
         "schema": 1,
-        "verdict": verdict(rows),
+        "verdict": decided,
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
         "candidate": as_text(str(candidate)),
         "prompts": used,
         "checks": figures,
+        "by_position": found.by_position,
+        "recall": found.recall,
         "versions": versions(),
     }
     console = output.console(stderr=True)
     terminal.show_rows(figures, console)
-    console.print(f"verdict: {terminal.verdict_words(verdict(rows), figures)}")
+    console.print(f"verdict: {terminal.verdict_words(decided, figures)}")
     return result
 
 
