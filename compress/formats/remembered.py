@@ -22,16 +22,14 @@ sequence), and rounding errors of one sign cannot pile up.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats import fp8
+from compress.formats.state_words import Format, Rounding, Scale
 
-Format = Literal["fp32", "bf16", "fp16", "fp8-e4m3", "int8", "int4"]
-Rounding = Literal["nearest", "stochastic"]
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {**PLAIN, "fp8-e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 MOST = {"int8": 127, "int4": 7, "fp8-e4m3": fp8.LARGEST}
@@ -49,7 +47,7 @@ class Precision:
 
     format: Format = "fp32"
     rounding: Rounding = "nearest"
-    scale: Literal["dynamic", "static"] = "dynamic"
+    scale: Scale = "dynamic"
     axis: int = -1
     block: int | None = None
     seed: int = 0
@@ -131,6 +129,12 @@ def dither(shape: torch.Size, position: Tensor, seed: int) -> Tensor:
     own = [1 if position.shape[axis] > 1 or axis == 0 else size for axis, size in enumerate(shape)]
     places = torch.arange(torch.Size(own).numel(), device=position.device).view(own)
     return ((by_position * position.long() + by_place * places + seed) % period).float() / period
+
+
+def static_scales(absmax: Tensor, precision: Precision) -> Tensor:
+    """Scales with which nothing of these magnitudes saturates: of one sequence's state, as `scale_shape` has them."""
+    blocks = _blocked(absmax.movedim(precision.axis, -1), precision).amax(-1)
+    return (blocks / MOST[precision.format]).clamp_min(2.0**LEAST_EXPONENT).movedim(-1, precision.axis)
 
 
 def _blocked(values: Tensor, precision: Precision) -> Tensor:
