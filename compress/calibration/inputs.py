@@ -130,19 +130,19 @@ class LayerInputs:
         for number, hidden in self._states(unit, place):
             yield number, hidden, self.layer.residuals[place].normed(ops, hidden)
 
-    def remembered(self, unit: Unit, names: Container[str], tokens: int) -> Iterator[dict[str, torch.Tensor]]:
-        """What the layer remembers, unrounded, after every so many tokens of each block of windows: those states [B, ...] of
-        one of its blocks, by name."""
+    def remembered(self, unit: Unit, names: Container[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """What the layer remembers, unrounded, after every token of each block of windows: those states [B, ...] of one of its
+        blocks, by name. Where all that is asked for grows, the end tells it all."""
         for place, residual in enumerate(self.layer.residuals):
-            specs = residual.block.states()
-            if not any(spec.name in names for spec in specs):
+            wanted = [spec for spec in residual.block.states() if spec.name in names]
+            if not wanted:
                 continue
-            ops = self.operators(unit)
+            ops, stays = self.operators(unit), any(spec.grows is None for spec in wanted)
             for _, hidden in self._states(unit, place):
                 past = self._empty_past(residual, len(hidden))
-                for piece in hidden.split(tokens, 1):
+                for piece in hidden.split(1 if stays else hidden.shape[1], 1):
                     past = residual.run(ops, piece, past)[1]
-                    yield {name: state for name, state in past.items() if name in names}
+                    yield {spec.name: past[spec.name] for spec in wanted}
 
     def scratch(self, name: str) -> HiddenStates:
         """Room on disk for another set of states of this layer; gone when the layer is left."""

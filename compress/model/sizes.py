@@ -148,10 +148,11 @@ def parameters_by_role(units: Iterable[Unit | UnitSpec]) -> dict[Role, int]:
 
 
 def _items(units: Iterable[Unit | UnitSpec]) -> Iterator[tuple[Unit | UnitSpec, Spec | Weight]]:
-    """Every tensor with its unit, of unit specs and of opened units alike."""
+    """Every tensor with its unit, of unit specs and of opened units alike; scales are no parameters."""
     for unit in units:
         for item in unit.specs if isinstance(unit, UnitSpec) else unit.weights.values():
-            yield unit, item
+            if item.role != Role.STATE_SCALE:
+                yield unit, item
 
 
 def stored_bytes(units: Iterable[Unit]) -> int:

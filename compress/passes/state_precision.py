@@ -47,10 +47,6 @@ class StateFormat(Strict):
             raise ValueError(why)
         return self
 
-    def idle(self) -> set[str]:
-        idle = {"seed"} if self.rounding == "nearest" else set()
-        return idle | ({"rounding", "scale"} if self.format == "fp32" else set())
-
 
 class Override(StateFormat):
     """Another format for a kind of state in some layers."""

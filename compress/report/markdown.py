@@ -60,10 +60,10 @@ def _states(report: Report) -> str:
         return ""
     before, after = report["state_memory"]["baseline"], report["state_memory"]["candidate"]
     contexts = [int(tokens) for tokens in after["total"]["at"]]
-    titles = ["kept as", *(f"bytes at {tokens // 1024}K tokens, before and after" for tokens in contexts)]
+    titles = ["kept as", *(f"bytes at {tokens // 1024}K tokens" for tokens in contexts)]
     rows = [
         f"| {kind} | {_formats(report, kind)} | "
-        + " | ".join(f"{before[kind]['at'][at]:,} {after[kind]['at'][at]:,}" for at in after[kind]["at"])
+        + " | ".join(f"{before[kind]['at'][at]:,} -> {after[kind]['at'][at]:,}" for at in after[kind]["at"])
         + " |"
         for kind in after
     ]

@@ -1,6 +1,6 @@
 """Static scales of states: from the largest magnitudes that they reach on the calibration tokens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -15,8 +15,6 @@ from compress.passes.pruning.removal import rows_of
 from compress.passes.state_precision import Options
 from compress.passes.states.deciding import decided
 from compress.strict.json_text import Json
-
-EVERY = 8  # tokens between two looks: docs/state-precision.md has what looking at each would add
 
 
 def found(options: Options, unit: Unit, inputs: LayerInputs) -> tuple[Unit, Note]:
@@ -42,15 +40,10 @@ def _static(options: Options, inputs: LayerInputs) -> dict[str, StateSpec]:
 def _reach(static: Mapping[str, StateSpec], inputs: LayerInputs, unit: Unit) -> dict[str, torch.Tensor]:
     """Of every entry of those states the largest magnitude; of a cache, over its tokens too."""
     reach: dict[str, torch.Tensor] = {}
-    for states in _looks(static, inputs, unit):
+    for states in inputs.remembered(unit, static):
         for name, state in states.items():
             grows = static[name].grows
             largest = state.abs().amax(0)
             largest = largest if grows is None else largest.amax(grows, keepdim=True)
             reach[name] = torch.maximum(reach[name], largest) if name in reach else largest
     return reach
-
-
-def _looks(static: Mapping[str, StateSpec], inputs: LayerInputs, unit: Unit) -> Iterator[Mapping[str, torch.Tensor]]:
-    if static:
-        yield from inputs.remembered(unit, static, EVERY)
