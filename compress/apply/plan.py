@@ -168,7 +168,7 @@ def _refuse_order(plan: Plan, number: int) -> None:
     name, step = plan.recipe.passes[number].name, plan.passes[number]
     if number and step.needs_survey:
         raise InputError(f"passes.{number}.{name} surveys the model as it came: it must be the first pass")
-    if step.restructures and any(earlier.needs_survey for earlier in plan.passes[:number]):
+    if step.restructures and not step.follows_surveys and any(earlier.needs_survey for earlier in plan.passes[:number]):
         raise InputError(f"passes.{number}.{name} cannot follow a pass that shares a budget among layers")
 
 

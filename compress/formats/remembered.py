@@ -132,6 +132,12 @@ def dither(shape: torch.Size, position: Tensor, seed: int) -> Tensor:
     return ((by_position * position.long() + by_place * places + seed) % period).float() / period
 
 
+def static_scales(absmax: Tensor, precision: Precision) -> Tensor:
+    """Scales with which nothing of these magnitudes saturates: of one sequence's state, as `scale_shape` has them."""
+    blocks = _blocked(absmax.movedim(precision.axis, -1), precision).amax(-1)
+    return (blocks / MOST[precision.format]).clamp_min(2.0**LEAST_EXPONENT).movedim(-1, precision.axis)
+
+
 def _blocked(values: Tensor, precision: Precision) -> Tensor:
     """[..., n] -> [..., blocks, block], zeros at the end."""
     block = precision.block or values.shape[-1]

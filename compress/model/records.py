@@ -8,16 +8,16 @@ were made, and speak of the tensors by the names they have after the pass. Numbe
 import base64
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
 
-from compress.formats.state_words import Format, Rounding, Scale
+from compress.formats.state_words import SEEDS, Format, Rounding, Scale, why_unfit
 from compress.model.expert_counts import SECTION, ExpertCounts
 from compress.model.tensor_names import written_out
 from compress.strict.json_text import JsonObject
 
-KEY = "passes"  # in the section
+KEY, STATES = "passes", "states"  # in the section
 MOST_EXPERTS = 10_000
 MOST_CHANNELS = 1 << 24
 
@@ -132,7 +132,13 @@ class KeptState(BaseModel):
     rounding: Rounding = "nearest"
     scale: Scale = "dynamic"
     block: Annotated[StrictInt, Field(ge=1)] | None = None
-    seed: Annotated[StrictInt, Field(ge=0, lt=1 << 16)] = 0
+    seed: Annotated[StrictInt, Field(ge=0, lt=SEEDS)] = 0
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if why := why_unfit(self.format, self.rounding, self.scale, self.block):
+            raise ValueError(why)
+        return self
 
 
 class Compressed(ExpertCounts):
@@ -151,6 +157,17 @@ def added(values: JsonObject, records: Sequence[Record]) -> JsonObject:
     earlier = kept.get(KEY)
     new = [record.model_dump(mode="json", exclude_none=True) for record in records]
     return values | {SECTION: {**kept, KEY: [*(earlier if isinstance(earlier, list) else ()), *new]}}
+
+
+def with_states(values: JsonObject, decided: Iterable[KeptState]) -> JsonObject:
+    """config.json with these states kept so, in place of what it said of them."""
+    section = values.get(SECTION)
+    kept = dict(section) if isinstance(section, Mapping) else {}
+    earlier = kept.get(STATES)
+    came = map(KeptState.model_validate, earlier if isinstance(earlier, list) else ())
+    states = {(state.layer, state.state): state for state in (*came, *decided)}
+    written = [states[place].model_dump(mode="json", exclude_none=True) for place in sorted(states)]
+    return values | {SECTION: {**kept, STATES: written}}
 
 
 def packed(exponents: Iterable[int]) -> str:

@@ -5,7 +5,7 @@ the next call needs is stored once, in the precision of its `StateSpec`; the nex
 that grows, only the entries of the new tokens are stored; the others stay as they are. `Operators.state_out` is the one place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -39,6 +39,9 @@ class StateSpec:
     shape: tuple[int, ...]
     grows: int | None = None
     precision: Precision = IN_FLOAT32
+
+    def kept_in(self, precision: Precision) -> "StateSpec":
+        return replace(self, precision=precision)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -77,6 +80,16 @@ class StateSpec:
         """Of one sequence as it is stored, scales included; of one that grows, after so many tokens."""
         return torch.Size(self.sized(1, tokens)).numel() * self.precision.dtype.itemsize
 
+    def why_unfit(self, precision: Precision) -> str | None:
+        """What keeps this state from being kept so, or None. (A convolution's few entries a channel would pay two more for a
+        dynamic scale, and be rounded anew at every step.)"""
+        most = self.shape[precision.axis]
+        if self.kind == StateKind.CONV and not precision.is_plain and not precision.has_static_scale:
+            return f"a conv_state has {most} entries for a scale: {precision.format} needs scale: static"
+        if precision.block is not None and precision.block > most:
+            return f"block is {precision.block}, but {most} entries stand along the axis of {self.name}'s scales"
+        return None
+
     def restored(self, stored: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
         """float32, as arithmetic takes it."""
         return remembered.decode(stored, self.precision, self.shape[self.precision.axis], scales)
@@ -87,11 +100,18 @@ class StateSpec:
         """As it is kept between calls: `value` [B, ...] after this call, what was `kept` before it; positions [B, T] of all
         tokens, real ones counted from 1 (that of the last token is the state's)."""
         if self.grows is None:
-            position = positions[:, -1].view(-1, *[1] * len(self.shape))
-            return remembered.encode(value, self.precision, position, scales)
+            return self.encoded(value, positions, scales)
         axis = self.grows + 1
         past = kept.shape[axis]
         new = value.narrow(axis, past, value.shape[axis] - past)
-        sizes = [len(positions), *(new.shape[axis] if place + 1 == axis else 1 for place in range(len(self.shape)))]
-        position = positions[:, -new.shape[axis] :].reshape(sizes)
-        return torch.cat([kept, remembered.encode(new, self.precision, position, scales)], axis)
+        return torch.cat([kept, self.encoded(new, positions, scales)], axis)
+
+    def encoded(self, value: torch.Tensor, positions: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+        """The state [B, ...], or of one that grows the entries of the last tokens, as `stored` keeps them."""
+        if self.grows is None:
+            position = positions[:, -1].view(-1, *[1] * len(self.shape))
+            return remembered.encode(value, self.precision, position, scales)
+        axis = self.grows + 1
+        sizes = [len(positions), *(value.shape[axis] if place + 1 == axis else 1 for place in range(len(self.shape)))]
+        position = positions[:, -value.shape[axis] :].reshape(sizes)
+        return remembered.encode(value, self.precision, position, scales)

@@ -55,6 +55,9 @@ class Pass(Plugin[OptionsT]):
     """
 
     spoken_for: ClassVar[frozenset[str]] = frozenset()  # keys of `details` that report.md need not show as they are
+    follows_surveys: ClassVar[bool] = (
+        False  # restructures, but may follow a pass that shares a budget: whatever that finds
+    )
     scratch_states: ClassVar[int] = 0  # copies of the hidden states it keeps on disk while it works on a layer
 
     def __init_subclass__(cls) -> None:

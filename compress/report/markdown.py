@@ -13,7 +13,14 @@ from compress.terminal.escaping import code, markdown
 
 def render(report: Report, done: Sequence[PassDone]) -> str:
     """report.json as Markdown, with what the passes say of themselves."""
-    sections = [_headline(report), _artifacts(report), _checks(report), _passes(report, done), _versions(report)]
+    sections = [
+        _headline(report),
+        _artifacts(report),
+        _states(report),
+        _checks(report),
+        _passes(report, done),
+        _versions(report),
+    ]
     return "\n".join(section for section in sections if section)
 
 
@@ -46,6 +53,30 @@ def _runtimes(report: Report) -> list[str]:
     """A line for each artifact, as in the dry run."""
     found = [Runtime(**row) for row in report["runtimes"]]
     return [f"- Loads in: {line}" for line in as_lines(found)]
+
+
+def _states(report: Report) -> str:
+    """What a sequence takes, where states are kept in formats of their own."""
+    if not report["states"]:
+        return ""
+    before, after = report["state_memory"]["baseline"], report["state_memory"]["candidate"]
+    contexts = [int(tokens) for tokens in after["total"]["at"]]
+    titles = ["kept as", *(f"bytes at {tokens // 1024}K tokens" for tokens in contexts)]
+    rows = [
+        f"| {kind} | {_formats(report, kind)} | "
+        + " | ".join(f"{before[kind]['at'][at]:,} -> {after[kind]['at'][at]:,}" for at in after[kind]["at"])
+        + " |"
+        for kind in after
+    ]
+    header = ["## States of a sequence\n", f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    return "\n".join([*header, *rows, ""])
+
+
+def _formats(report: Report, kind: str) -> str:
+    """Those in which layers keep a kind of state."""
+    rows = [row for row in report["states"] if row["kind"] == kind]
+    words = (row["format"] + (" stochastic" if row["rounding"] == "stochastic" else "") for row in rows)
+    return ", ".join(dict.fromkeys(words))
 
 
 def _checks(report: Report) -> str:

@@ -17,6 +17,7 @@ from compress.recipe.recipe import ExportStep
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
 INT4_TABLE = "1.23"  # the first that casts to int4, as an int4 embedding is when it is the output matrix too
+IGNORES_STATES = "its cache does not round states"
 BLOCKS = "it wants inputs that blocks of 128 divide"
 SAME_SCALES = {"int8-tensor": "int8", "fp8-e4m3-tensor": "fp8-e4m3"}  # transformers reads either for the other
 
@@ -33,7 +34,7 @@ class RuntimeFacts(TypedDict):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Whether a runtime takes an artifact, from which version on, and in a sentence why not."""
+    """Whether a runtime takes an artifact, from which version on, and in a sentence why not, or what it leaves out."""
 
     artifact: str
     name: str
@@ -52,7 +53,8 @@ class Runtime:
 
     @property
     def title(self) -> str:
-        return self.name if self.minimum is None else f"{self.name} {self.minimum}"
+        named = self.name if self.minimum is None else f"{self.name} {self.minimum}"
+        return f"{named} ({self.why})" if self.loads and self.why else named
 
 
 def of(model: HybridModel, exports: Iterable[ExportStep]) -> list[Runtime]:
@@ -73,7 +75,8 @@ def as_lines(found: list[Runtime]) -> list[str]:
 
 def of_checkpoint(model: HybridModel) -> list[Runtime]:
     why = why_not_stock(model)
-    stock = Runtime("checkpoint", "transformers", TRANSFORMERS, why is None, why)
+    said = IGNORES_STATES if why is None and model.config.compress.states else why
+    stock = Runtime("checkpoint", "transformers", TRANSFORMERS, why is None, said)
     return [stock, Runtime("checkpoint", "compress.load")]
 
 
