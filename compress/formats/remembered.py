@@ -2,8 +2,11 @@
 
     fp32, bf16, fp16    the type itself
     int8                INT8, whole numbers from -127 to 127 times a scale
-    int4                UINT8, whole numbers from -7 to 7, offset by 8, times a scale; two to a byte: entry i below entry i + n/2
+    int4                UINT8, whole numbers from -7 to 7 in two's complement, times a scale; two to a byte: entry i below
+                        entry i + n/2
     fp8-e4m3            FLOAT8E4M3FN times a scale
+
+Bytes of 0 are numbers of exactly 0 in each of them: runtimes begin with such a past, whatever its type.
 
 `block` entries along `axis` share a scale (all of them, where it is None). A static scale is fixed by calibration and stored
 with the weights. A dynamic one is that of the entries it serves, and rides with them, in two more entries along the axis for
@@ -37,7 +40,7 @@ STORED = {**PLAIN, "fp8-e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": 
 MOST = {"int8": 127, "int4": 7, "fp8-e4m3": fp8.LARGEST}
 SCALE_ENTRIES = 2  # that a dynamic scale takes
 OFFSET = 128  # of bytes
-NIBBLE = 8  # offset of int4 values
+NIBBLE = 16  # values of half a byte
 LEAST_EXPONENT, MOST_EXPONENT = -126, 119  # of m 2^e in float32
 FP8_POWER = 14  # of two, that the second entry of an fp8 scale counts
 STEPS = (40503, 30011, 1 << 16)  # of the dither, and its period
@@ -179,12 +182,17 @@ def _packed(whole: Tensor, format: Format) -> Tensor:
     if format != "int4":
         return whole
     half = -(-whole.shape[-1] // 2)
-    shifted = F.pad(whole, (0, 2 * half - whole.shape[-1])) + NIBBLE
-    return shifted[..., :half] + 16 * shifted[..., half:]
+    nibbles = _wrapped(F.pad(whole, (0, 2 * half - whole.shape[-1])))
+    return nibbles[..., :half] + NIBBLE * nibbles[..., half:]
 
 
 def _unpacked(entries: Tensor, format: Format) -> Tensor:
     if format != "int4":
         return entries
-    high = torch.floor(entries / 16)
-    return torch.cat([entries - 16 * high, high], -1) - NIBBLE
+    high = torch.floor(entries / NIBBLE)
+    return _wrapped(torch.cat([entries - NIBBLE * high, high], -1))
+
+
+def _wrapped(whole: Tensor) -> Tensor:
+    """-8 to 7 as 0 to 15 and back: two's complement in four bits."""
+    return whole - NIBBLE * torch.floor(whole / (NIBBLE // 2))
