@@ -1,0 +1,182 @@
+"""States in number formats: the graph keeps what our own forward keeps, and goes on as it does."""
+
+import ctypes
+import math
+from itertools import product
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from jamba_models import make_jamba
+from nemotron_h_models import make_nemotron_h
+from onnx_graphs import EXACT, all_graphs, assert_shapes_are_inferred, make_session, run_graph
+from state_models import ALL, with_states
+from stepping import OwnSteps
+
+from compress.apply import exporting
+from compress.checkpoint.reader import Checkpoint
+from compress.formats import remembered
+from compress.formats.remembered import Precision
+from compress.model.states import StateKind, StateSpec
+from compress.runtime.graph_names import past_of, present_of
+from compress.runtime.onnx_session import OnnxSession
+from exporters.graph import remembered as in_graph
+
+ELEMENTS = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16, torch.float8_e4m3fn: 17, torch.int8: 3, torch.uint8: 2}  # fmt: skip
+HELD_AS = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
+
+ROUNDED = {
+    f"{number_format}, {rounding}, {scale}": {"format": number_format, "rounding": rounding, "scale": scale}
+    for number_format, rounding, scale in product(("int8", "int4"), ("nearest", "stochastic"), ("dynamic", "static"))
+}
+FP8 = {f"fp8-e4m3, {scale}": {"format": "fp8-e4m3", "scale": scale} for scale in ("dynamic", "static")}
+PLAIN = {number_format: {"format": number_format} for number_format in ("fp16", "bf16")}
+SETTINGS = ROUNDED | FP8 | PLAIN
+IN_BLOCKS = {"int8, blocks of 2": {"format": "int8", "block": 2}, "int4, blocks of 3": {"format": "int4", "block": 3}}
+
+
+class GraphSteps:
+    """A session whose states are torch tensors, by layer and name, as those of `OwnSteps`."""
+
+    def __init__(self, path, layers):
+        self.session, self.states, self._layers = make_session(path, EXACT), [], layers
+
+    def step(self, ids, mask=None):
+        self.states = self.states or [{s.name: s.empty(len(ids)) for s in layer.states} for layer in self._layers]
+        specs = [(layer.index, spec) for layer in self._layers for spec in layer.states]
+        total = ids.shape[1] + self._past()
+        mask = torch.ones(len(ids), total, dtype=torch.int64) if mask is None else mask
+        feeds = {"input_ids": _held(ids), "attention_mask": _held(mask)}
+        feeds |= {past_of(index, spec): _held(self.states[index][spec.name]) for index, spec in specs}
+        outputs = ["logits", *(present_of(past_of(index, spec)) for index, spec in specs)]
+        logits, *present = self.session.run_with_ort_values(outputs, feeds)
+        self.states = [{} for _ in self._layers]
+        for (index, spec), value in zip(specs, present, strict=True):
+            self.states[index][spec.name] = _tensor(value, spec.precision.dtype)
+        return torch.from_numpy(logits.numpy().copy())
+
+    def _past(self) -> int:
+        lengths = [self.states[layer.index][s.name].shape[1 + s.grows] for layer in self._layers for s in layer.states if s.grows is not None]  # fmt: skip
+        return lengths[0] if lengths else 0
+
+
+def _held(tensor):
+    array = tensor.view(HELD_AS.get(tensor.dtype, tensor.dtype)).contiguous().numpy()
+    if tensor.dtype == torch.int64:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENTS[tensor.dtype])
+
+
+def _tensor(value, dtype):
+    count = math.prod(value.shape()) * dtype.itemsize
+    copied = bytearray(ctypes.string_at(value.data_ptr(), count)) if count else bytearray()
+    return torch.frombuffer(copied, dtype=dtype).reshape(value.shape()) if count else torch.empty(value.shape(), dtype=dtype)
+
+
+# one tensor, to the last bit
+
+
+def awkward_values(shape) -> torch.Tensor:
+    """Blocks of zeros, powers of two and their neighbours, ties, numbers near both ends of float32."""
+    g = torch.Generator().manual_seed(3)
+    value = torch.randn(shape, generator=g)
+    value[0] = torch.where(torch.rand(shape[1:], generator=g) < 0.3, 0.0, value[0])
+    powers = torch.exp2(torch.randint(-40, 40, shape[1:], generator=g).float())
+    value[1] = powers * torch.tensor([1.0, 1 - 2**-24, 1 + 2**-23])[torch.randint(3, shape[1:], generator=g)]
+    value[2] = torch.randint(-254, 255, shape[1:], generator=g) / 2
+    value[3], value[4], value[5] = 0.0, value[4] * 1e-38, value[5] * 1e37
+    return value
+
+
+@pytest.mark.parametrize("axis, size, block", [(-1, 8, None), (-2, 7, None), (-1, 7, 3), (-2, 8, 2), (-2, 5, 1), (-1, 1, None)])
+@pytest.mark.parametrize("name", ROUNDED | FP8)
+def test_a_state_is_stored_to_the_last_bit_as_our_own_forward_stores_it(tmp_path, name, axis, size, block):
+    precision = Precision(**(ROUNDED | FP8)[name], axis=axis, block=block, seed=77)
+    shape = (size, 6) if axis == -2 else (6, size)
+    spec = StateSpec("recurrent_state", StateKind.SSM, shape, precision=precision)
+    value, position = awkward_values((6, *shape)), torch.tensor([1, 2, 3, 100, 8191, 70000]).view(-1, 1, 1)
+    scales = None
+    if precision.has_static_scale:
+        scales = torch.rand(spec.scale_shape, generator=torch.Generator().manual_seed(0)) + 0.01
+
+    def build(graph, given, place):
+        static = None if scales is None else graph.constant(scales.numpy(), np.float32)
+        dithers = in_graph.dithers(graph, spec, place) if precision.rounding == "stochastic" else None
+        stored = in_graph.kept_on(graph, spec, given, None, dithers, static)
+        restored = in_graph.decoded(graph, spec, stored, static)
+        return graph.op("Concat", graph.op("Cast", stored, to=onnx.TensorProto.FLOAT), restored, axis=axis)
+
+    feeds = {"x": value.numpy(), "place": position.numpy()}
+    actual = torch.from_numpy(run_graph(tmp_path, feeds, "width", build))
+    expected = remembered.encode(value, precision, position, scales)
+    stored, restored = actual.split([expected.shape[axis], size], axis)
+    assert torch.equal(stored, expected.float())
+    assert torch.equal(restored, remembered.decode(expected, precision, size, scales))
+
+
+# whole models
+
+SOURCES = {"jamba": lambda folder: make_jamba(folder, spread=0.7), "nemotron_h": make_nemotron_h}
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def source(request, tmp_path_factory):
+    return SOURCES[request.param](tmp_path_factory.mktemp(request.param) / "source")
+
+
+def exported(source, folder, settings, names=ALL, **options):
+    """The model with these settings of states, and its graph."""
+    changed = with_states(source, folder / "source", dict.fromkeys(names, settings), **options)
+    path = exporting.export_checkpoint(changed, "onnx", folder / "onnx") / "model.onnx"
+    return Checkpoint(changed).model, path
+
+
+def padded_tokens(length: int, vocabulary: int = 67):
+    """Three rows, the second with five places of padding before it, the third with two; ids and mask."""
+    ids = torch.randint(3, vocabulary, (3, length), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, :5], mask[2, :2] = 0, 0
+    return ids, mask
+
+
+def steps_apart(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Of every stored entry, how many steps of its grid lie between the two."""
+    if ours.dtype == torch.uint8:  # two numbers to a byte
+        a, b = (torch.stack([x & 15, x >> 4]).int() for x in (ours, theirs))
+        return torch.minimum((a - b) % 16, (b - a) % 16)
+    if ours.dtype == torch.int8:
+        return (ours.int() - theirs.int()).abs()
+    a, b = (_in_order(x) for x in (ours, theirs))
+    return (a - b).abs()
+
+
+def _in_order(x: torch.Tensor) -> torch.Tensor:
+    """Floating-point numbers as whole ones, neighbours one apart."""
+    bits = x.contiguous().view(torch.uint8 if x.dtype.itemsize == 1 else torch.int16).int()
+    sign = 1 << (8 * x.dtype.itemsize - 1)
+    bits = bits & (2 * sign - 1)
+    return torch.where(bits >= sign, sign - bits, bits)
+
+
+def assert_kept_alike(ours: list[dict], theirs: list[dict], name):
+    apart = [steps_apart(ours[i][key], theirs[i][key]).flatten() for i in range(len(ours)) for key in ours[i]]
+    apart = torch.cat(apart)
+    assert apart.max() <= 1, (name, apart.max())
+    assert (apart > 0).float().mean() <= 1e-3, (name, (apart > 0).float().mean())
+
+
+@pytest.mark.parametrize("name", SETTINGS | IN_BLOCKS)
+def test_a_step_from_the_same_stored_states_stores_the_same(source, tmp_path, monkeypatch, name):
+    model, path = exported(source, tmp_path, (SETTINGS | IN_BLOCKS)[name])
+    ids, mask = padded_tokens(24)
+    ours, theirs = OwnSteps(model), GraphSteps(path, model.layers)
+    for end, size in ((20, 20), (21, 1), (24, 3)):
+        theirs.states = [dict(states) for states in ours.states]
+        given = ids[:, end - size : end], mask[:, :end]
+        expected, actual = ours.step(*given), theirs.step(*given)
+        real = given[1][:, -size:] == 1
+        assert (expected - actual)[real].abs().max() <= 1e-3
+        assert_kept_alike(ours.states, theirs.states, name)
+    assert_shapes_are_inferred(path, monkeypatch)
