@@ -33,7 +33,7 @@ def with_states(source: Path, folder: Path, states: Mapping[str, Mapping[str, An
 
 def _write_scales(source: Path, folder: Path) -> None:
     """Those of what the model remembers after some random tokens."""
-    specs = {(layer, spec) for layer in open_config(folder)[0].layers for spec in layer.states}
+    specs = [(layer, spec) for layer in open_config(folder)[0].layers for spec in layer.states]
     static = [(layer, spec) for layer, spec in specs if spec.precision.has_static_scale]
     if not static:
         return

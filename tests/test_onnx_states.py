@@ -141,30 +141,35 @@ def padded_tokens(length: int, vocabulary: int = 67):
     return ids, mask
 
 
-def steps_apart(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Of every stored entry, how many steps of its grid lie between the two."""
-    if ours.dtype == torch.uint8:  # two numbers to a byte
-        a, b = (torch.stack([x & 15, x >> 4]).int() for x in (ours, theirs))
-        return torch.minimum((a - b) % 16, (b - a) % 16)
-    if ours.dtype == torch.int8:
-        return (ours.int() - theirs.int()).abs()
-    a, b = (_in_order(x) for x in (ours, theirs))
-    return (a - b).abs()
+def with_steps(stored: torch.Tensor, spec, scales) -> tuple[torch.Tensor, torch.Tensor]:
+    """What was stored, and the distance from each entry to the next one that the format has, both as float32."""
+    value, precision = spec.restored(stored, scales), spec.precision
+    if precision.is_plain:
+        return value, _ulp(value, torch.finfo(precision.dtype).eps, torch.finfo(precision.dtype).tiny)
+    size = spec.shape[precision.axis]
+    values = -(-size // 2) if precision.format == "int4" else size
+    units = stored.clone()
+    units.narrow(precision.axis, 0, values).copy_(torch.full((), 17 if precision.format == "int4" else 1))
+    unit = spec.restored(units, scales)
+    return value, unit if precision.format != "fp8-e4m3" else unit * _ulp(value / unit, 2**-3, 2**-6)
 
 
-def _in_order(x: torch.Tensor) -> torch.Tensor:
-    """Floating-point numbers as whole ones, neighbours one apart."""
-    bits = x.contiguous().view(torch.uint8 if x.dtype.itemsize == 1 else torch.int16).int()
-    sign = 1 << (8 * x.dtype.itemsize - 1)
-    bits = bits & (2 * sign - 1)
-    return torch.where(bits >= sign, sign - bits, bits)
+def _ulp(value: torch.Tensor, eps: float, tiny: float) -> torch.Tensor:
+    return torch.exp2(torch.floor(torch.log2(value.abs().clamp_min(tiny)))) * eps
 
 
-def assert_kept_alike(ours: list[dict], theirs: list[dict], name):
-    apart = [steps_apart(ours[i][key], theirs[i][key]).flatten() for i in range(len(ours)) for key in ours[i]]
-    apart = torch.cat(apart)
-    assert apart.max() <= 1, (name, apart.max())
-    assert (apart > 0).float().mean() <= 1e-3, (name, (apart > 0).float().mean())
+def assert_kept_alike(model, ours: list[dict], theirs: list[dict]):
+    """At most one in a thousand numbers is another, by one step: beside what float32 arithmetic in another order leaves."""
+    differs = []
+    for layer, spec in ((layer, spec) for layer in model.layers for spec in layer.states):
+        scales = None
+        if spec.precision.has_static_scale:
+            scales = model.unit(f"layer.{layer.index}").weights[layer.prefix + spec.scale_name].dense()
+        (a, step), (b, _) = (with_steps(states[layer.index][spec.name], spec, scales) for states in (ours, theirs))
+        noise = 1e-5 * a.abs().amax()
+        assert ((a - b).abs() <= 1.5 * step + noise).all(), (layer.index, spec.name)
+        differs.append(((a - b).abs() > 0.5 * step + noise).flatten())
+    assert torch.cat(differs).float().mean() <= 1e-3
 
 
 @pytest.mark.parametrize("name", SETTINGS | IN_BLOCKS)
@@ -178,5 +183,16 @@ def test_a_step_from_the_same_stored_states_stores_the_same(source, tmp_path, mo
         expected, actual = ours.step(*given), theirs.step(*given)
         real = given[1][:, -size:] == 1
         assert (expected - actual)[real].abs().max() <= 1e-3
-        assert_kept_alike(ours.states, theirs.states, name)
+        assert_kept_alike(model, ours.states, theirs.states)
     assert_shapes_are_inferred(path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", [*ROUNDED, *FP8, *PLAIN])
+def test_zeros_are_a_past_without_numbers(name):
+    """What runtimes begin with, whatever the type."""
+    for axis in (-1, -2):
+        precision = Precision(**SETTINGS[name], axis=axis, block=2)
+        spec = StateSpec("recurrent_state", StateKind.SSM, (5, 6), precision=precision)
+        empty = torch.zeros(spec.sized(2), dtype=precision.dtype)
+        scales = torch.ones(spec.scale_shape) if precision.has_static_scale else None
+        assert torch.equal(spec.restored(empty, scales), torch.zeros(2, 5, 6))

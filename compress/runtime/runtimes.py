@@ -13,6 +13,7 @@ from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight
 from compress.recipe.recipe import ExportStep
+from compress.runtime.state_support import why_not_genai, why_not_transformers_js
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
@@ -124,11 +125,17 @@ def of_onnx(model: HybridModel, artifact: str, layout: str) -> list[Runtime]:
     why = BLOCKS if any(map(_ends_in_a_block, weights)) else None
     return [
         Runtime(artifact, "onnxruntime", INT4_TABLE if takes_int4_table else ONNXRUNTIME),
-        Runtime(
-            artifact, *(("onnxruntime-genai", GENAI) if layout == "genai" else ("transformers.js", TRANSFORMERS_JS))
-        ),
+        _of_layout(model, artifact, layout),
         Runtime(artifact, "openvino", OPENVINO, why is None, why),
     ]
+
+
+def _of_layout(model: HybridModel, artifact: str, layout: str) -> Runtime:
+    if layout == "genai":
+        why = why_not_genai(model.layers)
+        return Runtime(artifact, "onnxruntime-genai", GENAI, why is None, why)
+    why = why_not_transformers_js(model.layers)
+    return Runtime(artifact, "transformers.js", TRANSFORMERS_JS, why is None, why)
 
 
 def _ends_in_a_block(weight: Weight) -> bool:

@@ -51,6 +51,7 @@ def kept_on(
 ) -> Value:
     """A state after this call, float32 [B, ...], as it is stored; of one that grows, what was kept and the new entries."""
     if spec.grows is None:
+        value = graph.reshape(value, 0, *spec.shape)  # which tools that infer shapes do not all know
         return _typed(graph, encoded(graph, spec, value, dithers, scales), spec.precision)
     new = encoded(graph, spec, new_of(graph, spec, value, kept), dithers, scales)
     axis = spec.grows + 1
