@@ -196,3 +196,35 @@ def test_zeros_are_a_past_without_numbers(name):
         empty = torch.zeros(spec.sized(2), dtype=precision.dtype)
         scales = torch.ones(spec.scale_shape) if precision.has_static_scale else None
         assert torch.equal(spec.restored(empty, scales), torch.zeros(2, 5, 6))
+
+
+def mean_divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """KL(ours || theirs) in nats, over all places."""
+    p, q = (x.double().log_softmax(-1) for x in (ours, theirs))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def divergence_of_free_runs(model, path, length: int, prompt: int = 20) -> float:
+    """A prompt, then the same tokens one by one, each side going on from its own states."""
+    ids = torch.randint(3, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(9))
+    ours, theirs, start, logits = OwnSteps(model), GraphSteps(path, model.layers), 0, []
+    for end in range(prompt, length + 1):
+        logits.append([side.step(ids[:, start:end]) for side in (ours, theirs)])
+        start = end
+    return mean_divergence(*(torch.cat(side, 1) for side in zip(*logits, strict=True)))
+
+
+@pytest.fixture(params=["jamba", "nemotron"])
+def trained(request, tiny, nemotron):
+    return {"jamba": tiny, "nemotron": nemotron}[request.param]
+
+
+@pytest.mark.parametrize("name", ROUNDED | FP8)
+def test_the_graph_goes_on_as_our_own_forward(trained, tmp_path, name):
+    assert divergence_of_free_runs(*exported(trained, tmp_path, SETTINGS[name]), 84) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_graph_goes_on_as_our_own_forward_for_long(trained, tmp_path, name):
+    assert divergence_of_free_runs(*exported(trained, tmp_path, SETTINGS[name]), 532) <= 1e-4

@@ -18,10 +18,14 @@ moves slowly: every step then rounds to the same value, and nearest rounding is 
 **Rounding.** `nearest`, ties to even; or `stochastic`: floor(v + u), with a dither u in [0, 1) that is a function of the
 position (real tokens read) and the place of the entry alone:
 
-    u = ((40503 position + 30011 place + seed) mod 65536) / 65536
+    u = ((40503 position + 30011 place + seed) mod 65536 + 1/2) / 65536
 
 40503 / 65536 is nearly the golden ratio's fraction, so over time the dithers of an entry are spread as evenly as may be (Weyl's
 sequence), and rounding errors of one sign cannot pile up.
+
+A state that stands still must stay as it is stored, in whatever order float32 arithmetic is done: so no u is 0, and a scale is
+rounded up only from a thousandth of its own step on. (Else the largest entry, which is a whole number of scales, would lie on
+the very edge, and two runtimes would part there.)
 """
 
 from dataclasses import dataclass
@@ -42,6 +46,7 @@ SCALE_ENTRIES = 2  # that a dynamic scale takes
 OFFSET = 128  # of bytes
 NIBBLE = 16  # values of half a byte
 LEAST_EXPONENT, MOST_EXPONENT = -126, 119  # of m 2^e in float32
+SLACK = 2.0**-10  # of a step of a scale's mantissa
 FP8_POWER = 14  # of two, that the second entry of an fp8 scale counts
 STEPS = (40503, 30011, 1 << 16)  # of the dither, and its period
 
@@ -133,7 +138,7 @@ def dither(shape: torch.Size, position: Tensor, seed: int) -> Tensor:
     by_position, by_place, period = STEPS
     own = [1 if position.shape[axis] > 1 or axis == 0 else size for axis, size in enumerate(shape)]
     places = torch.arange(torch.Size(own).numel(), device=position.device).view(own)
-    return ((by_position * position.long() + by_place * places + seed) % period).float() / period
+    return (((by_position * position.long() + by_place * places + seed) % period).float() + 0.5) / period
 
 
 def _blocked(values: Tensor, precision: Precision) -> Tensor:
@@ -150,11 +155,11 @@ def _dynamic(absmax: Tensor, precision: Precision) -> tuple[tuple[Tensor, Tensor
         power = torch.floor((torch.log2(least) + 6) / FP8_POWER)
         rest = least * torch.exp2(-FP8_POWER * power)
         step = torch.exp2(torch.floor(torch.log2(rest)) - 3)  # of numbers with three bits behind the first
-        codes = torch.ceil(rest / step) * step, power
+        codes = torch.ceil(rest / step - SLACK) * step, power
     else:
         least = (absmax / MOST[precision.format]).clamp_min(2.0 ** (LEAST_EXPONENT + 7))
         exponent = torch.floor(torch.log2(least)) - 7
-        mantissa = torch.ceil(least * torch.exp2(-exponent))
+        mantissa = torch.ceil(least * torch.exp2(-exponent) - SLACK)
         above = mantissa > 255
         mantissa, exponent = torch.where(above, 128.0, mantissa), torch.where(above, exponent + 1, exponent)
         shift = OFFSET if precision.format == "int8" else 0

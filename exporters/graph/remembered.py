@@ -15,6 +15,7 @@ from compress.formats.remembered import (
     MOST,
     NIBBLE,
     OFFSET,
+    SLACK,
     STEPS,
     Format,
     Precision,
@@ -123,9 +124,9 @@ def _dynamic(graph: Graph, absmax: Value, number_format: Format) -> tuple[Value,
     least = graph.op("Max", least, _float(graph, 2.0 ** (LEAST_EXPONENT + 7)))
     exponent = graph.op("Sub", _log2(graph, least, floor=True), _float(graph, 7))
     mantissa = graph.op("Mul", least, _power(graph, graph.op("Neg", exponent)))
-    above = graph.op("Cast", graph.op("Greater", mantissa, _float(graph, 255)), to=ir.DataType.FLOAT)
+    above = graph.op("Cast", graph.op("Greater", mantissa, _float(graph, 255 + SLACK)), to=ir.DataType.FLOAT)
     halved = graph.op("Sub", mantissa, graph.op("Mul", graph.op("Mul", above, _float(graph, 0.5)), mantissa))
-    mantissa, exponent = graph.op("Ceil", halved), graph.op("Add", exponent, above)
+    mantissa, exponent = _rounded_up(graph, halved), graph.op("Add", exponent, above)
     if number_format == "int8":
         return graph.op("Sub", mantissa, _float(graph, OFFSET)), exponent
     return mantissa, graph.op("Add", exponent, _float(graph, OFFSET))
@@ -137,8 +138,12 @@ def _fp8_codes(graph: Graph, least: Value) -> tuple[Value, Value]:
     power = graph.op("Floor", graph.op("Div", shifted, _float(graph, FP8_POWER)))
     rest = graph.op("Mul", least, _power(graph, graph.op("Mul", power, _float(graph, -FP8_POWER))))
     exponent = graph.op("Sub", _log2(graph, rest, floor=True), _float(graph, 3))
-    steps = graph.op("Ceil", graph.op("Mul", rest, _power(graph, graph.op("Neg", exponent))))
+    steps = _rounded_up(graph, graph.op("Mul", rest, _power(graph, graph.op("Neg", exponent))))
     return graph.op("Mul", steps, _power(graph, exponent)), power
+
+
+def _rounded_up(graph: Graph, steps: Value) -> Value:
+    return graph.op("Ceil", graph.op("Sub", steps, _float(graph, SLACK)))
 
 
 def _scale(graph: Graph, first: Value, second: Value, number_format: Format) -> Value:
@@ -203,7 +208,7 @@ def _wrapped(graph: Graph, whole: Value) -> Value:
 def dithers(graph: Graph, spec: StateSpec, position: Value) -> Value:
     """u in [0, 1) for every entry; `position` int64, [B, 1, ...], counts real tokens, along the axis that grows too.
 
-    Both terms are whole numbers of 1/65536, so that their sum is exact.
+    Both terms are whole numbers of 1/131072, so that their sum is exact.
     """
     by_position, by_place, period = STEPS
     moved = graph.op("Mod", graph.op("Mul", position, graph.constant(by_position)), graph.constant(period))
@@ -212,6 +217,7 @@ def dithers(graph: Graph, spec: StateSpec, position: Value) -> Value:
     places = graph.op("Range", *(graph.constant(n) for n in (0, math.prod(own), 1)))
     places = graph.op("Add", graph.op("Mul", places, graph.constant(by_place)), graph.constant(spec.precision.seed))
     places = graph.op("Cast", graph.op("Mod", places, graph.constant(period)), to=ir.DataType.FLOAT)
+    places = graph.op("Add", places, _float(graph, 0.5))
     places = graph.reshape(graph.op("Mul", places, _float(graph, 1 / period)), *own)
     total = graph.op("Add", moved, places)
     return graph.op("Sub", total, graph.op("Floor", total))
