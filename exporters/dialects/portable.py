@@ -113,14 +113,11 @@ class Portable(Dialect):
         if spec.precision.is_plain:
             value = self.graph.cast(stored, dtype)
         else:
-            value = self.graph.cast(
-                remembered.decoded(self.graph, spec, stored, self._scales(spec)), dtype, ir.DataType.FLOAT
-            )
+            restored = remembered.decoded(self.graph, spec, stored, self._scales(spec))
+            value = self.graph.cast(restored, dtype, ir.DataType.FLOAT)
         if value is not stored:
-            value.type, value.shape = (
-                ir.TensorType(dtype),
-                ir.Shape(remembered.restored_shape(spec, fixed_shape(stored))),
-            )
+            shape = remembered.restored_shape(spec, fixed_shape(stored))
+            value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
         return value
 
     def state_out(self, spec: StateSpec, value: Value, kept: Value) -> Value:

@@ -39,7 +39,9 @@ def describe(folder: Path, kind: str, layout: Layout) -> Exported:
     weight_bytes = sum(tensor.nbytes for tensor in tensors)
     names = [layout.model, layout.data, layout.config]
     files = tuple(name for name in names if (folder / name).is_file())
-    return Exported(kind, layout.model, files, weight_bytes, reading.stored_formats(tensors), _notes(graph, folder, layout))
+    return Exported(
+        kind, layout.model, files, weight_bytes, reading.stored_formats(tensors), _notes(graph, folder, layout)
+    )
 
 
 def _notes(graph: ir.Model, folder: Path, layout: Layout) -> tuple[str, ...]:
