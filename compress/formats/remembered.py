@@ -2,8 +2,11 @@
 
     fp32, bf16, fp16    the type itself
     int8                INT8, whole numbers from -127 to 127 times a scale
-    int4                UINT8, whole numbers from -7 to 7, offset by 8, times a scale; two to a byte: entry i below entry i + n/2
+    int4                UINT8, whole numbers from -7 to 7 in two's complement, times a scale; two to a byte: entry i below
+                        entry i + n/2
     fp8-e4m3            FLOAT8E4M3FN times a scale
+
+Bytes of 0 are numbers of exactly 0 in each of them: runtimes begin with such a past, whatever its type.
 
 `block` entries along `axis` share a scale (all of them, where it is None). A static scale is fixed by calibration and stored
 with the weights. A dynamic one is that of the entries it serves, and rides with them in two bytes: in more entries along the axis,
@@ -17,14 +20,18 @@ worse on the reference model.
 **Rounding.** `nearest`, ties to even; or `stochastic`: floor(v + u), with a dither u in [0, 1) that is a function of the
 position (real tokens read) and the place of the entry alone:
 
-    u = ((40503 position + 30011 place + seed) mod 65536) / 65536
+    u = ((40503 position + 30011 place + seed) mod 65536 + 1/2) / 65536
 
 40503 / 65536 is nearly the golden ratio's fraction, so over time the dithers of an entry are spread as evenly as may be (Weyl's
 sequence), and rounding errors of one sign cannot pile up.
+
+A state that stands still stays as it is stored, in whatever order float32 arithmetic is done: no u is 0, and the largest entry, a
+whole number of scales, gives the scale it had.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,9 +44,10 @@ STORED = {**PLAIN, "fp8-e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": 
 MOST = {"int8": 127, "int4": 7, "fp8-e4m3": fp8.LARGEST}
 SCALE_ENTRIES = {"int8": 2, "int4": 2, "fp8-e4m3": 4}  # that a dynamic scale takes
 DIGITS = {"int8": (256, 128), "int4": (256, 0), "fp8-e4m3": (16, 0)}  # base, and what is taken off
-NIBBLE = 8  # offset of int4 values
+NIBBLE = 16  # values of half a byte
 POWER_STEPS = 1024  # scales are whole powers of 2^(1/1024), from
 LEAST_POWER, MOST_POWER = -44, 19  # of two, on
+PARTS = np.exp2(np.arange(POWER_STEPS) / POWER_STEPS).astype(np.float32)
 STEPS = (40503, 30011, 1 << 16)  # of the dither, and its period
 
 
@@ -129,13 +137,13 @@ def dither(shape: torch.Size, position: Tensor, seed: int) -> Tensor:
     by_position, by_place, period = STEPS
     own = [1 if position.shape[axis] > 1 or axis == 0 else size for axis, size in enumerate(shape)]
     places = torch.arange(torch.Size(own).numel(), device=position.device).view(own)
-    return ((by_position * position.long() + by_place * places + seed) % period).float() / period
+    return (((by_position * position.long() + by_place * places + seed) % period).float() + 0.5) / period
 
 
 def static_scales(absmax: Tensor, precision: Precision) -> Tensor:
     """Scales with which nothing of these magnitudes saturates: of one sequence's state, as `scale_shape` has them."""
     blocks = _blocked(absmax.movedim(precision.axis, -1), precision).amax(-1)
-    return (blocks / MOST[precision.format]).clamp_min(2.0**LEAST_EXPONENT).movedim(-1, precision.axis)
+    return (blocks / MOST[precision.format]).clamp_min(2.0**LEAST_POWER).movedim(-1, precision.axis)
 
 
 def _blocked(values: Tensor, precision: Precision) -> Tensor:
@@ -149,7 +157,7 @@ def _dynamic(absmax: Tensor, precision: Precision) -> tuple[tuple[Tensor, ...], 
     """The entries that hold the scale, and the scale."""
     least = (absmax / MOST[precision.format]).clamp(2.0**LEAST_POWER, 2.0**MOST_POWER)
     code = torch.round((torch.log2(least) - LEAST_POWER) * POWER_STEPS)
-    return _digits(code, precision.format), torch.exp2(code / POWER_STEPS + LEAST_POWER)
+    return _digits(code, precision.format), _power(code)
 
 
 def _digits(code: Tensor, format: Format) -> tuple[Tensor, ...]:
@@ -168,7 +176,14 @@ def _scale(digits: Tensor, format: Format) -> Tensor:
     base, shift = DIGITS[format]
     powers = base ** torch.arange(SCALE_ENTRIES[format] - 1, -1, -1, device=digits.device)
     code = ((digits + shift) * powers[:, None]).sum(-2)
-    return torch.exp2(code / POWER_STEPS + LEAST_POWER)
+    return _power(code)
+
+
+def _power(code: Tensor) -> Tensor:
+    """2^(k / 1024 - 44), from tables: no two runtimes have the same last bit of a power."""
+    whole = torch.floor(code / POWER_STEPS)
+    parts = torch.from_numpy(PARTS).to(code.device)[(code - POWER_STEPS * whole).long()]
+    return torch.ldexp(parts, (whole + LEAST_POWER).int())
 
 
 def _on_grid(scaled: Tensor, format: Format, dithers: Tensor | None) -> Tensor:
@@ -184,12 +199,17 @@ def _packed(whole: Tensor, format: Format) -> Tensor:
     if format != "int4":
         return whole
     half = -(-whole.shape[-1] // 2)
-    shifted = F.pad(whole, (0, 2 * half - whole.shape[-1])) + NIBBLE
-    return shifted[..., :half] + 16 * shifted[..., half:]
+    nibbles = _wrapped(F.pad(whole, (0, 2 * half - whole.shape[-1])))
+    return nibbles[..., :half] + NIBBLE * nibbles[..., half:]
 
 
 def _unpacked(entries: Tensor, format: Format) -> Tensor:
     if format != "int4":
         return entries
-    high = torch.floor(entries / 16)
-    return torch.cat([entries - 16 * high, high], -1) - NIBBLE
+    high = torch.floor(entries / NIBBLE)
+    return _wrapped(torch.cat([entries - NIBBLE * high, high], -1))
+
+
+def _wrapped(whole: Tensor) -> Tensor:
+    """-8 to 7 as 0 to 15 and back: two's complement in four bits."""
+    return whole - NIBBLE * torch.floor(whole / (NIBBLE // 2))

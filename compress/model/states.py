@@ -64,11 +64,8 @@ class StateSpec:
         return (batch, *(tokens if axis == self.grows else size for axis, size in enumerate(self.stored_shape)))
 
     def empty(self, batch: int, device: str | torch.device = "cpu") -> torch.Tensor:
-        """The past before the first token, as stored: zeros, whatever the scale."""
-        zeros = torch.zeros(batch, *(0 if axis == self.grows else size for axis, size in enumerate(self.shape)))
-        scales = torch.ones(self.scale_shape) if self.precision.has_static_scale else None
-        position = torch.zeros([1] * zeros.dim())
-        return remembered.encode(zeros, self.precision, position, scales).to(device)
+        """The past before the first token, as stored: zeros."""
+        return torch.zeros(self.sized(batch), dtype=self.precision.dtype, device=device)
 
     def elements(self, tokens: int = 1) -> int:
         """Of one sequence; of one that grows, after so many tokens."""

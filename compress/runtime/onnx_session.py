@@ -18,7 +18,14 @@ LOG_LEVEL = 3 if os.environ.get("COMPRESS_TRACEBACK") else 4
 ort.set_default_logger_severity(LOG_LEVEL)
 
 # of states: numpy's type of as many bytes, whose zeros are the same, and ONNX's own
-ELEMENTS = {"tensor(float)": (np.float32, 1), "tensor(float16)": (np.float16, 10), "tensor(bfloat16)": (np.uint16, 16)}
+ELEMENTS = {
+    "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 10),
+    "tensor(bfloat16)": (np.uint16, 16),
+    "tensor(float8e4m3fn)": (np.uint8, 17),
+    "tensor(int8)": (np.int8, 3),
+    "tensor(uint8)": (np.uint8, 2),
+}
 LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
 
 

@@ -13,11 +13,13 @@ from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight
 from compress.recipe.recipe import ExportStep
+from compress.runtime.state_support import why_not_genai, why_not_transformers_js
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
 INT4_TABLE = "1.23"  # the first that casts to int4, as an int4 embedding is when it is the output matrix too
 IGNORES_STATES = "its cache does not round states"
+NARROW_STATES = "1.20"  # the first whose Python interface hands over bf16 and fp8
 BLOCKS = "it wants inputs that blocks of 128 divide"
 SAME_SCALES = {"int8-tensor": "int8", "fp8-e4m3-tensor": "fp8-e4m3"}  # transformers reads either for the other
 
@@ -123,15 +125,27 @@ def _has_several_blocks(weight: Weight) -> bool:
 def of_onnx(model: HybridModel, artifact: str, layout: str) -> list[Runtime]:
     """The portable graph."""
     weights = list(model.weights)
-    takes_int4_table = any(weight.role == Role.EMBEDDING and weight.format.startswith("int4") for weight in weights)
     why = BLOCKS if any(map(_ends_in_a_block, weights)) else None
     return [
-        Runtime(artifact, "onnxruntime", INT4_TABLE if takes_int4_table else ONNXRUNTIME),
-        Runtime(
-            artifact, *(("onnxruntime-genai", GENAI) if layout == "genai" else ("transformers.js", TRANSFORMERS_JS))
-        ),
+        Runtime(artifact, "onnxruntime", _least_onnxruntime(model)),
+        _of_layout(model, artifact, layout),
         Runtime(artifact, "openvino", OPENVINO, why is None, why),
     ]
+
+
+def _least_onnxruntime(model: HybridModel) -> str:
+    if any(weight.role == Role.EMBEDDING and weight.format.startswith("int4") for weight in model.weights):
+        return INT4_TABLE
+    formats = {spec.precision.format for layer in model.layers for spec in layer.states}
+    return NARROW_STATES if formats & {"bf16", "fp8-e4m3"} else ONNXRUNTIME
+
+
+def _of_layout(model: HybridModel, artifact: str, layout: str) -> Runtime:
+    if layout == "genai":
+        why = why_not_genai(model.layers)
+        return Runtime(artifact, "onnxruntime-genai", GENAI, why is None, why)
+    why = why_not_transformers_js(model.layers)
+    return Runtime(artifact, "transformers.js", TRANSFORMERS_JS, why is None, why)
 
 
 def _ends_in_a_block(weight: Weight) -> bool:

@@ -8,14 +8,14 @@ import torch
 from compress.model.routing import Router
 from compress.model.states import StateKind, StateSpec
 from exporters.dialects.base import Dialect
-from exporters.graph import moe
+from exporters.graph import moe, position, remembered
 from exporters.graph.attention import Angles, attention, causal_bias, past_bias, rotary_angles
-from exporters.graph.builder import fixed_shape, sizes_of, width_of, with_width
+from exporters.graph.builder import DTYPES, fixed_shape, sizes_of, width_of, with_width
 from exporters.graph.linear import linear
 from exporters.graph.mamba import TokenMask, causal_conv, decay, scan_step, selective_scan, token_mask
 from exporters.graph.norm import rms_norm
 from exporters.graph.ssd import ssd
-from exporters.graph.stored import TYPES, as_stored, matrix, plain, widened
+from exporters.graph.stored import as_stored, matrix, plain, widened
 from exporters.graph.table import Table
 
 Value = ir.Value
@@ -109,13 +109,46 @@ class Portable(Dialect):
         return with_width(graph.op("Reshape", summed, graph.op("Shape", rows)), width)
 
     def state_in(self, spec: StateSpec, stored: Value) -> Value:
-        value = self.graph.cast(stored, self.state_type(spec))
+        dtype = self.state_type(spec)
+        if spec.precision.is_plain:
+            value = self.graph.cast(stored, dtype)
+        else:
+            restored = remembered.decoded(self.graph, spec, stored, self._scales(spec))
+            value = self.graph.cast(restored, dtype, ir.DataType.FLOAT)
         if value is not stored:
-            value.type, value.shape = ir.TensorType(self.state_type(spec)), ir.Shape(fixed_shape(stored))
+            shape = remembered.restored_shape(spec, fixed_shape(stored))
+            value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
         return value
 
     def state_out(self, spec: StateSpec, value: Value, kept: Value) -> Value:
-        return self.graph.cast(value, TYPES[spec.precision.format], self.state_type(spec))
+        graph, dtype = self.graph, self.state_type(spec)
+        if spec.precision.is_plain:
+            return graph.cast(value, DTYPES[spec.precision.dtype], dtype)
+        wide = graph.cast(value, ir.DataType.FLOAT, dtype)
+        return remembered.kept_on(graph, spec, wide, kept, self._dithers(spec), self._scales(spec))
+
+    def _scales(self, spec: StateSpec) -> Value | None:
+        """The static ones."""
+        if not spec.precision.has_static_scale:
+            return None
+        weight = self.weight(spec.scale_name)
+        return self.graph.once(
+            ("scales", weight.name), lambda: widened(self.graph, as_stored(self.graph, weight), to=ir.DataType.FLOAT)
+        )
+
+    def _dithers(self, spec: StateSpec) -> Value | None:
+        """What rounding adds; the same for all states of one shape."""
+        graph, mask, rank = self.graph, self.tokens.mask, len(spec.shape)
+        if spec.precision.rounding == "nearest" or spec.precision.format == "fp8-e4m3":
+            return None
+
+        def make() -> Value:
+            grows = -1 if spec.grows is None else spec.grows
+            read = position.read_in_all(graph, mask) if grows < 0 else position.read(graph, self.tokens.given, mask)
+            others = [1 + axis for axis in range(rank) if axis != max(grows, 0)]
+            return remembered.dithers(graph, spec, graph.op("Unsqueeze", read, graph.constant(others)))
+
+        return graph.once(("dithers", spec.shape, spec.grows, spec.precision.seed), make)
 
     def state_type(self, spec: StateSpec) -> ir.DataType:
         """That arithmetic takes a state in."""

@@ -25,7 +25,7 @@ def token_mask(graph: Graph, given: ir.Value, attention_mask: ir.Value) -> Token
     place = graph.op(
         "Range", graph.constant(1), graph.op("Squeeze", graph.op("Add", length, graph.constant([1]))), graph.constant(1)
     )
-    real = graph.row_max(graph.op("Mul", new, place))
+    real = graph.largest(graph.op("Mul", new, place))
     return TokenMask(graph.op("Unsqueeze", graph.op("Cast", new, to=graph.body_type), graph.constant([2])), real)
 
 

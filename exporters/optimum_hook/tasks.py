@@ -45,6 +45,8 @@ class HybridStateGenerator(DummyInputGenerator):
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
     ) -> object:
         spec = self._states[input_name]
+        if not spec.precision.is_plain:
+            return spec.empty(self._batch)  # of bytes that mean nothing by themselves
         return self.random_float_tensor(list(spec.sized(self._batch)), framework=framework, dtype=spec.precision.format)
 
 
