@@ -12,6 +12,7 @@ from stepping import OwnSteps
 
 from compress.checkpoint.reader import Checkpoint, open_config
 from compress.formats.remembered import MOST
+from compress.model.states import StateKind, StateSpec
 
 ALL = ("recurrent_state", "conv_state", "key", "value")
 
@@ -21,7 +22,7 @@ def with_states(source: Path, folder: Path, states: Mapping[str, Mapping[str, An
     shutil.copytree(source, folder)
     architecture, config = open_config(source)
     kept = [
-        {"layer": layer.index, "state": spec.name, **states[spec.name]}
+        {"layer": layer.index, "state": spec.name, **_possible(spec, states[spec.name])}
         for layer in architecture.layers
         for spec in layer.states
         if spec.name in states and (layers is None or layer.index in layers)
@@ -29,6 +30,12 @@ def with_states(source: Path, folder: Path, states: Mapping[str, Mapping[str, An
     (folder / "config.json").write_text(json.dumps(config | {"compress": {"states": kept}}))
     _write_scales(source, folder)
     return folder
+
+
+def _possible(spec: StateSpec, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A convolution state has too few entries to carry scales of its own: it is kept in bfloat16 then."""
+    carries = settings["format"] in MOST and settings.get("scale", "dynamic") == "dynamic"
+    return {"format": "bf16"} if spec.kind == StateKind.CONV and carries else settings
 
 
 def _write_scales(source: Path, folder: Path) -> None:

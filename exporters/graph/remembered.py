@@ -20,9 +20,9 @@ from compress.formats.remembered import (
     POWER_STEPS,
     SCALE_ENTRIES,
     STEPS,
-    Format,
     Precision,
 )
+from compress.formats.state_words import Format
 from compress.model.states import StateSpec
 from exporters.graph.builder import DTYPES, FLOAT, Dimension, Graph
 from exporters.graph.mamba import END
