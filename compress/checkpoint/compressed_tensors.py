@@ -25,7 +25,8 @@ MARKS = (".weight_scale", ".weight_packed")  # either tells a quantized matrix: 
 CLASSES = ("Linear", "Embedding")
 EXPERTS = r"re:.*\.experts\.\d+\..*"
 MIXED = "mixed-precision"
-ROTATED = "-rotated"
+# After the format of a group, for what stock transformers would take for something else: a name it does not know stops it
+ROTATED, PLAIN_EXPERTS = "-rotated", "-plain-experts"
 
 
 class Scheme(NamedTuple):
@@ -46,7 +47,8 @@ def quantization_config(weights: Iterable[Weight]) -> JsonObject | None:
     quantized = [weight for weight in weights if weight.is_quantized]
     if not quantized:
         return None
-    groups = [_group(scheme, targets) for scheme, targets in _grouped(quantized)]
+    mark = PLAIN_EXPERTS if has_plain_experts_beside_integers(weights) else ""
+    groups = [_group(scheme, targets, mark) for scheme, targets in _grouped(quantized)]
     return {
         "quant_method": "compressed-tensors",
         "format": groups[0]["format"] if len({group["format"] for group in groups}) == 1 else MIXED,
@@ -57,6 +59,13 @@ def quantization_config(weights: Iterable[Weight]) -> JsonObject | None:
         "kv_cache_scheme": None,
         **_transforms(quantized),
     }
+
+
+def has_plain_experts_beside_integers(weights: Iterable[Weight]) -> bool:
+    """Stock transformers looks for packed experts then: it stops at a Jamba, and of a Nemotron-H gives random ones."""
+    weights = list(weights)
+    experts = [weight for weight in weights if weight.role == Role.EXPERTS]
+    return bool(experts) and not experts[0].is_quantized and any(weight.format.startswith("int") for weight in weights)
 
 
 def _grouped(quantized: list[Weight]) -> list[tuple[Scheme, list[str]]]:
@@ -113,11 +122,10 @@ def _transforms(weights: Iterable[Weight]) -> JsonObject:
     return {"transform_config": {"config_groups": groups}} if groups else {}
 
 
-def _group(scheme: Scheme, targets: Iterable[str]) -> JsonObject:
+def _group(scheme: Scheme, targets: Iterable[str], mark: str) -> JsonObject:
     return {
         "targets": list(targets),
-        # transformers passes over `transform_config`: a name it does not know stops it, where it would load rotated weights
-        "format": _storage(scheme) + (ROTATED if scheme.rotation else ""),
+        "format": _storage(scheme) + mark + (ROTATED if scheme.rotation else ""),
         "weights": formats.get(scheme.format).scheme(),
         "input_activations": Activation(scheme.activation).scheme() if scheme.activation else None,
         "output_activations": None,
