@@ -293,7 +293,10 @@ def test_a_uniform_pruning_needs_no_section(cases):
 def test_a_section_that_was_there_is_replaced():
     values = {"num_experts": 8, "hidden_size": 40, "compress": {"num_experts_per_layer": [1, 8], "router_rows": 8}}
     assert pruned(values, ("num_experts",), {1: 3}, 2, None) == {"num_experts": 3, "hidden_size": 40}
-    assert pruned(values, ("num_experts",), {0: 2, 1: 3}, 4, 8)["compress"] == {"num_experts_per_layer": [2, 3, 1, 1], "router_rows": 8}
+    assert pruned(values, ("num_experts",), {0: 2, 1: 3}, 4, 8)["compress"] == {
+        "num_experts_per_layer": [2, 3, 1, 1],
+        "router_rows": 8,
+    }
 
 
 COUNTS = "num_experts_per_layer"
