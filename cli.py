@@ -7,14 +7,19 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 import compress as package
 from compress.errors import InputError
-from compress.terminal import streams, usage
+from compress.recipe import completion
+from compress.terminal import streams
 from compress.terminal.escaping import printable, without_controls
 from compress.terminal.exits import MISSED, Commands
+
+if TYPE_CHECKING:
+    from compress.recipe.recipe import LoadedRecipe
 
 # waiting threads sleep: where cores are shared, spinning ones take many times as long (set before torch is imported)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 MODEL = click.option(
     "-m",
     "--model",
-    shell_complete=usage.files,
+    shell_complete=completion.files,
     help="Local folder or hub id (id@revision pins one); overrides the recipe's.",
 )
 DEVICE = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -31,12 +36,12 @@ SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package.__version__, "-V", "--version", prog_name="compress")
-def main():
+def main() -> None:
     """Compress hybrid SSM-Transformer-MoE language models, export them, and check what ships."""
 
 
 @main.command()
-@click.argument("recipe", shell_complete=usage.recipes)
+@click.argument("recipe", shell_complete=completion.recipes)
 @MODEL
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Output folder; default out/RECIPE_NAME.")
 @click.option(
@@ -51,7 +56,8 @@ def main():
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Validate and print the plan with predicted sizes; write nothing.")
-def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_run):
+def apply(recipe: str, model: str | None, out: Path | None, overrides: tuple[str, ...], device: str, seed: int, resume: bool,
+          overwrite: bool, dry_run: bool) -> None:  # fmt: skip
     """Run RECIPE (a path or a shipped name): passes, checkpoint, exports, check, report."""
     from compress.recipe.recipe import load_recipe
 
@@ -74,9 +80,9 @@ def apply(recipe, model, out, overrides, device, seed, resume, overwrite, dry_ru
     sys.exit(0 if report["verdict"] in terminal.GOOD else MISSED)
 
 
-def _model_name(loaded, model: str | None) -> str:
+def _model_name(loaded: "LoadedRecipe", model: str | None) -> str:
     """What -m gives, else what the recipe names."""
-    name = loaded.recipe.model if model is None else model
+    name: str | None = loaded.recipe.model if model is None else model
     if name is None:
         raise InputError(f"{loaded.path}: names no model; add 'model:' or pass -m")
     return name
@@ -92,10 +98,10 @@ def _refuse_missing_device(device: str) -> None:
 
 
 @main.command()
-@click.argument("model", metavar="MODEL_OR_ARTIFACT", shell_complete=usage.files)
+@click.argument("model", metavar="MODEL_OR_ARTIFACT", shell_complete=completion.files)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 @click.option("--verify", is_flag=True, help="Read every file and compare its digest with the manifest's.")
-def inspect(model, as_json, verify):
+def inspect(model: str, as_json: bool, verify: bool) -> None:
     """Layers, roles, parameters, bytes, experts and state sizes of a model folder, hub id or ONNX artifact."""
     from compress.strict import json_text
     from compress.studies import inspection
@@ -111,7 +117,7 @@ def inspect(model, as_json, verify):
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set an option of the exporter: layout=genai."
 )
-def export(checkpoint, kind, out, overrides):
+def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, ...]) -> None:
     """Export one CHECKPOINT: its folder, or an output folder of apply."""
     from compress.apply import exporting
 
@@ -120,7 +126,7 @@ def export(checkpoint, kind, out, overrides):
 
 
 @main.command()
-@click.argument("baseline", shell_complete=usage.files)
+@click.argument("baseline", shell_complete=completion.files)
 @click.argument("candidate", type=click.Path(path_type=Path))
 @click.option(
     "--prompts", multiple=True, help="heldout, recall, self or a .txt/.jsonl file; may be repeated. Default: heldout."
@@ -138,22 +144,22 @@ def export(checkpoint, kind, out, overrides):
 @SEED
 @DEVICE
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
-def check(baseline, candidate, prompts, limits, limits_file, samples, length, seed, device, json_file):
+def check(baseline: str, candidate: Path, prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None,
+          samples: int, length: int, seed: int, device: str, json_file: str | None) -> None:  # fmt: skip
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
-    from compress.check import command
     from compress.report import terminal
-    from compress.studies import results
+    from compress.studies import comparison, results
 
-    settings = command.settings(prompts, limits, limits_file, samples, length)
+    settings = comparison.settings(prompts, limits, limits_file, samples, length)
     results.refuse_unwritable(json_file)
     _refuse_missing_device(device)
-    result = command.check(baseline, candidate, settings, seed=seed, device=device)
+    result = comparison.compare(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
     sys.exit(0 if result["verdict"] in terminal.GOOD else MISSED)
 
 
 @main.command()
-@click.argument("recipe", shell_complete=usage.recipes)
+@click.argument("recipe", shell_complete=completion.recipes)
 @MODEL
 @click.option(
     "--format", "formats", multiple=True, metavar="FORMAT", help="May be repeated. Default: those the recipe names."
@@ -166,7 +172,8 @@ def check(baseline, candidate, prompts, limits, limits_file, samples, length, se
 @click.option("--html", "html_file", metavar="FILE", help="Write a heat map as one HTML file.")
 @DEVICE
 @SEED
-def sensitivity(recipe, model, formats, samples, length, json_file, html_file, device, seed):
+def sensitivity(recipe: str, model: str | None, formats: tuple[str, ...], samples: int | None, length: int | None,
+                json_file: str | None, html_file: str | None, device: str, seed: int) -> None:  # fmt: skip
     """Measure what quantizing each layer's roles costs, alone and in every format that RECIPE names."""
     from compress.recipe.recipe import load_recipe
 
@@ -175,18 +182,17 @@ def sensitivity(recipe, model, formats, samples, length, json_file, html_file, d
     _refuse_missing_device(device)
     from compress.recipe.source import resolve
     from compress.studies import results
-    from compress.studies.sensitivity import cells, command
-    from compress.studies.sensitivity import study as run
+    from compress.studies.sensitivity import cells, command, study
 
     results.refuse_unwritable(json_file, html_file)
-    tried = cells.candidates(run.quantize_options(loaded), formats)
+    tried = cells.candidates(study.quantize_options(loaded), formats)
     source = resolve(name, loaded.folder if model is None else None)
-    result = run.run(run.Job(loaded, source, tried, samples, length, device, seed))
+    result = study.study(study.Job(loaded, source, tried, samples, length, device, seed))
     command.write(result, loaded.name, json_file, html_file)
 
 
 @main.command()
-@click.argument("model", shell_complete=usage.files)
+@click.argument("model", shell_complete=completion.files)
 @click.option(
     "--prompts", multiple=True, help="prose, recall, self or a .txt/.jsonl file; may be repeated. Default: prose."
 )
@@ -202,7 +208,8 @@ def sensitivity(recipe, model, formats, samples, length, json_file, html_file, d
 @click.option("--html", "html_file", metavar="FILE", help="Write plots and tables as one HTML file.")
 @DEVICE
 @SEED
-def experts(model, prompts, samples, length, json_file, html_file, device, seed):
+def experts(model: str, prompts: tuple[str, ...], samples: int, length: int, json_file: str | None, html_file: str | None,
+            device: str, seed: int) -> None:  # fmt: skip
     """Survey the experts of MODEL (a folder or hub id): load, scores, likeness, and what pruning would lose."""
     from compress.recipe.calibration import Calibration
     from compress.strict.models import from_flags
@@ -211,11 +218,10 @@ def experts(model, prompts, samples, length, json_file, html_file, device, seed)
     _refuse_missing_device(device)
     from compress.recipe.source import resolve
     from compress.studies import results
-    from compress.studies.experts import command
-    from compress.studies.experts import survey as run
+    from compress.studies.experts import command, survey
 
     results.refuse_unwritable(json_file, html_file)
-    command.write(run.run(run.Job(resolve(model), settings, device, seed)), json_file, html_file)
+    command.write(survey.survey(survey.Job(resolve(model), settings, device, seed)), json_file, html_file)
 
 
 def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
@@ -237,9 +243,9 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     help="0 takes the most likely token.",
 )
 @SEED
-def run(artifact, prompt, max_tokens, temperature, seed):
+def run(artifact: Path, prompt: str | None, max_tokens: int, temperature: float, seed: int) -> None:
     """Stream text from a checkpoint or an ONNX artifact; PROMPT - reads standard input."""
-    from compress.runtime import generation
+    from compress.studies import generation
 
     text = _read_stdin() if prompt == "-" else prompt or ""
     shown = without_controls if sys.stdout.isatty() else str
@@ -259,8 +265,8 @@ def _read_stdin() -> str:
 
 
 @main.command()
-@click.argument("name", required=False, shell_complete=usage.recipe_names)
-def recipes(name):
+@click.argument("name", required=False, shell_complete=completion.recipe_names)
+def recipes(name: str | None) -> None:
     """List the shipped recipes with a line each; with NAME print it."""
     from compress.recipe import resources
 
@@ -273,8 +279,8 @@ def recipes(name):
 
 
 @main.command()
-@click.argument("name", required=False, shell_complete=usage.documents)
-def docs(name):
+@click.argument("name", required=False, shell_complete=completion.documents)
+def docs(name: str | None) -> None:
     """List the README and the documents it links to; with NAME print one."""
     from compress.recipe import resources
 

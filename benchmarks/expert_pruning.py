@@ -22,7 +22,6 @@ from quality import chunks, load_text
 from compress import prompts
 from compress.apply import pipeline
 from compress.check import baseline, metrics
-from compress.check.runners import CheckpointCandidate
 from compress.checkpoint.reader import Checkpoint
 from compress.model import sizes
 from compress.prompts import PromptSet
@@ -31,6 +30,7 @@ from compress.recipe.check import Check
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
 from compress.runtime.artifacts import CheckpointArtifact
+from compress.runtime.candidates import CheckpointCandidate
 
 MODEL = resources.folder("models") / "tiny-jamba"
 COUNTS, SEEDS, SAMPLES = (7, 6, 5, 4), (0, 1, 2), 24

@@ -68,7 +68,9 @@ def survey(model: HybridModel, windows: list[torch.Tensor], folder: Path, seed: 
 def with_layer(model: HybridModel, index: int, unit: Unit, count: int) -> HybridModel:
     """The model with one layer pruned."""
     counts = expert_counts.of_model(model) | {index: count}
-    values = expert_counts.pruned(model.config_json, model.architecture.EXPERTS_KEYS, counts, model.config.num_hidden_layers, None)
+    values = expert_counts.pruned(
+        model.config_json, model.architecture.EXPERTS_KEYS, counts, model.config.num_hidden_layers, None
+    )
     units = tuple(unit if unit.name == other.name else other for other in model.units)
     return replace(model, architecture=type(model.architecture).parse(values, "config.json"), units=units)
 

@@ -6,6 +6,7 @@ in a process of its own under onnxruntime's defaults, forms interleaved.
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -20,75 +21,87 @@ import onnx_ir as ir
 from machine import describe_machine
 from shapes import make
 
-from exporters.graph.blocks import swiglu
+from exporters.dialects.portable import Portable
+from exporters.graph import artifact, wiring
+from exporters.graph.builder import WeightFile, width_of
+from exporters.graph.stored import matrix
 
 PROMPTS, DECODE, REPEATS = (128, 512), 32, 3
 
 
-def moe_dense(graph, x, router, experts, top_k, hidden):
+class Dense(Portable):
     """Every expert on every token, times a gate that is zero where it was not chosen."""
-    logits = graph.op("MatMul", x, router)
-    gates, chosen = graph.op("TopK", graph.op("Softmax", logits, axis=-1), graph.constant([top_k]), outputs=2, axis=-1)
-    empty = graph.op("ConstantOfShape", graph.op("Shape", logits))
-    spread = graph.op("ScatterElements", empty, chosen, gates, axis=-1)
-    total = None
-    for number, expert in enumerate(experts):
-        gate = graph.op("Gather", spread, graph.constant([number]), axis=-1)
-        term = graph.op("Mul", swiglu(graph, x, *expert), gate)
-        total = term if total is None else graph.op("Add", total, term)
-    return total
+
+    def mixture(self, x, rows, router, experts, run):
+        graph = self.graph
+        logits = graph.op("MatMul", x, matrix(graph, self.weight(router.weight)))
+        gates, chosen = _top_k(graph, logits, router)
+        empty = graph.op("ConstantOfShape", graph.op("Shape", logits))
+        spread = graph.op("ScatterElements", empty, chosen, gates, axis=-1)
+        gate_of = (graph.op("Gather", spread, graph.constant([e]), axis=-1) for e in range(experts))
+        return functools.reduce(self.add, (graph.op("Mul", run(e, rows), gate) for e, gate in enumerate(gate_of)))
 
 
-def moe_if(graph, x, router, experts, top_k, hidden):
+class Branches(Portable):
     """An `If` per expert that gathers the rows routed to it; the branch owns the weights, or they would not fuse."""
-    rows = graph.reshape(x, -1, hidden)
-    probabilities = graph.op("Softmax", graph.op("MatMul", rows, router), axis=-1)
-    gates, chosen = graph.op("TopK", probabilities, graph.constant([top_k]), outputs=2, axis=-1)
-    flat = graph.reshape(chosen, -1)
-    pairs = [_if_expert(graph, rows, flat, number, expert, top_k, hidden) for number, expert in enumerate(experts)]
-    results = graph.op("Concat", *(result for result, _ in pairs), axis=0)
-    places = graph.op("Concat", *(place for _, place in pairs), axis=0)
-    slots = graph.op("ConstantOfShape", graph.op("Concat", graph.shape_of(flat, 0), graph.constant([hidden]), axis=0))
-    filled = graph.op("ScatterND", slots, graph.op("Unsqueeze", places, graph.constant([1])), results)
-    weighted = graph.op(
-        "MatMul", graph.op("Unsqueeze", gates, graph.constant([1])), graph.reshape(filled, -1, top_k, hidden)
-    )
-    return graph.op("Reshape", weighted, graph.op("Shape", x))
+
+    def mixture(self, x, rows, router, experts, run):
+        graph, hidden, top_k = self.graph, self.weight(router.weight).shape[1], router.top_k
+        tokens = graph.reshape(x, -1, hidden)
+        logits = graph.op("MatMul", tokens, matrix(graph, self.weight(router.weight)))
+        gates, chosen = _top_k(graph, logits, router)
+        flat = graph.reshape(chosen, -1)
+        pairs = [self._branch(tokens, flat, e, top_k, run) for e in range(experts)]
+        results, places = (graph.op("Concat", *values, axis=0) for values in zip(*pairs, strict=True))
+        shape = graph.op("Concat", graph.shape_of(flat, 0), graph.constant([hidden]), axis=0)
+        slots, indices = graph.op("ConstantOfShape", shape), graph.op("Unsqueeze", places, graph.constant([1]))
+        choices = graph.reshape(graph.op("ScatterND", slots, indices, results), -1, top_k, hidden)
+        weighted = graph.op("MatMul", graph.op("Unsqueeze", gates, graph.constant([1])), choices)
+        return graph.op("Reshape", weighted, graph.op("Shape", x))
+
+    def _branch(self, rows, flat, number, top_k, run):
+        """What one expert gives for the rows routed to it, and their places among all choices."""
+        graph, run_graph, skip = self.graph, self.graph.inner(), self.graph.inner()
+        places = graph.reshape(graph.op("NonZero", graph.op("Equal", flat, graph.constant(number))), -1)
+        routed = graph.op("Greater", graph.op("Squeeze", graph.shape_of(places, 0)), graph.constant(0))
+        mine = run_graph.op("Gather", rows, run_graph.op("Div", places, run_graph.constant(top_k)), axis=0)
+        self.graph = run_graph  # the expert's operators go into the branch
+        given = run(number, mine)
+        self.graph = graph
+        outputs = [given, skip.op("ConstantOfShape", skip.constant([0, width_of(given)]))]
+        for value in outputs:
+            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, width_of(given)])
+        branches = {
+            "then_branch": run_graph.finish([], outputs[:1], f"expert_{number}"),
+            "else_branch": skip.finish([], outputs[1:], f"no_{number}"),
+        }
+        return graph.op("If", routed, **branches), places
 
 
-def _if_expert(graph, rows, flat, number, expert, top_k, hidden):
-    places = graph.reshape(graph.op("NonZero", graph.op("Equal", flat, graph.constant(number))), -1)
-    routed = graph.op("Greater", graph.op("Squeeze", graph.shape_of(places, 0)), graph.constant(0))
-    run, skip = graph.body(), graph.body()
-    mine = run.op("Gather", rows, run.op("Div", places, run.constant(top_k)), axis=0)
-    outputs = [swiglu(run, mine, *expert), skip.op("ConstantOfShape", skip.constant([0, hidden]))]
-    for value in outputs:
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, hidden])
-    branches = {
-        "then_branch": run.finish([], outputs[:1], f"expert_{number}"),
-        "else_branch": skip.finish([], outputs[1:], f"no_{number}"),
-    }
-    return graph.op("If", routed, **branches), places
+def _top_k(graph, logits, router):
+    probabilities = graph.op("Softmax", logits, axis=-1)
+    return graph.several(2, "TopK", probabilities, graph.constant([router.top_k]), axis=-1)
 
 
-FORMS = {"dense": moe_dense, "if": moe_if, "split": None}
+FORMS = {"dense": Dense, "if": Branches, "split": Portable}
 
 
-def export_forms(folder: Path) -> None:
+def export_forms(source: Path, folder: Path) -> None:
     """checkpoint -> int8 checkpoint -> one ONNX folder per form."""
-    import exporters.architectures.jamba as wiring
-    from compress.apply import exporting, pipeline
+    from compress.apply import pipeline
+    from compress.checkpoint.reader import Checkpoint
     from compress.recipe.recipe import load_recipe
     from compress.recipe.source import resolve
 
-    source = make("moe-1.6b", folder / "moe-1.6b")
     recipe = load_recipe("tiny-int8", ("check=null", "export=[]"))
     pipeline.apply(pipeline.Job(recipe, resolve(str(source)), folder / "int8", overwrite=True))
-    shipped = wiring.moe
+    checkpoint = Checkpoint(folder / "int8" / "checkpoint", allow_quantized=True)
     for name, form in FORMS.items():
-        wiring.moe = form or shipped
-        exporting.export_checkpoint(folder / "int8" / "checkpoint", "onnx", folder / f"form-{name}")
-    wiring.moe = shipped
+        (folder / f"form-{name}").mkdir(parents=True)
+        weights = WeightFile(folder / f"form-{name}" / "model.onnx.data")
+        graph = wiring.build(checkpoint.model, form, weights, lambda _: None)
+        weights.close()
+        artifact.save(graph, checkpoint.config, folder / f"form-{name}" / "model.onnx")
 
 
 def time_form(path: Path) -> dict:
@@ -123,7 +136,7 @@ def _peak_gib() -> float:
 
 def main(folder: Path) -> None:
     if not all((folder / f"form-{name}").is_dir() for name in FORMS):
-        export_forms(folder)
+        export_forms(make("moe-1.6b", folder / "moe-1.6b"), folder)
     runs: dict[str, list[dict]] = {name: [] for name in FORMS}
     for _ in range(REPEATS):
         for name in FORMS:

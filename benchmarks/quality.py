@@ -16,12 +16,12 @@ from machine import describe_machine
 
 from compress import prompts
 from compress.check import baseline, metrics
-from compress.check.runners import CheckpointCandidate, OnnxCandidate
 from compress.checkpoint.reader import Checkpoint
 from compress.model import sizes
 from compress.prompts import PromptSet
 from compress.recipe import resources, source
 from compress.runtime.artifacts import CheckpointArtifact, find_artifact
+from compress.runtime.candidates import CheckpointCandidate, OnnxCandidate
 
 LENGTH, CHUNKS = 512, 48
 FIRST = LENGTH // 2  # positions from here on are scored
@@ -65,9 +65,9 @@ def measure(path: Path, prompt_set: PromptSet, base: baseline.Baseline) -> dict:
         model = Checkpoint(artifact, allow_quantized=True).model
         found = {"checkpoint": scores(CheckpointCandidate(model), prompt_set, base)}
         return {"weight_bytes": sizes.stored_bytes(model.units), "graph_bytes": 0, "runs": found}
-    from exporters import onnx
+    from exporters.onnx import Onnx, Options
 
-    described = onnx.describe(artifact.parent)
+    described = Onnx(Options()).describe(artifact.parent)
     runs = {
         name: scores(OnnxCandidate(artifact, options), prompt_set, base)
         for name, options in (("accuracy level 1", LEVEL_1), ("default", {}))

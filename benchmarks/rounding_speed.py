@@ -17,8 +17,8 @@ from machine import describe_machine
 from shapes import SHAPES, make
 
 from compress.apply import pipeline, sweep
-from compress.apply.plan import PassContext
 from compress.output_folder.workspace import Workspace
+from compress.passes import PassContext
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
 

@@ -1,5 +1,7 @@
 """The two ways a command fails. Each carries one sentence for the user; `cli.py` maps them to exit codes."""
 
+from collections.abc import Iterable
+
 
 class InputError(Exception):
     """The user's input is wrong (usage, recipe, model folder, data): exit code 2."""
@@ -14,14 +16,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def nearest(word: str, choices) -> str:
+def nearest(word: object, choices: Iterable[object]) -> str:
     """`; did you mean 'X'?` for the closest of `choices`, whatever their case, or the whole list where nothing is close."""
     import difflib
 
-    choices = sorted(str(choice) for choice in choices)
-    asked, by_folded = str(word).casefold(), {choice.casefold(): choice for choice in choices}
+    known = sorted(str(choice) for choice in choices)
+    asked, by_folded = str(word).casefold(), {choice.casefold(): choice for choice in known}
     longer = [folded for folded in by_folded if len(asked) > 2 and folded.startswith(asked)]
     close = longer or difflib.get_close_matches(asked, by_folded, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{by_folded[close[0]]}'?"
-    return f"; expected one of: {', '.join(choices)}" if choices else ""
+    return f"; expected one of: {', '.join(known)}" if known else ""

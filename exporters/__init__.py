@@ -1,17 +1,29 @@
-"""Writers of deployable artifacts. An exporter is one file named by its recipe key (`exporters/onnx.py` is `- onnx: {}`).
-
-It defines `Options` (its block in the recipe), `predict_bytes(units)`, `export(checkpoint, folder, options, advance)` and
-`describe(folder)`, which reads back what was written. `runtimes(model, options)` may say what takes it.
-Shared blocks for building graphs live in `exporters/graph/`.
+"""Writers of deployable artifacts. An exporter is one file named by its recipe key (`exporters/onnx.py` is `- onnx: {}`), with
+one class: an `Exporter`. Shared blocks for building graphs live in `exporters/graph/`.
 """
 
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.strict.plugin import OptionsT, Plugin
+
+if TYPE_CHECKING:  # a recipe is validated without torch
+    from compress.checkpoint.reader import Checkpoint
+    from compress.model.hybrid import HybridModel
+    from compress.model.weight import Unit
+    from compress.runtime.runtimes import Runtime
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One artifact: `main` within its folder, `files` it needs to run, the stored format of every weight by name."""
+    """One artifact: `main` within its folder, `files` it needs to run, the stored format of every weight by name.
+
+    `main` is what a check opens: a model.onnx, or a checkpoint folder."""
 
     kind: str
     main: str
@@ -22,3 +34,24 @@ class Exported:
 
     def bytes(self, folder: Path) -> int:
         return sum((folder / name).stat().st_size for name in self.files)
+
+
+class Exporter(Plugin[OptionsT]):
+    """An exporter, bound to its block in a recipe: `self.options`."""
+
+    @abstractmethod
+    def predict_bytes(self, units: Sequence[Unit]) -> int:
+        """Bytes of weights, before any is read."""
+
+    @abstractmethod
+    def export(self, checkpoint: Checkpoint, folder: Path, advance: Callable[[int], None]) -> None:
+        """Writes an opened checkpoint into an empty folder; `advance` hears of parameters, for the progress bar. Another
+        folder has the final name: renaming is done by the caller."""
+
+    @abstractmethod
+    def describe(self, folder: Path) -> Exported:
+        """What was written, read back from the folder."""
+
+    def runtimes(self, model: HybridModel) -> list[Runtime]:
+        """Which runtimes take what will be written; none where that is not known."""
+        return []

@@ -117,11 +117,13 @@ def test_the_companions_of_the_source_arrive_unchanged(applied, tiny):
         assert (applied / "onnx" / name).read_bytes() == (tiny / name).read_bytes()
 
 
-def test_the_configuration_is_the_source_s_with_one_section_more(applied, tiny):
+def test_the_configuration_is_the_source_s_with_two_sections_more(applied, tiny):
     written = read_json(applied / "checkpoint" / "config.json")
-    section = written.pop("quantization_config")
+    section, done = written.pop("quantization_config"), written.pop("compress")
     assert written == read_json(tiny / "config.json")
     assert section["quant_method"] == "compressed-tensors"
+    assert [record["name"] for record in done.pop("passes")] == ["quantize"]
+    assert not done
 
 
 def test_the_index_lists_every_tensor_in_the_shard_that_holds_it(applied):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from compress.check import baseline
-from compress.check.runners import CheckpointCandidate
 from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache
 from compress.prompts import PromptSet, self_text
 from compress.runtime.artifacts import CheckpointArtifact
+from compress.runtime.candidates import CheckpointCandidate
 
 DAMAGE = {
     "cut short": lambda data: data[: len(data) // 2],

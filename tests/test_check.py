@@ -12,16 +12,15 @@ import torch
 from jamba_models import load_reference, make_jamba
 
 from compress.apply import exporting
-from compress.check import baseline
-from compress.check import judge as check_run
+from compress.check import baseline, judge
 from compress.check.compare import compare, verdict
 from compress.check.metrics import Scores, score, summarize
-from compress.check.runners import PHASES, CheckpointCandidate, OnnxCandidate
 from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache
 from compress.prompts import PromptSet
 from compress.recipe.check import METRICS, Check
 from compress.runtime.artifacts import open_artifact
+from compress.runtime.candidates import PHASES, CheckpointCandidate, OnnxCandidate
 from compress.studies import results
 
 QUICK = ("--prompts", "self", "--samples", "2", "--length", "12")
@@ -312,7 +311,7 @@ def rows(tiny, applied) -> dict[tuple[str, str, str], float]:
     original = open_artifact(tiny)
     artifacts = {"checkpoint": applied / "checkpoint", "onnx": applied / "onnx" / "model.onnx"}
     settings = Check(prompts=("heldout",), samples=8, length=128)
-    found, used = check_run.run(original, artifacts, settings, seed=0)
+    found, used = judge.check(original, artifacts, settings, seed=0)
     assert used == [{"name": "heldout", "windows": 8, "tokens": 8 * 128}]
     return {(row.artifact, row.phase, row.metric): row.value for row in found if row.prompts == "all"}
 

@@ -12,16 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from compress import formats
-from compress.apply.plan import PassContext
 from compress.checkpoint import writer
 from compress.checkpoint.folder import INDEX
 from compress.checkpoint.reader import Checkpoint
+from compress.disk import json_files
 from compress.errors import WorkError
 from compress.formats.base import Quantized
 from compress.model import weight as model_module
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
-from compress.passes import quantize
+from compress.passes import PassContext
+from compress.passes.quantize import Options, Quantize
 
 
 def plain_units(folder: Path) -> tuple[Unit, ...]:
@@ -30,7 +31,7 @@ def plain_units(folder: Path) -> tuple[Unit, ...]:
 
 def int8_units(folder: Path) -> tuple[Unit, ...]:
     context = PassContext(device="cpu", seed=0)
-    return tuple(quantize.apply(quantize.Options(), unit, context) for unit in plain_units(folder))
+    return tuple(Quantize(Options()).apply(unit, context) for unit in plain_units(folder))
 
 
 UNITS = {"as it came": plain_units, "int8": int8_units}
@@ -196,9 +197,9 @@ def test_a_failure_half_way_leaves_an_earlier_file_as_it_was_and_a_second_try_su
 
 def test_json_that_cannot_be_written_leaves_an_earlier_file_as_it_was(tmp_path):
     path = tmp_path / "config.json"
-    writer.write_json(path, {"a": 1})
+    json_files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        writer.write_json(path, {"a": object()})
+        json_files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import cli
 from compress.apply import sweep
 from compress.recipe import resources
-from exporters import onnx as onnx_exporter
+from exporters.onnx import Onnx
 
 DONE, MISSED, BAD_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 130  # the contract's exit codes
 NO_CHECK = ("--set", "check=null")
@@ -311,7 +311,7 @@ def test_an_exporter_that_fails_exits_3_and_publishes_nothing(quick, monkeypatch
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(onnx_exporter, "export", fail)
+    monkeypatch.setattr(Onnx, "export", fail)
     result = quick()
     assert not (tmp_path / "out").exists()
     expect_refusal(result, FAILED)

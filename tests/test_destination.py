@@ -9,6 +9,7 @@ import shutil
 import stat
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from refusals import refusal_of_command
@@ -308,7 +309,7 @@ def test_hidden_states_and_exported_weights_say_why_they_cannot_be_written(tmp_p
     assert caught.value.filename == str(tmp_path / "hidden-00000.f32")
     fill(monkeypatch, "model.onnx.data")
     with pytest.raises(OSError, match="No space left"):
-        WeightFile(tmp_path / "model.onnx.data").add("x", torch.zeros(3), 1, (3,))
+        WeightFile(tmp_path / "model.onnx.data").add("x", torch.zeros(3), ir.DataType.FLOAT, (3,))
 
 
 def test_the_longest_name_a_work_folder_can_have_is_used(apply, tmp_path):

@@ -9,8 +9,7 @@ import torch
 import yaml
 
 from compress.apply import exporting, pipeline
-from compress.checkpoint import writer
-from compress.disk import cache
+from compress.disk import cache, json_files
 from compress.output_folder.workspace import Workspace
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
@@ -108,7 +107,7 @@ def test_weights_of_an_export_are_on_disk_when_their_file_is_closed(disk, tmp_pa
 
 
 def test_a_file_of_text_gets_its_name_when_it_is_on_disk(disk, tmp_path):
-    writer.write_json(tmp_path / "a.json", {"a": 1})
+    json_files.write_json(tmp_path / "a.json", {"a": 1})
     assert disk.renames == ["a.json"] and not disk.unsaved
 
 

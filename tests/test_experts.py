@@ -18,8 +18,7 @@ from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache
 from compress.recipe.calibration import Calibration
 from compress.runtime.artifacts import CheckpointArtifact
-from compress.studies.experts import facts, table
-from compress.studies.experts import survey as run
+from compress.studies.experts import facts, survey, table
 
 DONE = 0
 EXPERTS, TOP_K, MOE = 5, 2, (1, 4)  # layers 1 and 4 have experts
@@ -303,7 +302,7 @@ def test_where_no_expert_can_be_removed_the_rest_is_still_shown(compress_cli, tm
 def experts(compress_cli, model, tmp_path, monkeypatch):
     """The command in an empty folder, with work that must not begin."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "walk", None)
+    monkeypatch.setattr(survey, "walk", None)
     return lambda *arguments, model=model: compress_cli("experts", model, *arguments)
 
 

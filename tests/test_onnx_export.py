@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from jamba_models import make_jamba
-from onnx_graphs import all_graphs, assert_shapes_are_inferred
+from onnx_graphs import EXACT, all_graphs, assert_shapes_are_inferred
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,8 +28,9 @@ from compress.runtime.inference import Head, stream
 from compress.runtime.onnx_session import OnnxSession
 from exporters import onnx as exporter
 
+EXPORTER = exporter.Onnx(exporter.Options())
+
 AGREEMENT = 1e-3  # largest difference between logits: the project's requirement on an exported graph
-EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}  # fused int8 products in float32, as our own forward has them
 SPREAD = 0.7  # see test_jamba_forward.py: keeps the noise of float32 itself far below the bound
 BATCH = 3
 
@@ -320,13 +321,13 @@ def test_weights_of_a_mebibyte_begin_on_a_page(tmp_path):
 
 
 def test_the_predicted_size_is_the_size_of_the_data(artifact):
-    predicted = exporter.predict_bytes(artifact.model.units)
+    predicted = EXPORTER.predict_bytes(artifact.model.units)
     alignment = (artifact.folder / "model.onnx.data").stat().st_size - predicted
     assert 0 <= alignment < 64 * len(external(artifact.path))
 
 
 def test_the_description_of_an_artifact_is_read_from_it(reference):
-    described, source = exporter.describe(reference.folder), checkpoint_tensors(reference.checkpoint)
+    described, source = EXPORTER.describe(reference.folder), checkpoint_tensors(reference.checkpoint)
     assert described.bytes(reference.folder) == sum(
         (reference.folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data", "genai_config.json")
     )
@@ -358,7 +359,7 @@ def test_the_tokenizer_goes_with_the_reference_artifact(reference, tiny):
 @pytest.mark.parametrize("name", ["awkward", "tied"])
 def test_progress_adds_up_to_the_parameters(request, tmp_path, name):
     artifact, done = request.getfixturevalue(name), []
-    exporter.export(Checkpoint(artifact.checkpoint, allow_quantized=True), tmp_path, exporter.Options(), done.append)
+    EXPORTER.export(Checkpoint(artifact.checkpoint, allow_quantized=True), tmp_path, done.append)
     assert sum(done) == artifact.model.parameters
 
 

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnx_graphs
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
 from jamba_models import make_jamba
-from onnx_graphs import all_graphs, assert_shapes_are_inferred
+from onnx_graphs import EXACT, all_graphs, assert_shapes_are_inferred, make_session
 from safetensors import safe_open
 
 from compress import formats
@@ -35,11 +35,12 @@ from compress.runtime.inference import Head, stream
 from compress.runtime.onnx_session import OnnxSession
 from compress.studies.inspection import inspect
 from exporters import onnx as exporter
-from exporters.graph import blocks
-from exporters.graph.builder import Graph, WeightFile, declare, rename
+from exporters.graph.builder import Graph
+from exporters.graph.linear import linear
 from exporters.graph.table import Table
 
-EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}  # fused products in float32, as our own forward has them
+EXPORTER = exporter.Onnx(exporter.Options())
+
 QUANTIZED = tuple(formats.FILES)
 FORMATS = (*QUANTIZED, *formats.PLAIN)
 WHOLE = ("int8", "int8-tensor")
@@ -80,25 +81,7 @@ def make_weight(number_format: str, shape: tuple[int, int], activation=None, rot
 
 
 def run_graph(folder: Path, x: np.ndarray, width: int, build, options: dict | None = None) -> np.ndarray:
-    """A graph of one input and one output [..., width] under onnxruntime; checked as a whole export is."""
-    weights = WeightFile(folder / "model.onnx.data")
-    graph, value = Graph(weights, 21), declare("x", ir.DataType.from_numpy(x.dtype), [f"d{i}" for i in range(x.ndim)])
-    y = rename(build(graph, value), "y", ir.DataType.FLOAT, [*(f"y{i}" for i in range(x.ndim - 1)), width])
-    weights.close()
-    ir.save(ir.Model(graph.finish([value], [y], "test"), ir_version=exporter.IR_VERSION), folder / "model.onnx")
-    onnx.checker.check_model(folder / "model.onnx", full_check=True)
-    return make_session(folder / "model.onnx", options or EXACT).run(None, {"x": x})[0]
-
-
-def make_session(path: Path, options: dict, optimized: Path | None = None) -> ort.InferenceSession:
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    for key, value in options.items():
-        settings.add_session_config_entry(key, value)
-    if optimized:
-        settings.optimized_model_filepath = str(optimized)
-        settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
-    return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    return onnx_graphs.run_graph(folder, {"x": x}, width, build, options or EXACT)
 
 
 def make_inputs(width: int) -> np.ndarray:
@@ -131,7 +114,7 @@ def test_a_product_with_a_stored_matrix(tmp_path, monkeypatch, number_format, wi
     monkeypatch.setattr(compress_model, "BLOCK_BYTES", 4 * 130 * shape[1])
     weight, x = make_weight(number_format, shape, wide=wide), make_inputs(shape[1])
     assert len(list(weight.row_blocks())) > 1
-    actual = run_graph(tmp_path, x, shape[0], lambda graph, value: blocks.linear(graph, value, weight))
+    actual = run_graph(tmp_path, x, shape[0], lambda graph, value: linear(graph, value, weight))
     assert_product(actual, torch.from_numpy(x), weight)
 
 
@@ -143,7 +126,7 @@ def test_a_product_with_a_rounded_input(tmp_path, number_format, activation):
     weight, x = make_weight(number_format, shape, make_activation(activation)), make_inputs(shape[1])
     rounded = weight.activation.fake_quantize(torch.from_numpy(x))
     assert (rounded - torch.from_numpy(x)).abs().max() > 0.2  # rounding is to be seen
-    actual = run_graph(tmp_path, x, shape[0], lambda graph, value: blocks.linear(graph, value, weight))
+    actual = run_graph(tmp_path, x, shape[0], lambda graph, value: linear(graph, value, weight))
     assert_product(actual, torch.from_numpy(x), weight)
 
 
@@ -155,13 +138,13 @@ def test_a_product_with_a_rotated_input(tmp_path, number_format, activation, wid
     weight = make_weight(number_format, (24, width), make_activation(activation), hadamard.block_size(width))
     x = torch.zeros(2, 3, width)
     x[..., 1], x[0, ..., 6], x[1, :2, 3] = 40, 40, -40
-    actual = run_graph(tmp_path, x.numpy(), 24, lambda graph, value: blocks.linear(graph, value, weight))
+    actual = run_graph(tmp_path, x.numpy(), 24, lambda graph, value: linear(graph, value, weight))
     expected, dense = F.linear(weight.rounded_input(x), weight.dense()), weight.dense()
     bound = 1e-5 * x.norm(dim=-1, keepdim=True) * (dense.norm(dim=-1) + 1)
     assert (np.abs(actual - expected.numpy()) <= bound.numpy()).all()
     unrotated = F.linear(x, replace(weight, rotation=None).dense())
     assert ((unrotated - expected).abs() > 100 * bound).any()
-    none = run_graph(tmp_path, x.numpy()[0, :0], 24, lambda graph, value: blocks.linear(graph, value, weight))
+    none = run_graph(tmp_path, x.numpy()[0, :0], 24, lambda graph, value: linear(graph, value, weight))
     assert none.shape == (0, 24)
 
 
@@ -171,7 +154,7 @@ def test_a_product_with_no_rows(tmp_path, number_format, activation):
     """An expert that no token chose."""
     weight = make_weight(number_format, (24, 128), make_activation(activation if number_format in QUANTIZED else None))
     x = np.zeros((0, 128), np.float32)
-    assert run_graph(tmp_path, x, 24, lambda graph, value: blocks.linear(graph, value, weight)).shape == (0, 24)
+    assert run_graph(tmp_path, x, 24, lambda graph, value: linear(graph, value, weight)).shape == (0, 24)
 
 
 @pytest.mark.parametrize("activation", ["static-int8", "dynamic-int8"])
@@ -182,7 +165,7 @@ def test_sums_of_the_largest_whole_numbers_do_not_saturate(tmp_path, activation,
     stored = formats.get("int8").quantize(torch.full((8, 64), float(sign)))
     weight = Weight("w", Role.MLP, (8, 64), "int8", lambda rows=None: stored, make_activation(activation))
     x = torch.full((2, 64), 127.0)
-    actual = run_graph(tmp_path, x.numpy(), 8, lambda graph, value: blocks.linear(graph, value, weight), {})
+    actual = run_graph(tmp_path, x.numpy(), 8, lambda graph, value: linear(graph, value, weight), {})
     assert_product(actual, x, weight)
 
 
@@ -424,7 +407,7 @@ def test_scales_are_those_of_the_checkpoint_to_the_last_bit(stored_as):
 @pytest.mark.parametrize("number_format", ["int8-g32", "int4-g16"])
 def test_scales_too_wide_for_a_byte_are_stored_in_two(tmp_path, number_format):
     weight = make_weight(number_format, (150, 64), wide=True)
-    run_graph(tmp_path, make_inputs(64), 150, lambda graph, value: blocks.linear(graph, value, weight))
+    run_graph(tmp_path, make_inputs(64), 150, lambda graph, value: linear(graph, value, weight))
     scale = initializers(tmp_path / "model.onnx")["w_scale"]
     assert scale.data_type == onnx.TensorProto.BFLOAT16
     assert np.array_equal(exported_scales(tmp_path / "model.onnx", scale), weight.load().scales.T.numpy())
@@ -444,7 +427,7 @@ def test_scales_at_the_end_of_a_bytes_range_are_the_stored_ones(tmp_path, number
     scales = torch.tensor([[most, 129.0]] + [[100.0, 7.0]] * 7) * 2.0**-12
     weight, ids = scaled_as_asked(number_format, scales), np.arange(8).reshape(2, 4)
     x = make_inputs(weight.shape[1])
-    product = run_graph(tmp_path, x, 8, lambda graph, value: blocks.linear(graph, value, weight))
+    product = run_graph(tmp_path, x, 8, lambda graph, value: linear(graph, value, weight))
     assert_product(product, torch.from_numpy(x), weight)
     scale = initializers(tmp_path / "model.onnx")["w_scale"]
     assert np.array_equal(exported_scales(tmp_path / "model.onnx", scale), scales.T.numpy())
@@ -469,7 +452,7 @@ def test_every_weight_is_stored_under_its_name_in_the_bits_of_its_format(stored_
 def test_the_predicted_size_is_the_size_of_the_weights(stored_as):
     """Alignment aside, which is under 64 bytes a tensor; no scale of these models needs more than a byte."""
     tensors = initializers(stored_as.path)
-    predicted = exporter.predict_bytes(stored_as.model.units)
+    predicted = EXPORTER.predict_bytes(stored_as.model.units)
     assert predicted == sum(place(tensor).length for tensor in tensors.values())
     assert 0 <= (stored_as.folder / "model.onnx.data").stat().st_size - predicted < 64 * len(tensors)
 
@@ -484,14 +467,14 @@ def test_the_graph_itself_holds_no_weights(stored_as):
 
 
 def test_an_artifact_names_the_formats_of_its_checkpoint(stored_as):
-    described = exporter.describe(stored_as.folder)
+    described = EXPORTER.describe(stored_as.folder)
     assert described.formats == {name: weight.format for name, weight in stored_as.weights.items()}
     assert described.weight_bytes == sum(place(t).length for t in initializers(stored_as.path).values())
     assert inspect(str(stored_as.folder))["formats"] == inspect(str(stored_as.checkpoint))["formats"]
 
 
 def test_an_artifact_with_rounded_activations_names_the_formats_of_its_checkpoint(rounded_to):
-    assert exporter.describe(rounded_to.folder).formats == {n: w.format for n, w in rounded_to.weights.items()}
+    assert EXPORTER.describe(rounded_to.folder).formats == {n: w.format for n, w in rounded_to.weights.items()}
     assert inspect(str(rounded_to.folder))["formats"] == inspect(str(rounded_to.checkpoint))["formats"]
 
 
@@ -594,7 +577,7 @@ def test_no_product_has_two_dequantized_fp8_sides(rounded_to):
 def test_no_product_of_a_rotation_has_weights_on_its_left(tmp_path):
     """onnxruntime before 1.32 refuses them there where no row is on the right: an expert that no token chose."""
     weight = make_weight("int8", (24, 96), make_activation("static-int8"), hadamard.block_size(96))
-    run_graph(tmp_path, make_inputs(96), 24, lambda graph, value: blocks.linear(graph, value, weight))
+    run_graph(tmp_path, make_inputs(96), 24, lambda graph, value: linear(graph, value, weight))
     reached, products = {"x"}, [n for n in nodes_of(tmp_path / "model.onnx") if n.op_type == "MatMul"]
     for node in nodes_of(tmp_path / "model.onnx"):
         if reached & set(node.input):

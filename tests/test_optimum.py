@@ -1,7 +1,6 @@
 """The two doors from optimum: its command line and its registry of export configurations."""
 
 import importlib.util
-import json
 import os
 import runpy
 import shutil
@@ -19,7 +18,7 @@ from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig
 
 from compress.apply import exporting
-from compress.model.families import jamba
+from compress.model import families
 from compress.runtime.onnx_session import OnnxSession
 from exporters.optimum_hook import tasks
 
@@ -101,7 +100,7 @@ def exporter_config(folder: Path, task: str = "text-generation-with-past"):
 @pytest.mark.parametrize(("task", "use_past"), [("text-generation", False), ("text-generation-with-past", True)])
 def test_optimum_finds_the_export_configuration_of_jamba(small, task, use_past):
     config = exporter_config(small, task)
-    assert isinstance(config, tasks.JambaExporterConfig)
+    assert isinstance(config, tasks.HybridExporterConfig)
     assert (config.task, config.use_past) == ("text-generation", use_past)
 
 
@@ -109,7 +108,7 @@ def test_registering_twice_changes_nothing(small):
     tasks.register()
     supported = TasksManager.get_supported_tasks_for_model_type("jamba", "onnx", library_name="transformers")
     assert set(supported) == {"text-generation", "text-generation-with-past"}
-    assert isinstance(exporter_config(small), tasks.JambaExporterConfig)
+    assert isinstance(exporter_config(small), tasks.HybridExporterConfig)
 
 
 def dynamic_axes(values) -> dict[str, dict[int, str]]:
@@ -149,15 +148,13 @@ def test_dummy_inputs_are_made_for_every_input(small):
 
 
 def test_the_normalized_configuration_has_optimums_names(tiny):
-    values = json.loads((tiny / "config.json").read_text())
-    normalized = jamba.normalized(jamba.parse_config(values, "config.json"))
+    normalized = tasks.HybridConfig(AutoConfig.from_pretrained(tiny))
     assert (normalized.vocab_size, normalized.hidden_size, normalized.num_layers) == (2048, 160, 8)
-    assert (normalized.num_attention_heads, normalized.num_key_value_heads, normalized.head_dim) == (5, 1, 32)
-    assert (normalized.conv_kernel, normalized.state_size, normalized.context_length) == (4, 16, 8192)
-    assert normalized.eos_token_id == 2
+    assert (normalized.num_attention_heads, normalized.eos_token_id) == (5, 2)
+    assert normalized.architecture.config.max_position_embeddings == 8192
 
 
-def test_the_normalized_configuration_also_reads_transformers_own(tiny):
-    normalized = jamba.normalized(AutoConfig.from_pretrained(tiny))
-    assert (normalized.num_layers, normalized.num_key_value_heads) == (8, 1)
-    assert (normalized.conv_kernel, normalized.state_size, normalized.context_length) == (4, 16, 8192)
+def test_every_family_is_registered():
+    for name in families.names():
+        supported = TasksManager.get_supported_tasks_for_model_type(name, "onnx", library_name="transformers")
+        assert set(supported) == {"text-generation", "text-generation-with-past"}

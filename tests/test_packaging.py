@@ -82,6 +82,11 @@ def test_every_module_of_the_checkout_is_in_the_wheel(contents, folder):
     assert modules - {HOOK_SOURCE} <= set(contents)
 
 
+@pytest.mark.parametrize("folder", ["compress", "exporters"])
+def test_type_checkers_may_read_the_annotations(contents, folder):
+    assert f"{folder}/py.typed" in contents
+
+
 @pytest.mark.parametrize("folder", sorted(DATA))
 def test_every_shipped_file_is_in_the_wheel_byte_for_byte(contents, folder):
     files = files_below(ROOT / folder) - files_below(LEFT_OUT)

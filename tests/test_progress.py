@@ -12,7 +12,7 @@ from interruptions import stop_after
 
 import cli
 from compress.apply import pipeline, sweep
-from compress.check import judge as check_run
+from compress.check import judge
 from compress.output_folder.workspace import Workspace
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
@@ -214,7 +214,7 @@ def test_a_resumed_run_says_how_many_layers_it_reuses(apply, monkeypatch):
 
 def test_a_resumed_run_says_which_exports_it_reuses(apply, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_after(patch, check_run, "compare", 1)
+        stop_after(patch, judge, "compare", 1)
         assert apply().exit_code == 130
     result = apply("--resume")
     assert reused(result) == ["6 of 6 layers", "the export onnx"]

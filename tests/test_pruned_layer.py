@@ -129,7 +129,7 @@ def test_calibration_too_small_to_withhold_any_is_refused(moe, tmp_path):
     states = HiddenStates(tmp_path, few, 40).at(tmp_path / "states")
     states.write(0, torch.zeros(states.shapes[0]))
     model = moe.inputs()
-    model._entering = [states]
+    model._entering[0] = states
     message = refusal(lambda: collect(moe.unit, model))
     assert "calibration" in message and "183 tokens" in message
 

@@ -12,6 +12,7 @@ from pruning_oracle import (
     inner_of,
 )
 
+from compress.model.routing import Router
 from compress.passes.pruning import allocation, merging, reconstruction, scores
 from compress.passes.pruning.reconstruction import Reconstruction
 from compress.passes.pruning.statistics import Statistics
@@ -40,7 +41,8 @@ def statistics_of(block: Block) -> Statistics:
     single = lambda values: torch.tensor(values, dtype=torch.float32)  # noqa: E731
     chosen = block.outputs[sample_of(block)]
     return Statistics(
-        top_k=block.top_k,
+        router=Router("router", block.logits.shape[1], block.top_k),
+        bias=None,
         logits=single(block.logits),
         norms=single(np.linalg.norm(block.outputs, axis=2) * (block.gates > 0)),
         importance=single(block.importance),
@@ -131,13 +133,13 @@ def test_many_experts_are_left_out_one_by_one_and_few_sets_are_still_all_tried()
 def test_experts_whose_rows_stay_have_the_very_gates_they_had():
     block, kept = random_block(), (0, 2, 3)
     logits = torch.tensor(block.logits, dtype=torch.float32)
-    gates = reconstruction.gates_of(logits, kept, 2, keep_rows=True).double().numpy()
+    gates = reconstruction.gates_of(statistics_of(block), logits, kept, keep_rows=True).double().numpy()
     stayed = np.count_nonzero(block.gates[:, kept], axis=1) == 2  # tokens that lose none of their experts
     assert 10 < stayed.sum() < len(stayed)
     np.testing.assert_allclose(gates[stayed], block.gates[stayed][:, kept], rtol=1e-5)
     expected = gates_of(block.logits, kept, 2, rows_stay=True)[:, kept]
     np.testing.assert_allclose(gates, expected, rtol=1e-5, atol=1e-7)
-    sliced = reconstruction.gates_of(logits, kept, 2, keep_rows=False).double().numpy()
+    sliced = reconstruction.gates_of(statistics_of(block), logits, kept, keep_rows=False).double().numpy()
     np.testing.assert_allclose(sliced, gates_of(block.logits, kept, 2)[:, kept], rtol=1e-5, atol=1e-7)
 
 

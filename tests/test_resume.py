@@ -17,10 +17,10 @@ from pruning_oracle import make_source
 import cli
 from compress.apply import pipeline, surveys, sweep
 from compress.calibration.inputs import LayerInputs
-from compress.check import judge as check_run
+from compress.check import judge
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import InputError
-from compress.passes import prune_experts
+from compress.passes.prune_experts import PruneExperts
 from compress.passes.pruning import prune as pruning_layer
 from exporters.graph.builder import WeightFile
 
@@ -113,7 +113,7 @@ def test_an_interrupted_export_does_not_compress_again(apply, out, monkeypatch, 
 
 def test_an_interrupted_check_does_not_export_again(apply, out, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
-        stop_after(patch, check_run, "compare", 1)
+        stop_after(patch, judge, "compare", 1)
         assert apply(check=CHECK).exit_code == 130
     assert not out.exists()
     kept = identities(out.with_name("out.partial") / "onnx")
@@ -197,9 +197,9 @@ def test_an_export_of_a_damaged_shard_is_made_again_with_it(apply, out, monkeypa
     """The bit was flipped before the export read it."""
     real = pipeline.exporting.export_to
 
-    def damaged(module, kind, options, written, folder):
+    def damaged(exporter, kind, written, folder):
         flip_a_bit(written.files.paths[3])
-        return real(module, kind, options, written, folder)
+        return real(exporter, kind, written, folder)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.exporting, "export_to", damaged)
@@ -361,7 +361,7 @@ def test_a_pruning_that_was_interrupted_resumes_to_the_same_bytes(
         calls = 0
     interrupt_pruning(with_experts, tmp_path, name, owner, attribute, calls)
     surveyed = []
-    monkeypatch.setattr(prune_experts, "survey", lambda *arguments: surveyed.append(arguments))
+    monkeypatch.setattr(PruneExperts, "survey", lambda *arguments: surveyed.append(arguments))
     resumed, expected = run_pruning(with_experts, tmp_path, *PRUNINGS[name], resume=True), uninterrupted_prunings[name]
     assert not surveyed, "what the survey found is kept"
     assert resumed.digests == expected.digests

@@ -8,8 +8,8 @@ from jamba_models import load_reference
 
 from compress.apply import exporting
 from compress.recipe.source import load_tokenizer
-from compress.runtime import generation
 from compress.runtime.artifacts import open_artifact
+from compress.studies import generation
 
 TOKENS = 16
 PROMPTS = {

@@ -14,9 +14,9 @@ from compress.check.compare import Row, verdict
 from compress.check.metrics import Scores, score, summarize
 from compress.recipe.recipe import load_recipe
 from compress.report import markdown
-from compress.runtime import generation
 from compress.runtime.artifacts import open_artifact
 from compress.strict import json_text
+from compress.studies import generation
 
 QUICK = ("--prompts", "self", "--samples", "2", "--length", "12")
 QUICK_APPLY = ("--set", "check.prompts=[self]", "--set", "check.samples=1", "--set", "check.length=8")

@@ -11,8 +11,10 @@ from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.disk import files, partials
 from compress.errors import InputError, WorkError, first_line, nearest
 from compress.output_folder import destination, integrity
+from compress.plugins import Exporter
 from compress.recipe.recipe import override_key
-from compress.strict.models import from_flags
+from compress.strict.json_text import Json
+from compress.strict.models import Strict, from_flags
 from compress.terminal import progress
 
 CONTENT = "export"  # in the folder that is worked in: what gets the final name
@@ -28,17 +30,16 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: 
     folder = destination.resolve(out)
     _refuse_existing(folder)
     integrity.verify(checkpoint)
-    module = plugins.load(plugins.EXPORTERS, kind)
-    options = _options(module, overrides)
-    export_to(module, kind, options, Checkpoint(checkpoint, allow_quantized=True), folder)
+    exporter = _with_options(plugins.load_exporter(kind), overrides)
+    export_to(exporter, kind, Checkpoint(checkpoint, allow_quantized=True), folder)
     return out
 
 
-def _options(module, overrides: Iterable[str]):
-    data: dict = {}
+def _with_options(exporter: type[Exporter[Strict]], overrides: Iterable[str]) -> Exporter[Strict]:
+    data: dict[str, Json] = {}
     for override in overrides:
         override_key(data, override, example="layout=genai")
-    return from_flags(module.Options, **data)
+    return exporter(from_flags(exporter.Options, **data))
 
 
 def _default_folder(checkpoint: Path, kind: str) -> Path:
@@ -56,7 +57,7 @@ def _refuse_existing(folder: Path) -> None:
             raise destination.being_written(folder)
 
 
-def export_to(module, kind: str, options, written: Checkpoint, folder: Path) -> None:
+def export_to(exporter: Exporter[Strict], kind: str, written: Checkpoint, folder: Path) -> None:
     """Writes an export beside `folder`, which is not there or empty, and renames it when it is complete and on disk;
     leaves nothing where it fails."""
     try:
@@ -69,7 +70,7 @@ def export_to(module, kind: str, options, written: Checkpoint, folder: Path) -> 
         content = partial / CONTENT
         content.mkdir()
         with files.writing(folder):
-            _fill_export(module, kind, options, written, content)
+            _fill_export(exporter, kind, written, content)
             files.sync_tree(content)
         _publish(content, folder)
     finally:
@@ -92,10 +93,10 @@ def _publish(content: Path, folder: Path) -> None:
         raise InputError(f"{folder}: another process wrote it meanwhile, so it is left alone") from None
 
 
-def _fill_export(module, kind: str, options, written: Checkpoint, partial: Path) -> None:
+def _fill_export(exporter: Exporter[Strict], kind: str, written: Checkpoint, partial: Path) -> None:
     with progress.task(stages.exporting(kind), written.model.parameters) as advance:
         try:
-            module.export(written, partial, options, advance)
+            exporter.export(written, partial, advance)
         except (InputError, WorkError, OSError):
             raise
         except Exception as error:  # onnx, protobuf and the exporters to come fail in ways of their own

@@ -6,25 +6,31 @@ from pathlib import Path
 import torch
 
 import compress
-from compress import plugins, prompts
-from compress.apply import exporting, plan, stages, surveys, sweep
-from compress.apply.plan import PassContext, Plan
-from compress.check import judge as check_run
+from compress import prompts
+from compress.apply import exporting, plan, reporting, stages, surveys, sweep
+from compress.apply.plan import Plan
+from compress.check import judge
 from compress.check.compare import Row, verdict
 from compress.checkpoint import companions, compressed_tensors, config_dtype, writer
 from compress.checkpoint.reader import Checkpoint
-from compress.disk import cache, files
+from compress.disk import cache, files, json_files
 from compress.errors import InputError
+from compress.model import records
+from compress.model.records import Record
 from compress.output_folder import manifest
 from compress.output_folder.integrity import MANIFEST
 from compress.output_folder.workspace import Workspace
-from compress.recipe.recipe import LoadedRecipe
+from compress.passes import PassContext
+from compress.plugins import Exported
+from compress.prompts import Used
+from compress.recipe.recipe import ExportStep, LoadedRecipe
 from compress.recipe.source import Source
-from compress.report import build as report_build
 from compress.report import markdown, model_card
+from compress.report.passes import PassDone
+from compress.report.schema import Report
 from compress.runtime.artifacts import CheckpointArtifact
+from compress.strict.json_text import JsonObject
 from compress.terminal import progress
-from exporters import Exported
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,11 @@ class Outcome:
     """What was done, as the report tells it."""
 
     weights_sha256: str
-    passes: list[dict] = field(default_factory=list)
-    calibration: list[dict] = field(default_factory=list)
+    passes: list[PassDone] = field(default_factory=list)
+    calibration: list[Used] = field(default_factory=list)
     exported: list[Exported] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    prompts: list[dict] = field(default_factory=list)
+    prompts: list[Used] = field(default_factory=list)
 
 
 def prepare(job: Job, *, needs_weights: bool = True) -> Plan:
@@ -58,7 +64,7 @@ def prepare(job: Job, *, needs_weights: bool = True) -> Plan:
     return plan.make(job.recipe.recipe, job.source, context, job.recipe.folder, needs_weights=needs_weights)
 
 
-def apply(job: Job) -> dict:
+def apply(job: Job) -> Report:
     """Runs the job and publishes `job.out`; returns the report."""
     with Workspace(job.out, resume=job.resume, overwrite=job.overwrite) as space:
         planned = prepare(job)
@@ -75,8 +81,8 @@ def _refuse_shortages(job: Job, planned: Plan) -> None:
         raise InputError(found[0])
 
 
-def _run(job: Job, planned: Plan, space: Workspace) -> dict:
-    outcome = Outcome(planned.checkpoint.weights_sha256())
+def _run(job: Job, planned: Plan, space: Workspace) -> Report:
+    outcome = Outcome(planned.opened.weights_sha256())
     windows = _calibration_windows(job, planned, outcome) if planned.needs_calibration else None
     space.begin(_key(job, planned, outcome, windows))
     try:
@@ -91,31 +97,33 @@ def _run(job: Job, planned: Plan, space: Workspace) -> dict:
     return _publish(job, planned, outcome, space)
 
 
-def _key(job: Job, planned: Plan, outcome: Outcome, windows: list[torch.Tensor] | None) -> dict:
+def _key(job: Job, planned: Plan, outcome: Outcome, windows: list[torch.Tensor] | None) -> JsonObject:
     """What must not change between an interruption and `--resume`."""
-    key = {
+    key: JsonObject = {
         "recipe": job.recipe.resolved_yaml(),
-        "model": planned.checkpoint.sha256(outcome.weights_sha256),
+        "model": planned.opened.sha256(outcome.weights_sha256),
         "seed": job.seed,
         "version": compress.__version__,
     }
     return key if windows is None else key | {"calibration": prompts.digest(windows)}
 
 
-def _write_checkpoint(job: Job, planned: Plan, outcome: Outcome, space: Workspace, windows) -> None:
+def _write_checkpoint(
+    job: Job, planned: Plan, outcome: Outcome, space: Workspace, windows: list[torch.Tensor] | None
+) -> None:
     """Runs the passes and writes shard after shard, then what makes a checkpoint of them."""
     swept = sweep.run(planned, PassContext(job.device, job.seed), space, windows)
     if swept.written:
         space.forget([step.name for step in planned.recipe.export])
     folder = space.folder / "checkpoint"
     writer.write_index(folder, planned.units)
-    _write_companions(planned, folder)
-    outcome.passes = sweep.report(planned, swept)
+    _write_companions(planned, folder, sweep.records(planned, swept))
+    outcome.passes = sweep.done(planned, swept)
 
 
 def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torch.Tensor]:
     """What passes are calibrated on; the outcome hears of the prompts."""
-    original = CheckpointArtifact(planned.checkpoint, job.device, outcome.weights_sha256)
+    original = CheckpointArtifact(planned.opened, job.device, outcome.weights_sha256)
     sets = prompts.load_all(
         original, original.sha256(), planned.calibration, purpose="calibration",
         seed=job.seed, folder=job.recipe.folder,
@@ -124,10 +132,10 @@ def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torc
     return prompts.longest_first(sets)
 
 
-def _write_companions(planned: Plan, folder: Path) -> None:
-    """config.json with its quantization section, the tokenizer and papers of the source."""
+def _write_companions(planned: Plan, folder: Path, done: list[Record]) -> None:
+    """config.json with its quantization section and what passes did, the tokenizer and papers of the source."""
     restated = config_dtype.restated(planned.result.config_json, planned.model, planned.result)
-    config = companions.without_code(restated)
+    config = records.added(companions.without_code(restated), done)
     section = compressed_tensors.quantization_config(
         weight for unit in planned.units for weight in unit.weights.values()
     )
@@ -137,16 +145,16 @@ def _write_companions(planned: Plan, folder: Path) -> None:
     writer.copy_companions(planned.source.folder, folder)
 
 
-def _export(step, written: Checkpoint, space: Workspace) -> Exported:
+def _export(step: ExportStep, written: Checkpoint, space: Workspace) -> Exported:
     """One export into its folder; one that an earlier run finished is only described again."""
-    module, folder = plugins.load(plugins.EXPORTERS, step.name), space.folder / step.name
+    exporter, folder = step.bound(), space.folder / step.name
     if not space.is_done(step.name):
         exporting.remove_unfinished(folder)
-        exporting.export_to(module, step.name, step.options, written, folder)
+        exporting.export_to(exporter, step.name, written, folder)
         space.mark_done(step.name)
     else:
         progress.tell(f"reused from the earlier run: the export {step.name}")
-    return module.describe(folder)
+    return exporter.describe(folder)
 
 
 def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
@@ -155,24 +163,24 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
         return
     artifacts = {"checkpoint": folder / "checkpoint"}
     artifacts |= {exported.kind: folder / exported.kind / exported.main for exported in outcome.exported}
-    original = CheckpointArtifact(planned.checkpoint, job.device, outcome.weights_sha256)
-    outcome.rows, outcome.prompts = check_run.run(
+    original = CheckpointArtifact(planned.opened, job.device, outcome.weights_sha256)
+    outcome.rows, outcome.prompts = judge.check(
         original, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
     )
 
 
-def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> dict:
+def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Report:
     """Report, recipe, and last of all the manifest; then the folder gets its name."""
-    report = report_build.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
-    writer.write_json(space.folder / "report.json", report)
-    writer.write_text(space.folder / "report.md", markdown.render(report))
-    writer.write_text(space.folder / "recipe.yaml", job.recipe.text)
-    writer.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
+    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
+    json_files.write_json(space.folder / "report.json", report)
+    files.write_text(space.folder / "report.md", markdown.render(report, outcome.passes))
+    files.write_text(space.folder / "recipe.yaml", job.recipe.text)
+    files.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
     formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}
     formats |= {exported.kind: exported.formats for exported in outcome.exported}
     card = model_card.render(report, formats["checkpoint"], job.source.folder, job.recipe.resolved_yaml())
-    writer.write_text(space.folder / "checkpoint" / companions.CARD, card)
+    files.write_text(space.folder / "checkpoint" / companions.CARD, card)
     files.sync_tree(space.folder)
-    writer.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))
+    json_files.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))
     space.publish()
     return report

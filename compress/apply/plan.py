@@ -9,33 +9,27 @@ from pathlib import Path
 
 import psutil
 
-from compress import passes, plugins, prompts
+from compress import prompts
 from compress.check import baseline
 from compress.checkpoint.end_tokens import of_generation_config
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
 from compress.disk import cache, files
 from compress.errors import InputError
-from compress.model import expert_counts, sizes
+from compress.model import sizes
 from compress.model.hybrid import HybridModel
 from compress.model.weight import Unit
 from compress.output_folder import destination
+from compress.passes import Fact, Found, Pass, PassContext
 from compress.recipe.calibration import Calibration
+from compress.recipe.recipe import PassStep, Recipe
 from compress.recipe.source import Source
 from compress.runtime import runtimes
 from compress.runtime.onnx_session import LOAD_FACTOR
 from compress.strict import yaml_text
+from compress.strict.models import Strict
 from compress.terminal.escaping import printable
 
 SPARE = 1.02  # room for headers, graph and report beside the weights
-
-
-@dataclass(frozen=True)
-class PassContext:
-    """What a pass may know beyond its options and the unit. `found` is what its survey found, where it makes one."""
-
-    device: str
-    seed: int
-    found: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +39,14 @@ class Plan:
     source: Source
     checkpoint: Checkpoint | None  # None where there is only a config.json, which is enough for a plan
     stages: tuple[HybridModel, ...]  # as it came, and after each pass
-    recipe: object
-    found: dict[int, dict] = field(default_factory=dict)  # by the pass's place: what its survey found
+    recipe: Recipe
+    found: dict[int, Found] = field(default_factory=dict)  # by the pass's number: what its survey found
+
+    @property
+    def opened(self) -> Checkpoint:
+        """The checkpoint, where the plan is carried out."""
+        assert self.checkpoint is not None, "a plan of a config.json alone is only shown"
+        return self.checkpoint
 
     @property
     def model(self) -> HybridModel:
@@ -71,27 +71,36 @@ class Plan:
         return sizes.stored_bytes(self.units)
 
     def export_bytes(self) -> dict[str, int]:
-        return {s.name: plugins.load(plugins.EXPORTERS, s.name).predict_bytes(self.units) for s in self.recipe.export}
+        return {step.name: step.bound().predict_bytes(self.units) for step in self.recipe.export}
 
     @cached_property
-    def _fitted(self) -> list[tuple]:
-        """The module of every pass, its options as they apply to this model, and what is different in them."""
-        modules = [(plugins.load(plugins.PASSES, step.name), step.options) for step in self.recipe.passes]
-        return [(module, *passes.fitted(module, options, self.model)) for module, options in modules]
+    def _fitted(self) -> list[tuple[Pass[Strict], tuple[str, ...]]]:
+        """Every pass as it applies to this model, and what is different from what its options say."""
+        return [step.bound().fitted(self.model) for step in self.recipe.passes]
 
     @property
-    def modules(self) -> list[tuple]:
-        """The module of every pass, and its options as they apply to this model."""
-        return [(module, options) for module, options, _ in self._fitted]
+    def passes(self) -> list[Pass[Strict]]:
+        """As they apply to this model."""
+        return [fitted for fitted, _ in self._fitted]
 
     @property
     def notes(self) -> list[tuple[str, ...]]:
         """For every pass, sentences on what this model makes of its options."""
-        return [said for _, _, said in self._fitted]
+        return [said for _, said in self._fitted]
+
+    @property
+    def changes(self) -> list[Fact]:
+        """What whoever uses the model must know of what passes do to it."""
+        steps = zip(self.passes, self.stages[:-1], self.stages[1:], strict=True)
+        return [
+            fact
+            for number, (step, before, after) in enumerate(steps)
+            for fact in step.changes(before, after, self.found.get(number))
+        ]
 
     @property
     def needs_calibration(self) -> bool:
-        return any(passes.needs_calibration(*step) for step in self.modules)
+        return any(step.needs_calibration for step in self.passes)
 
     @property
     def calibration(self) -> Calibration:
@@ -103,7 +112,7 @@ class Plan:
         if not self.needs_calibration:
             return 0
         tokens = len(self.calibration.prompts) * self.calibration.samples * self.calibration.length
-        more = [getattr(module, "SCRATCH_STATES", 0) for module, _ in self.modules]
+        more = [step.scratch_states for step in self.passes]
         left = [stage for stage, states in zip(self.stages[1:], more, strict=True) if states]
         kept = sum(max(unit.stored_bytes() for unit in stage.units) for stage in left)
         return (3 + max(more)) * 4 * tokens * self.model.config.hidden_size + kept
@@ -117,7 +126,7 @@ class Plan:
         return baseline.bytes_needed(tokens, config.vocab_size) + 4 * check.samples * check.length * config.hidden_size
 
 
-def make(recipe, source: Source, context: PassContext, recipe_folder: Path, needs_weights: bool = True) -> Plan:
+def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Path, needs_weights: bool = True) -> Plan:
     """Opens the source and refuses everything that headers and configuration tell."""
     checkpoint = Checkpoint(source.folder) if needs_weights or has_weights(source.folder) else None
     model = checkpoint.model if checkpoint else model_of_config(source.folder)
@@ -125,32 +134,33 @@ def make(recipe, source: Source, context: PassContext, recipe_folder: Path, need
     of_generation_config(source.folder)  # refuses one that cannot be read
     folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_calibration else None
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
-        for name in settings.prompts if settings else ():
-            prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
+        if settings is not None:
+            for name in settings.prompts:
+                prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
     _refuse_shared_prompts(recipe, calibration, recipe_folder)
     return plan
 
 
-def with_found(plan: Plan, found: dict[int, dict], context: PassContext) -> Plan:
+def with_found(plan: Plan, found: dict[int, Found], context: PassContext) -> Plan:
     """The plan with every stage worked out, knowing what surveys found."""
     stages = [plan.model]
-    for place, (module, options) in enumerate(plan.modules):
-        _refuse_order(plan, place)
-        module.requires(options, stages[-1])
-        stages.append(passes.planned(module, options, stages[-1], replace(context, found=found.get(place))))
+    for number, step in enumerate(plan.passes):
+        _refuse_order(plan, number)
+        step.requires(stages[-1])
+        stages.append(step.restructure(stages[-1], replace(context, found=found.get(number))))
     return replace(plan, stages=tuple(stages), found=found)
 
 
-def _refuse_order(plan: Plan, place: int) -> None:
+def _refuse_order(plan: Plan, number: int) -> None:
     """A survey is of the model as it came, and what it will find is not known to passes that need the exact tensors."""
-    name, (module, options) = plan.recipe.passes[place].name, plan.modules[place]
-    if place and passes.needs_survey(module, options):
-        raise InputError(f"passes.{place}.{name} surveys the model as it came: it must be the first pass")
-    if hasattr(module, "restructure") and any(passes.needs_survey(*earlier) for earlier in plan.modules[:place]):
-        raise InputError(f"passes.{place}.{name} cannot follow a pass that shares a budget among layers")
+    name, step = plan.recipe.passes[number].name, plan.passes[number]
+    if number and step.needs_survey:
+        raise InputError(f"passes.{number}.{name} surveys the model as it came: it must be the first pass")
+    if step.restructures and any(earlier.needs_survey for earlier in plan.passes[:number]):
+        raise InputError(f"passes.{number}.{name} cannot follow a pass that shares a budget among layers")
 
 
-def _refuse_shared_prompts(recipe, calibration, recipe_folder: Path) -> None:
+def _refuse_shared_prompts(recipe: Recipe, calibration: Calibration | None, recipe_folder: Path) -> None:
     """A model is not judged on what tuned it, under whatever name; generated sets are seeded apart."""
     if recipe.check is None or calibration is None:
         return
@@ -166,7 +176,7 @@ def shortages(plan: Plan, out: Path) -> list[str]:
     needs = [(_existing(out), output - max(0, files.size(destination.partial_of(out))), "the output")]
     if plan.recipe.check is not None:
         needs.append((_existing(cache.location("baseline")), plan.check_bytes(), "the baseline's log-probabilities"))
-    disks: dict[int, list] = {}
+    disks: dict[int, list[tuple[Path, int, str]]] = {}
     for need in needs:
         disks.setdefault(need[0].stat().st_dev, []).append(need)
     found = [*map(_disk_shortage, disks.values()), _memory_shortage(plan)]
@@ -198,15 +208,6 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if os.path.isdir(p))  # noqa: PTH112 - a name may be too long
 
 
-def _expert_changes(plan: Plan) -> list[str]:
-    """Before a survey only the sum is known."""
-    found = expert_counts.changes(plan.model, plan.result)
-    if any(passes.needs_survey(*step) for step in plan.modules):
-        left, whole = (sum(expert_counts.of_model(model).values()) for model in (plan.result, plan.model))
-        found = [f"{left} of {whole} experts stay, shared among layers by a survey of their losses."]
-    return found
-
-
 def describe(plan: Plan, out: Path) -> str:
     """The plan as text, for --dry-run."""
     destination.refuse_unusable(destination.resolve(out))
@@ -222,7 +223,7 @@ def describe(plan: Plan, out: Path) -> str:
             for step, notes in zip(plan.recipe.passes, plan.notes, strict=True)
             for said in notes
         ),
-        *(f"experts   {fact}" for fact in _expert_changes(plan)),
+        *(f"{fact.about:<9} {fact.text}" for fact in plan.changes),
         *(f"travels   {fact}" for fact in sizes.travelling(plan.result)),
         *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
@@ -245,7 +246,7 @@ def describe(plan: Plan, out: Path) -> str:
     return _as_lines(lines)
 
 
-def _pass_lines(step) -> list[str]:
+def _pass_lines(step: PassStep) -> list[str]:
     """A pass as it may stand in a recipe: the keys that have an effect."""
     first, *rest = yaml_text.dump({step.name: step.options.in_force()}).splitlines()
     return [f"pass      {first}", *(f"          {line}" for line in rest)]

@@ -1,37 +1,28 @@
 """The stages of `apply`, by the names that their progress is shown under, in the order they come."""
 
-from compress import passes
-from compress.disk.paths import as_text
-from compress.recipe.check import PHASES
+from compress import prompts
+from compress.apply.plan import Plan
+from compress.check import baseline, compare
+from compress.recipe.check import PHASES, Check
 
 SURVEY, COMPRESSING = "survey", "compressing"
-
-
-def prompts(name: str) -> str:
-    return f"prompts: {as_text(name)}"
 
 
 def exporting(kind: str) -> str:
     return f"exporting {kind}"
 
 
-def baseline(prompt_set: str) -> str:
-    return f"baseline on {as_text(prompt_set)}"
-
-
-def scoring(artifact: str, phase: str, prompt_set: str) -> str:
-    return f"{artifact}: {phase} on {as_text(prompt_set)}"
-
-
-def of(planned) -> list[str]:
+def of(planned: Plan) -> list[str]:
     """All that a plan may need. Those that were done before, and those whose result is kept in the cache, are skipped."""
     calibrated = planned.calibration.prompts if planned.needs_calibration else ()
-    surveys = [SURVEY for step in planned.modules if passes.needs_survey(*step)]
+    surveys = [SURVEY for step in planned.passes if step.needs_survey]
     exports = [step.name for step in planned.recipe.export]
-    names = [*map(prompts, calibrated), *surveys, COMPRESSING, *map(exporting, exports)]
+    names = [*map(prompts.stage, calibrated), *surveys, COMPRESSING, *map(exporting, exports)]
     return names + (_of_check(planned.recipe.check, ["checkpoint", *exports]) if planned.recipe.check else [])
 
 
-def _of_check(check, artifacts: list[str]) -> list[str]:
-    scored = [scoring(artifact, phase, name) for artifact in artifacts for phase in PHASES for name in check.prompts]
-    return [*map(prompts, check.prompts), *map(baseline, check.prompts), *scored]
+def _of_check(check: Check, artifacts: list[str]) -> list[str]:
+    scored = [
+        compare.stage(artifact, phase, name) for artifact in artifacts for phase in PHASES for name in check.prompts
+    ]
+    return [*map(prompts.stage, check.prompts), *map(baseline.stage, check.prompts), *scored]

@@ -9,25 +9,33 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from compress import parallel, passes
+from compress import parallel
 from compress.apply import stages
-from compress.apply.plan import PassContext, Plan
+from compress.apply.plan import Plan
 from compress.apply.process import peak_rss_bytes
 from compress.calibration import inputs as calibration_inputs
-from compress.calibration.inputs import LayerInputs, UnitInputs
+from compress.calibration.inputs import Keep, LayerInputs, UnitInputs
 from compress.checkpoint import writer
 from compress.checkpoint.reader import CHECKPOINT
 from compress.checkpoint.writer import ShardWriter
+from compress.disk import json_files
+from compress.model.records import Record
 from compress.model.weight import Unit, Weight
 from compress.output_folder.workspace import CALIBRATION, Workspace
+from compress.passes import Note, PassContext
+from compress.report.passes import PassDone
 from compress.runtime.inference import HiddenStates, embed_windows
+from compress.strict.plain import plain
 from compress.terminal import progress
+
+Advance = Callable[[int], None]  # hears of parameters
+Write = Callable[[int, Path, Advance], tuple[ShardWriter, Callable[[], None]]]  # a unit's shard, and what follows it
 
 
 @dataclass
@@ -37,7 +45,7 @@ class Swept:
     seconds: float = 0.0
     pass_seconds: dict[int, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
-    notes: dict[int, list[dict]] = field(default_factory=dict)
+    notes: list[list[Note]] = field(default_factory=list)
     reused: int = 0
     written: int = 0  # units
 
@@ -60,28 +68,37 @@ def run(planned: Plan, context: PassContext, space: Workspace, windows: list[tor
                 continue
             swept.written += 1
             publisher.publish(shard, *write(number, space.folder / shard, advance))
-    swept.notes = _notes(space.folder / CALIBRATION, len(planned.recipe.passes))
+    swept.notes = _notes(space.folder / CALIBRATION, len(planned.passes))
     swept.seconds, swept.peak_rss_bytes = time.monotonic() - began, peak_rss_bytes()
     for states in (space.folder / CALIBRATION).glob("states.*"):
         shutil.rmtree(states)
     return swept
 
 
-def report(planned: Plan, swept: Swept) -> list[dict]:
-    """The report's `passes`. Passes that transform on load share the time of the sweep they run in."""
+def done(planned: Plan, swept: Swept) -> list[PassDone]:
+    """Every pass as the report tells of it. Passes that transform on load share the time of the sweep they run in."""
     return [
-        {
-            "name": step.name,
-            "seconds": swept.pass_seconds.get(number, swept.seconds),
-            "peak_rss_bytes": swept.peak_rss_bytes,
-            "details": {
-                **planned.modules[number][0].details(planned.modules[number][1], planned.units, swept.notes[number]),
-                **({"notes": list(planned.notes[number])} if planned.notes[number] else {}),
-                "layers_reused": swept.reused,
-            },
-        }
-        for number, step in enumerate(planned.recipe.passes)
+        PassDone(
+            name=planned.recipe.passes[number].name,
+            step=step,
+            seconds=swept.pass_seconds.get(number, swept.seconds),
+            peak_rss_bytes=swept.peak_rss_bytes,
+            details=step.details(planned.units, swept.notes[number]) or {},
+            notes=planned.notes[number],
+            layers_reused=swept.reused,
+        )
+        for number, step in enumerate(planned.passes)
     ]
+
+
+def records(planned: Plan, swept: Swept) -> list[Record]:
+    """What every pass did to the tensors."""
+    found = []
+    for number, (step, notes) in enumerate(zip(planned.passes, swept.notes, strict=True)):
+        changes = step.records(planned.stages[number], planned.stages[number + 1], notes)
+        name = planned.recipe.passes[number].name
+        found.append(Record(name=name, changes=None if changes is None else tuple(changes)))
+    return found
 
 
 def _shard(planned: Plan, number: int) -> str:
@@ -107,22 +124,27 @@ def _states(number: int) -> str:
     return f"{CALIBRATION}/states.{number}"
 
 
-def _note(place: int, number: int) -> str:
+def _note(pass_number: int, number: int) -> str:
     """What a pass noted of a unit."""
-    return f"{CALIBRATION}/note-{place}-{number:05d}.json"
+    return f"{CALIBRATION}/note-{pass_number}-{number:05d}.json"
 
 
 def _notes_of(planned: Plan, number: int) -> list[str]:
     """Nothing is noted of an embedding, unit 0, that is no output matrix: nothing reaches it."""
-    asking = [place for place, step in enumerate(planned.modules) if passes.needs_calibration(*step)]
-    return [_note(place, number) for place in asking] if number or planned.model.config.tie_word_embeddings else []
+    asking = [pass_number for pass_number, step in enumerate(planned.passes) if step.needs_calibration]
+    return (
+        [_note(pass_number, number) for pass_number in asking]
+        if number or planned.model.config.tie_word_embeddings
+        else []
+    )
 
 
 class _Publisher:
     """Publishes shards while the next unit is worked on: waiting for the disk takes as long as rounding. One at a time."""
 
     def __init__(self, space: Workspace):
-        self._space, self._pool, self._pending = space, ThreadPoolExecutor(1), None
+        self._space, self._pool = space, ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
 
     def publish(self, name: str, shard: ShardWriter, then: Callable[[], None]) -> None:
         """Flushes and renames the shard, notes it as done, and does what may be done only then."""
@@ -141,14 +163,14 @@ class _Publisher:
     def __enter__(self) -> "_Publisher":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._pool:
             if kind is None:
                 self._wait()
 
 
-def _plainly(planned: Plan) -> Callable[[int, Path, Callable], tuple[ShardWriter, Callable[[], None]]]:
-    def write(number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
+def _plainly(planned: Plan) -> Write:
+    def write(number: int, path: Path, advance: Advance) -> tuple[ShardWriter, Callable[[], None]]:
         shard = ShardWriter(planned.units[number], path)
         shard.write_all(planned.units[number], advance)
         return shard, lambda: None
@@ -172,7 +194,7 @@ class _Calibrated:
         self._folder.mkdir(exist_ok=True)
 
     @torch.inference_mode()
-    def __call__(self, number: int, path: Path, advance) -> tuple[ShardWriter, Callable[[], None]]:
+    def __call__(self, number: int, path: Path, advance: Advance) -> tuple[ShardWriter, Callable[[], None]]:
         planned, last = self._planned.units[number], number == len(self._planned.units) - 1
         shard = ShardWriter(planned, path)
         kept: dict[str, Weight] = {}
@@ -192,7 +214,7 @@ class _Calibrated:
             self._hand_on(number, unit, inputs)
         return shard, lambda: shutil.rmtree(self._states_folder(number), ignore_errors=True)
 
-    def _inputs(self, number: int, last: bool, keep) -> UnitInputs | None:
+    def _inputs(self, number: int, last: bool, keep: Keep) -> UnitInputs | None:
         """Nothing reaches the embedding but tokens, unless it is the output matrix too."""
         model, device = self._planned.model, self._context.device
         if number == 0:
@@ -204,24 +226,24 @@ class _Calibrated:
 
     def _passes(self, number: int, inputs: UnitInputs | None) -> Unit:
         unit = self._planned.model.units[number]
-        for place, (module, options) in enumerate(self._planned.modules):
-            context, began = replace(self._context, found=self._planned.found.get(place)), time.monotonic()
-            if inputs is None or not passes.needs_calibration(module, options):
-                unit = module.apply(options, unit, context)
+        for pass_number, step in enumerate(self._planned.passes):
+            context, began = replace(self._context, found=self._planned.found.get(pass_number)), time.monotonic()
+            if inputs is None or not step.needs_calibration:
+                unit = step.apply(unit, context)
                 continue
-            unit, note = module.calibrate(options, unit, inputs, context)
-            inputs.become(self._planned.stages[place + 1])
-            writer.write_json(self._space.folder / _note(place, number), note)
-            self._space.mark_done(_note(place, number))
+            unit, note = step.calibrate(unit, inputs, context)
+            inputs.become(self._planned.stages[pass_number + 1])
+            json_files.write_json(self._space.folder / _note(pass_number, number), plain(note))
+            self._space.mark_done(_note(pass_number, number))
             seconds = self._swept.pass_seconds
-            seconds[place] = seconds.get(place, 0.0) + time.monotonic() - began
+            seconds[pass_number] = seconds.get(pass_number, 0.0) + time.monotonic() - began
         return unit
 
     def _hand_on(self, number: int, unit: Unit, inputs: UnitInputs | None) -> None:
         following = self._states.at(self._states_folder(number + 1))
         if number == 0:
             embed_windows(replace(self._planned.model, units=(unit,)), self._windows, following)
-        else:
+        elif isinstance(inputs, LayerInputs):
             inputs.leave(unit, following)
         following.flush()
         self._space.mark_done(_states(number + 1))
@@ -230,9 +252,9 @@ class _Calibrated:
         return self._space.folder / _states(number)
 
 
-def _notes(folder: Path, passes: int) -> dict[int, list[dict]]:
-    """What passes noted of every unit, those of an interrupted run included, in order."""
-    return {
-        place: [json.loads(path.read_text()) for path in sorted(folder.glob(f"note-{place}-*.json"))]
-        for place in range(passes)
-    }
+def _notes(folder: Path, passes: int) -> list[list[Note]]:
+    """What every pass noted of every unit, in an interrupted run too, in order."""
+    return [
+        [json.loads(path.read_text()) for path in sorted(folder.glob(f"note-{number}-*.json"))]
+        for number in range(passes)
+    ]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-def attention(query, key, value, mask: torch.Tensor | None):
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Causal attention with grouped key-value heads and no positional encoding (Jamba, arXiv 2403.19887).
 
     query [B, Q, S, P]; key, value [B, G, T, P] with the S newest tokens last; mask [B, T] or None. -> [B, Q, S, P].

@@ -2,9 +2,11 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def causal_conv(x: torch.Tensor, conv_state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mask=None):
+def causal_conv(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None,
+                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Depthwise causal convolution over time. x [B, S, D], weight [D, 1, W] -> y [B, S, D], new conv_state.
 
     The state is that after the last token: padding may stand before the tokens or after them, and x is 0 there.

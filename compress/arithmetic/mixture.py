@@ -6,7 +6,7 @@ import torch
 
 
 def mixture(x: torch.Tensor, gates: torch.Tensor, expert: Callable[[int, torch.Tensor], torch.Tensor],
-        only: set[int] | None = None):  # fmt: skip
+        only: set[int] | None = None) -> torch.Tensor:  # fmt: skip
     """Sparse mixture of experts: x [..., H], gates [..., E] -> [..., H].
 
     `expert(e, rows)` runs expert e on the rows [n, H] routed to it, and is called only for experts that have any (of

@@ -54,7 +54,8 @@ def _pieces(batch: int, groups: int, heads: int, most: int) -> list[tuple[slice,
     groups_at_once = min(groups, most // heads_at_once) if heads_at_once == heads else 1
     rows_at_once = max(1, most // (heads_at_once * groups_at_once))
     cuts = ((batch, rows_at_once), (groups, groups_at_once), (heads, heads_at_once))
-    return list(itertools.product(*(parallel.slices(*cut) for cut in cuts)))
+    rows, pairs, singles = (parallel.slices(*cut) for cut in cuts)
+    return list(itertools.product(rows, pairs, singles))
 
 
 def _one_token(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor, y: Tensor, end: Tensor) -> None:

@@ -213,9 +213,9 @@ class HeadInputs:
     def __init__(self, model: HybridModel, name: str | None, final: Callable[[], Iterator[torch.Tensor]], keep: Keep,
                  device: str, own_error: float = 0.0):  # fmt: skip
         self._model, self._final, self.device, self.keep, self._own_error = model, final, device, keep, own_error
-        self.levels = ((InputGroup((name,)),),) if name else ()
+        self.levels: tuple[Level, ...] = ((InputGroup((name,)),),) if name else ()
 
-    def folds(self):
+    def folds(self) -> tuple[Fold, ...]:
         return ()
 
     def become(self, model: HybridModel) -> None:
@@ -266,9 +266,10 @@ def of_tied_head(
 UnitInputs = LayerInputs | HeadInputs
 
 
-def _batches(unit: Unit, prefix: str, groups, wanted: Wanted) -> Iterator[list[InputGroup]]:
+def _batches(unit: Unit, prefix: str, groups: Level, wanted: Wanted) -> Iterator[list[InputGroup]]:
     """Groups whose second moments fit into the budget together; at least one."""
-    batch, taken = [], 0
+    batch: list[InputGroup] = []
+    taken = 0
     for group in groups:
         weight: Weight = unit.weights[prefix + group.names[0]]
         need = wanted.bytes(weight.shape[1])

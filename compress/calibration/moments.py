@@ -3,7 +3,7 @@
 import torch
 
 from compress import parallel
-from compress.errors import InputError
+from compress.errors import InputError, WorkError
 from compress.formats import hadamard
 from compress.model.weight import is_finite
 
@@ -57,6 +57,8 @@ class Moments:
 
     @property
     def hessian(self) -> torch.Tensor:
+        if self._hessian is None:
+            raise WorkError("second moments were not asked for")
         return self._mean(parallel.mirror(self._hessian))
 
     @property

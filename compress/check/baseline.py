@@ -11,14 +11,20 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from compress.apply import stages
-from compress.check.runners import Candidate
 from compress.disk import cache
-from compress.prompts import PromptSet, self_text
+from compress.disk.paths import as_text
+from compress.prompts import PromptSet, Settings, self_text
 from compress.prompts.seeds import derive_seed
+from compress.runtime.artifacts import Artifact
+from compress.runtime.candidates import Candidate
 from compress.terminal import progress
 
 VERSION = 1  # part of the key: raise it when our forward changes its values
+
+
+def stage(prompt_set: str) -> str:
+    """What the progress of computing it is shown under."""
+    return f"baseline on {as_text(prompt_set)}"
 
 
 class Baseline:
@@ -42,7 +48,7 @@ def bytes_needed(tokens: int, vocab_size: int) -> int:
     return 4 * tokens * vocab_size
 
 
-def refuse_full_disk(artifact, model_sha256: str, sets: list[PromptSet]) -> None:
+def refuse_full_disk(artifact: Artifact, model_sha256: str, sets: list[PromptSet]) -> None:
     """Says before the work that what is not in the cache yet would not fit beside the hidden states of one set.
 
     `artifact` is the baseline's; hidden states wait on disk where a checkpoint is computed, the candidate's included.
@@ -54,7 +60,7 @@ def refuse_full_disk(artifact, model_sha256: str, sets: list[PromptSet]) -> None
     cache.refuse_full_disk(need, "the baseline's log-probabilities and hidden states")
 
 
-def refuse_long_own_text(artifact, model_sha256: str, settings, seed: int) -> None:
+def refuse_long_own_text(artifact: Artifact, model_sha256: str, settings: Settings, seed: int) -> None:
     """The same for text that the model is to write itself, which is as long as asked for: before it is written."""
     seed = derive_seed(seed, "check", "self")
     kept = self_text.path(artifact, model_sha256, seed, settings.samples, settings.length)
@@ -84,7 +90,7 @@ def _key(model_sha256: str, prompt_set: PromptSet) -> str:
 def _write(reference: Candidate, prompt_set: PromptSet, file: BinaryIO) -> None:
     starts, row_bytes = _starts(prompt_set), 4 * reference.vocab_size
     total = reference.steps(prompt_set.tokens)
-    with progress.task(stages.baseline(prompt_set.name), total) as advance:
+    with progress.task(stage(prompt_set.name), total) as advance:
         for window, start, logits in reference.logits(prompt_set.windows, "prefill", advance):
             file.seek(row_bytes * int(starts[window] + start))
             file.write(torch.log_softmax(logits.float(), dim=-1).numpy().data)

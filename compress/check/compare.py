@@ -2,18 +2,37 @@
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
-from compress.apply import stages
 from compress.check.baseline import Baseline
 from compress.check.metrics import Scores, score, summarize
-from compress.check.runners import Candidate
+from compress.disk.paths import as_text
 from compress.prompts import PromptSet
-from compress.recipe.check import METRICS, PHASES
+from compress.recipe.check import METRICS, PHASES, MetricName
+from compress.runtime.candidates import Candidate
 from compress.terminal import progress
 
 ALL = "all"
+
+
+def stage(artifact: str, phase: str, prompt_set: str) -> str:
+    """What the progress of scoring is shown under."""
+    return f"{artifact}: {phase} on {as_text(prompt_set)}"
+
+
+class RowFacts(TypedDict):
+    """A row as JSON has it."""
+
+    artifact: str
+    metric: MetricName
+    phase: str
+    prompts: str
+    value: float | None
+    positions: int
+    limit: float | None
+    passed: bool | None
 
 
 @dataclass(frozen=True)
@@ -21,7 +40,7 @@ class Row:
     """One line of the report's `checks`. Rows over all prompts carry a limit where the recipe gives one."""
 
     artifact: str
-    metric: str
+    metric: MetricName
     phase: str
     prompts: str
     value: float
@@ -36,13 +55,22 @@ class Row:
     def is_finite(self) -> bool:
         return math.isfinite(self.value)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> RowFacts:
         """`value` is None where it is not a number."""
-        return {**self.__dict__, "value": self.value if self.is_finite else None, "passed": self.passed}
+        return {
+            "artifact": self.artifact,
+            "metric": self.metric,
+            "phase": self.phase,
+            "prompts": self.prompts,
+            "value": self.value if self.is_finite else None,
+            "positions": self.positions,
+            "limit": self.limit,
+            "passed": self.passed,
+        }
 
 
 def compare(
-    artifact: str, candidate: Candidate, sets: list[tuple[PromptSet, Baseline]], limits: dict[str, float]
+    artifact: str, candidate: Candidate, sets: list[tuple[PromptSet, Baseline]], limits: dict[MetricName, float]
 ) -> list[Row]:
     """Scores one artifact in both phases. Limits bind the rows over all prompts; rows per set inform."""
     rows = []
@@ -61,7 +89,7 @@ def verdict(rows: list[Row]) -> str:
     return "pass" if any(row.passed for row in rows) else "not_checked"
 
 
-def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[str, float]) -> list[Row]:
+def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[MetricName, float]) -> list[Row]:
     positions = len(scores.kl_divergence)
     return [
         Row(artifact, metric, phase, prompts, value, positions, limits.get(metric))
@@ -72,7 +100,7 @@ def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[
 def _scores(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scores:
     """One phase over one prompt set, positions in the order of the windows."""
     pieces: dict[tuple[int, int], Scores] = {}
-    with progress.task(stages.scoring(artifact, phase, prompts.name), candidate.steps(prompts.tokens)) as advance:
+    with progress.task(stage(artifact, phase, prompts.name), candidate.steps(prompts.tokens)) as advance:
         for window, start, logits in candidate.logits(prompts.windows, phase, advance):
             stop = start + len(logits)
             targets = prompts.windows[window][start + 1 : stop + 1]

@@ -1,13 +1,16 @@
 """genai_config.json of an ONNX artifact: whether it describes the graph beside it, since onnxruntime-genai believes it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from compress.checkpoint.folder import read_json
+from compress.disk.json_files import read_json
 from compress.errors import InputError
-from compress.runtime.onnx_layouts import GENAI
+from compress.model.config import Config
+from compress.output_folder.onnx_layouts import GENAI
+from compress.strict.json_text import Json, JsonObject
 
 
-def refuse_broken(model: Path, config) -> None:
+def refuse_broken(model: Path, config: Config) -> None:
     """Raises InputError where the file is there and is damaged, or belongs to another model than `config` is of."""
     path = model.parent / GENAI.config
     if not path.is_file():
@@ -23,25 +26,25 @@ def refuse_broken(model: Path, config) -> None:
         _expect(decoder, "num_hidden_layers", config.num_hidden_layers, path)
 
 
-def _mapping(values: dict, key: str, path: Path) -> dict:
+def _mapping(values: JsonObject, key: str, path: Path) -> JsonObject:
     found = values.get(key)
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a mapping '{key}'")
     return found
 
 
-def _expect(values: dict, key: str, expected: int, path: Path) -> None:
+def _expect(values: JsonObject, key: str, expected: int, path: Path) -> None:
     if values.get(key) != expected:
         raise InputError(
             f"{path}: '{key}' is {values.get(key)!r:.80}, but the graph was made from a model with {expected}"
         )
 
 
-def _check_ids(section: dict, key: str, config, path: Path) -> None:
+def _check_ids(section: JsonObject, key: str, config: Config, path: Path) -> None:
     """Ids of the vocabulary, and all of it that the model's configuration names; an end of text may have more. What the
     configuration names beyond the vocabulary, such as a padding that was added later, is not this file's fault."""
-    ids, named = _as_list(section.get(key)), _as_list(getattr(config, key, None))
-    known = [value for value in named if 0 <= value < config.vocab_size]
+    ids, named = _as_list(section.get(key)), _as_list(getattr(config, key))
+    known = [value for value in named if isinstance(value, int) and 0 <= value < config.vocab_size]
     for value in ids:
         if type(value) is not int or not (0 <= value < config.vocab_size or value in named):
             raise InputError(f"{path}: '{key}' holds {value!r:.80}; expected ids below {config.vocab_size}")
@@ -51,5 +54,5 @@ def _check_ids(section: dict, key: str, config, path: Path) -> None:
         )
 
 
-def _as_list(value) -> list:
+def _as_list(value: Json) -> Sequence[Json]:
     return value if isinstance(value, list) else [] if value is None else [value]

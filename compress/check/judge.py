@@ -10,8 +10,8 @@ from compress.recipe.check import Check
 from compress.runtime.artifacts import Artifact, open_artifact
 
 
-def run(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed: int, device: str = "cpu",
-        prompt_folder: Path | None = None) -> tuple[list[Row], list[dict]]:  # fmt: skip
+def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed: int, device: str = "cpu",
+        prompt_folder: Path | None = None) -> tuple[list[Row], list[prompts.Used]]:  # fmt: skip
     """Compares each artifact (name -> path) with the original. Returns the rows, and what was used of each prompt set."""
     digest = original.sha256()
     baseline.refuse_long_own_text(original, digest, settings, seed)

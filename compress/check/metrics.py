@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from compress.recipe.check import MetricName
+
 
 @dataclass
 class Scores:
@@ -44,7 +46,7 @@ def score(log_p: torch.Tensor, logits_q: torch.Tensor, targets: torch.Tensor) ->
     )
 
 
-def summarize(scores: Scores) -> dict[str, float]:
+def summarize(scores: Scores) -> dict[MetricName, float]:
     """Metric name -> value; NaN or infinite where the logits of some position are."""
     with np.errstate(over="ignore", invalid="ignore"):
         return {

@@ -6,12 +6,19 @@ Compared is what the files mean, not their bytes: they may be serialised anew, o
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compress.checkpoint.folder import read_json
+from compress.disk.json_files import read_json
 from compress.errors import InputError, first_line
 from compress.prompts import passages
 from compress.recipe.source import has_tokenizer, load_tokenizer
+from compress.recipe.tokenizer import Tokenizer
+from compress.strict.json_text import Json
 
+if TYPE_CHECKING:
+    from jinja2 import nodes
+
+Template = str | dict[str, str] | None
 FAST = "tokenizer.json"
 JSON_FILES = (FAST, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 TEMPLATE = "chat_template.jinja"
@@ -49,7 +56,7 @@ def refuse_other(baseline: Path, candidate: Path, *, text_needed: bool) -> None:
         raise InputError(f"{candidate}: its tokenizer is not that of {baseline}: {what}")
 
 
-def _load(folder: Path):
+def _load(folder: Path) -> Tokenizer:
     """The tokenizer; a damaged file is named."""
     for name in JSON_FILES:
         if (folder / name).is_file():
@@ -76,7 +83,7 @@ def _culprit(folder: Path) -> str | None:
     return None
 
 
-def _differences(theirs, ours, *, alike: bool) -> Iterator[str]:
+def _differences(theirs: Tokenizer, ours: Tokenizer, *, alike: bool) -> Iterator[str]:
     """Sentences on what differs. Parts are compared as they are written where both come from the same kind of file."""
     parts = [_parts(tokenizer, structure=alike) for tokenizer in (theirs, ours)]
     for name in parts[0]:
@@ -90,11 +97,11 @@ def _differences(theirs, ours, *, alike: bool) -> Iterator[str]:
         yield "the chat template differs"
 
 
-def _parts(tokenizer, *, structure: bool) -> dict:
+def _parts(tokenizer: Tokenizer, *, structure: bool) -> dict[str, object]:
     """By name, what decides the ids; a part that one has and the other lacks counts as different."""
-    parts = {"vocabulary": tokenizer.get_vocab()}
-    if structure and hasattr(tokenizer, "backend_tokenizer"):
-        written = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts: dict[str, object] = {"vocabulary": tokenizer.get_vocab()}
+    if structure and (backend := getattr(tokenizer, "backend_tokenizer", None)):
+        written = json.loads(backend.to_str())
         model = written["model"]
         parts |= {
             "list of merges": model.pop("merges", None),
@@ -108,33 +115,33 @@ def _parts(tokenizer, *, structure: bool) -> dict:
     return parts | {f"id of the {name} token": getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
 
 
-def _plain(step: dict | None):
+def _plain(step: Json) -> Json:
     """A sequence of one step is that step."""
-    lists = [value for value in (step or {}).values() if isinstance(value, list)]
-    if step and step.get("type") == "Sequence" and len(lists) == 1:
+    lists = [value for value in step.values() if isinstance(value, list)] if isinstance(step, dict) else []
+    if isinstance(step, dict) and step.get("type") == "Sequence" and len(lists) == 1:
         steps = [_plain(item) for item in lists[0]]
         return steps[0] if len(steps) == 1 else steps or None
     return step
 
 
-def _special_text(tokenizer) -> str:
+def _special_text(tokenizer: Tokenizer) -> str:
     return " a".join(tokenizer.all_special_tokens)
 
 
-def _ids(tokenizer, text: str, special: bool) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _same_template(one, other) -> bool:
+def _same_template(one: Template, other: Template) -> bool:
     """Templates are one by name, or a single one; comments and the layout of tags mean nothing."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same_template(one[name], other[name]) for name in one)
     if one == other or not (isinstance(one, str) and isinstance(other, str)):
-        return one == other
+        return bool(one == other)
     return _parsed(one) is not None and _parsed(one) == _parsed(other)
 
 
-def _parsed(template: str):
+def _parsed(template: str) -> "nodes.Template | None":
     """The syntax tree as transformers sees it; None where it is not a template, or needs more than Jinja."""
     from jinja2 import Environment, TemplateSyntaxError
 

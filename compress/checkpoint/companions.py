@@ -7,8 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
-from compress.checkpoint.pointers import refuse_pointer
+from compress.disk.pointers import refuse_pointer
 from compress.strict import json_text
+from compress.strict.json_text import JsonObject
 
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "*.model", "special_tokens_map.json", "added_tokens.json"),
@@ -50,7 +51,7 @@ def copy(path: Path, folder: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def _object(path: Path) -> dict:
+def _object(path: Path) -> JsonObject:
     """What a JSON file maps; nothing where it is none, as what cannot be read names no code."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -59,7 +60,7 @@ def _object(path: Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
-def without_code(values: dict) -> dict:
+def without_code(values: JsonObject) -> JsonObject:
     """A configuration without what names code."""
     return {key: value for key, value in values.items() if key not in CODE}
 

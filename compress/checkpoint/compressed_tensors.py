@@ -17,6 +17,7 @@ from compress.formats import activations
 from compress.formats.activations import Activation
 from compress.model.roles import Role
 from compress.model.weight import Weight
+from compress.strict.json_text import Json, JsonObject
 
 SCHEME_KEYS = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic")
 ACTIVATION_KEYS = ("num_bits", "type", "symmetric", "strategy", "dynamic")
@@ -40,7 +41,7 @@ class Scheme(NamedTuple):
         return Scheme(weight.format, weight.activation.format if weight.activation else None, weight.rotation)
 
 
-def quantization_config(weights: Iterable[Weight]) -> dict | None:
+def quantization_config(weights: Iterable[Weight]) -> JsonObject | None:
     """The section of config.json for these weights, or None where nothing is quantized."""
     weights = list(weights)
     quantized = [weight for weight in weights if weight.is_quantized]
@@ -57,7 +58,7 @@ def quantization_config(weights: Iterable[Weight]) -> dict | None:
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": sorted(w.name.removesuffix(".weight") for w in weights if not w.is_quantized and len(w.shape) == 2),
         "kv_cache_scheme": None,
-        **_transforms([weight for weight in quantized if weight.rotation]),
+        **_transforms(quantized),
     }
 
 
@@ -73,7 +74,13 @@ def _grouped(quantized: list[Weight]) -> list[tuple[Scheme, list[str]]]:
     if len(experts | others) == 1:
         return _targeted(experts | others, list(CLASSES))
     found = [*_targeted(others, list(CLASSES)), *_targeted(experts, [EXPERTS])]
-    return sorted(found, key=lambda item: -formats.get(item[0].format).scheme()["num_bits"])
+    return sorted(found, key=lambda item: -_bits(item[0]))
+
+
+def _bits(scheme: Scheme) -> int:
+    bits = formats.get(scheme.format).scheme()["num_bits"]
+    assert isinstance(bits, int)
+    return bits
 
 
 def _for_plain_experts(weights: list[Weight]) -> list[dict]:
@@ -107,12 +114,13 @@ def _targeted(modules: dict[Scheme, list[str]], only: list[str]) -> list[tuple[S
     return [(scheme, only if len(modules) == 1 else sorted(modules[scheme])) for scheme in ordered]
 
 
-def _transforms(weights: Iterable[Weight]) -> dict:
+def _transforms(weights: Iterable[Weight]) -> JsonObject:
     """compressed-tensors' `transform_config` for matrices that are stored rotated, by the rotation's block."""
     rotated: dict[int, list[str]] = {}
     for weight in weights:
-        rotated.setdefault(weight.rotation, []).append(weight.name.removesuffix(".weight"))
-    groups = {
+        if weight.rotation:
+            rotated.setdefault(weight.rotation, []).append(weight.name.removesuffix(".weight"))
+    groups: JsonObject = {
         f"rotation_{size}": {
             "type": "hadamard",
             "head_dim": size,
@@ -126,7 +134,7 @@ def _transforms(weights: Iterable[Weight]) -> dict:
     return {"transform_config": {"config_groups": groups}} if groups else {}
 
 
-def _group(scheme: Scheme, targets: Iterable[str]) -> dict:
+def _group(scheme: Scheme, targets: Iterable[str]) -> JsonObject:
     return {
         "targets": list(targets),
         # transformers passes over `transform_config`: a name it does not know stops it, where it would load rotated weights
@@ -141,10 +149,10 @@ def _storage(scheme: Scheme) -> str:
     described = formats.get(scheme.format).scheme()
     if described["type"] == "float":
         return "float-quantized"
-    return "int-quantized" if scheme.activation and described["num_bits"] == 8 else "pack-quantized"
+    return "int-quantized" if scheme.activation and _bits(scheme) == 8 else "pack-quantized"
 
 
-def schemes_of(config: dict, folder: Path, stored_names: set[str]) -> dict[str, Scheme]:
+def schemes_of(config: JsonObject, folder: Path, stored_names: set[str]) -> dict[str, Scheme]:
     """The scheme of every quantized weight, by its logical name, from config.json and the stored names."""
     section, source = config["quantization_config"], folder / "config.json"
     if not isinstance(section, dict) or section.get("quant_method") != "compressed-tensors":
@@ -161,7 +169,7 @@ def schemes_of(config: dict, folder: Path, stored_names: set[str]) -> dict[str, 
     return {f"{module}.weight": scheme for module, scheme in schemes.items()}
 
 
-def _refuse_half_described_rotations(groups: dict, schemes: dict[str, Scheme], source: Path) -> None:
+def _refuse_half_described_rotations(groups: JsonObject, schemes: dict[str, Scheme], source: Path) -> None:
     """The format of a group and `transform_config` must agree on whether there are rotated matrices."""
     marked = any(isinstance(g, dict) and str(g.get("format", "")).endswith(ROTATED) for g in groups.values())
     if marked != any(scheme.rotation for scheme in schemes.values()):
@@ -170,25 +178,34 @@ def _refuse_half_described_rotations(groups: dict, schemes: dict[str, Scheme], s
         )
 
 
-def _rotations_of(section, source: Path) -> dict[str, int]:
+def _rotations_of(section: Json, source: Path) -> dict[str, int]:
     """Block of the rotation by module; refuses transforms of any other kind."""
+    if section is None:
+        return {}
+    groups = section.get("config_groups") if isinstance(section, dict) else None
     rotations: dict[str, int] = {}
-    try:
-        for group in section["config_groups"].values() if section is not None else ():
-            size = group["head_dim"]
-            if group["type"] != "hadamard" or not isinstance(size, int) or size < 1 or size & (size - 1):
-                raise ValueError
-            rotations |= dict.fromkeys(group["apply"][0]["targets"], size)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
-        raise InputError(f"{source}: transform_config describes a transform that is not known here") from None
+    for rotated in map(_rotated, groups.values()) if isinstance(groups, dict) else [None]:
+        if rotated is None:
+            raise InputError(f"{source}: transform_config describes a transform that is not known here")
+        rotations |= rotated
     return rotations
 
 
-def _targets(group, source: Path) -> list[str]:
+def _rotated(group: Json) -> dict[str, int] | None:
+    """Its modules with the block of their rotation; None where it is no rotation of ours."""
+    match group:
+        case {"type": "hadamard", "head_dim": int(size), "apply": [{"targets": list(targets)}, *_]}:
+            names = [target for target in targets if isinstance(target, str)]
+            whole = len(names) == len(targets) and size > 0 and size & (size - 1) == 0
+            return dict.fromkeys(names, size) if whole else None
+    return None
+
+
+def _targets(group: Json, source: Path) -> list[str]:
     targets = group.get("targets") if isinstance(group, dict) else None
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise InputError(f"{source}: every config group of quantization_config must list its targets")
-    return targets
+    return [str(target) for target in targets]
 
 
 def _scheme_for(module: str, groups: list[tuple[list[str], Scheme]], source: Path) -> Scheme:
@@ -212,18 +229,18 @@ def _matches(pattern: str, module: str, source: Path) -> bool:
         raise InputError(f"{source}: the target 're:{pattern}' is not a regular expression ({error})") from None
 
 
-def _scheme_of(group: dict, source: Path) -> Scheme:
+def _scheme_of(group: JsonObject, source: Path) -> Scheme:
     return Scheme(_format_of(group.get("weights"), source), _activation_of(group.get("input_activations"), source))
 
 
-def _format_of(scheme, source: Path) -> str:
+def _format_of(scheme: Json, source: Path) -> str:
     for name in formats.FILES:
         if isinstance(scheme, dict) and _agrees(scheme, formats.get(name).scheme(), SCHEME_KEYS):
             return name
     raise InputError(f"{source}: quantization_config describes a number format that is not known here: {scheme}")
 
 
-def _activation_of(scheme, source: Path) -> str | None:
+def _activation_of(scheme: Json, source: Path) -> str | None:
     if scheme is None:
         return None
     for name in activations.NAMES:
@@ -232,6 +249,6 @@ def _activation_of(scheme, source: Path) -> str | None:
     raise InputError(f"{source}: quantization_config describes activations that are not known here: {scheme}")
 
 
-def _agrees(scheme: dict, ours: dict, keys: Iterable[str]) -> bool:
+def _agrees(scheme: JsonObject, ours: JsonObject, keys: Iterable[str]) -> bool:
     """Equal where ours says something; a key it leaves out must be absent or null."""
     return all(scheme.get(key, False if key == "dynamic" else None) == ours.get(key) for key in keys)

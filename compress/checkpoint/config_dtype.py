@@ -9,11 +9,12 @@ from compress.checkpoint.reader import CONFIG_DTYPES
 from compress.model.hybrid import HybridModel
 from compress.model.roles import QUANTIZABLE
 from compress.model.weight import PLAIN_DTYPES, Weight
+from compress.strict.json_text import JsonObject
 
 KEYS = ("dtype", "torch_dtype")  # transformers reads either; the second is the older name
 
 
-def restated(config: dict, before: HybridModel, after: HybridModel) -> dict:
+def restated(config: JsonObject, before: HybridModel, after: HybridModel) -> JsonObject:
     """config.json as it is to be written. Its type is that of the matrices, where a pass cast any: the narrowest that
     holds them all, and what it named before where others are quantized, since that is what they are widened to."""
     matrices = [weight for weight in after.weights if _is_matrix(weight)]
@@ -48,6 +49,6 @@ def _cast(before: HybridModel, matrices: Iterable[Weight]) -> bool:
     return any(not weight.is_quantized and weight.format != came[weight.name] for weight in matrices)
 
 
-def _named(config: dict) -> list[torch.dtype]:
+def _named(config: JsonObject) -> list[torch.dtype]:
     """Types that config.json names and that are known here."""
     return [CONFIG_DTYPES[name] for key in KEYS if isinstance(name := config.get(key), str) and name in CONFIG_DTYPES]

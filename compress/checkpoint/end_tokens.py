@@ -1,15 +1,24 @@
 """The tokens that end a text. Chat models name more of them in generation_config.json than in config.json."""
 
 from pathlib import Path
+from typing import Protocol
 
-from compress.checkpoint.folder import read_json
+from compress.disk.json_files import read_json
 from compress.errors import InputError
+from compress.model.config import Config
+from compress.strict.json_text import Json
 
 GENERATION_CONFIG = "generation_config.json"
 KEY = "eos_token_id"
 
 
-def end_tokens(config, folder: Path, tokenizer=None) -> list[int]:
+class Ending(Protocol):
+    """Of a tokenizer, what is asked here."""
+
+    eos_token_id: int | None
+
+
+def end_tokens(config: Config, folder: Path, tokenizer: Ending | None = None) -> list[int]:
     """Ids, each once: of the validated configuration, of the folder's generation config, of the tokenizer where one is given.
 
     Those that are not in the model's vocabulary are left out: it cannot give them, and no runtime accepts them.
@@ -26,14 +35,18 @@ def of_generation_config(folder: Path) -> list[int]:
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return []
-    tokens = _listed(read_json(path).get(KEY))
-    for token in tokens:
-        if type(token) is not int:
-            raise InputError(f"{path}: {KEY} must be a token id or a list of them (it holds {token!r:.80})")
-    return tokens
+    named = read_json(path).get(KEY)
+    tokens: list[Json] = named if isinstance(named, list) else [] if named is None else [named]
+    return [_checked(token, path) for token in tokens]
 
 
-def _listed(value) -> list:
-    if value is None:
+def _checked(token: Json, path: Path) -> int:
+    if type(token) is not int:
+        raise InputError(f"{path}: {KEY} must be a token id or a list of them (it holds {token!r:.80})")
+    return token
+
+
+def _listed(tokens: int | list[int] | None) -> list[int]:
+    if tokens is None:
         return []
-    return value if isinstance(value, list) else [value]
+    return tokens if isinstance(tokens, list) else [tokens]

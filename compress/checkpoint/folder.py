@@ -1,33 +1,19 @@
 """The weight files of a checkpoint folder: which tensor lies in which file, and refusals of what must not be read."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from compress.checkpoint.pointers import refuse_pointer
-from compress.checkpoint.safetensors_file import Entry, SafetensorsFile, no_duplicates
+from compress.checkpoint.safetensors_file import Entry, SafetensorsFile
+from compress.disk.files import file_sha256
+from compress.disk.json_files import read_json
 from compress.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; raises InputError naming the file."""
-    refuse_pointer(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=no_duplicates)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
 
 
 NamesOfStored = Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, tuple[str, ...]]]
@@ -103,11 +89,6 @@ def _rename(folder: Path, files: Mapping[str, SafetensorsFile], names_of_stored:
             entries[name] = replace(entry, shape=shape, offset=entry.offset + number * length, length=length)
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = _index_files(folder)
@@ -129,23 +110,32 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _index_files(folder: Path) -> list[str]:
     """File names of a sharded index, each a plain name inside the folder that exists."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{folder / INDEX}: 'weight_map' must map tensor names to files")
     inside = {path.name for path in folder.iterdir() if path.is_file()}
-    for name in weight_map.values():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise InputError(f"{folder / INDEX}: '{name!s:.200}' is not a safetensors file inside the folder")
+    names = sorted(set(_weight_map(folder).values()))
+    for name in names:
         if name not in inside:
             raise InputError(f"{folder / INDEX}: the file '{name}' it names is missing")
-    return sorted(set(weight_map.values()))
+    return names
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of every tensor, as an index names them."""
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{folder / INDEX}: 'weight_map' must map tensor names to files")
+    found: dict[str, str] = {}
+    for tensor, name in listed.items():
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise InputError(f"{folder / INDEX}: '{name!s:.200}' is not a safetensors file inside the folder")
+        found[tensor] = name
+    return found
 
 
 def _check_index(folder: Path, files: dict[str, SafetensorsFile]) -> None:
     """An index must list exactly the tensors its files hold, each in the file it says."""
     if not (folder / INDEX).is_file():
         return
-    weight_map = read_json(folder / INDEX)["weight_map"]
+    weight_map = _weight_map(folder)
     for name, file_name in weight_map.items():
         if name not in files or files[name].path.name != file_name:
             raise InputError(f"{folder / INDEX}: tensor '{name}' is not in the file '{file_name}' as the index says")

@@ -3,39 +3,42 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from compress.checkpoint import companions, compressed_tensors, stored
 from compress.checkpoint.compressed_tensors import Scheme
-from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder, read_json
+from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder
 from compress.checkpoint.safetensors_file import DTYPE_NAMES
+from compress.disk.json_files import read_json
 from compress.errors import InputError
 from compress.model import families
 from compress.model.architecture import Architecture
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import PLAIN_FORMATS, Spec, Unit, UnitSpec, Weight, is_finite
+from compress.output_folder import onnx_layouts
 from compress.output_folder.integrity import is_output
-from compress.runtime import onnx_layouts
+from compress.strict.json_text import JsonObject
 from compress.terminal import progress
 
 CHECKPOINT = "checkpoint"  # in an output folder of `apply`
 CONFIG_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def open_config(folder: Path) -> tuple[Architecture, dict]:
+def open_config(folder: Path) -> tuple[Architecture, JsonObject]:
     """The family, bound to its validated configuration, and config.json itself."""
     path = folder / "config.json"
     values = read_json(path)
     return parse_config(values, str(path)), values
 
 
-def parse_config(values: dict, source: str) -> Architecture:
+def parse_config(values: JsonObject, source: str) -> Architecture:
     """The same of a config.json that was read already; `source` says where it stood."""
     supported = families.names()
     model_type = values.get("model_type")
-    if model_type not in supported:
+    if not isinstance(model_type, str) or model_type not in supported:
         raise InputError(f"{source}: model_type '{model_type}' is not supported; supported: {', '.join(supported)}")
     return families.get(model_type).parse(values, source)
 
@@ -57,7 +60,7 @@ def find_checkpoint(path: Path) -> Path:
     raise InputError(f"{path}: neither a checkpoint folder (no config.json) nor a finished output of apply")
 
 
-def config_dtype(values: dict, source: str) -> torch.dtype:
+def config_dtype(values: JsonObject, source: str) -> torch.dtype:
     """The type config.json says the weights have; bfloat16 where it names none."""
     name = next((values[key] for key in ("dtype", "torch_dtype") if values.get(key) is not None), "bfloat16")
     if not isinstance(name, str) or name not in CONFIG_DTYPES:
@@ -70,7 +73,7 @@ def model_of_config(folder: Path) -> HybridModel:
     architecture, values = open_config(folder)
     number_format = PLAIN_FORMATS[config_dtype(values, str(folder / "config.json"))]
 
-    def load(rows=None):
+    def load(rows: slice | None = None) -> NoReturn:
         raise InputError(f"{folder}: has no weight files")
 
     units = tuple(
@@ -97,8 +100,8 @@ class Checkpoint:
             compressed_tensors.schemes_of(self.config, folder, self.files.names) if self.is_quantized else {}
         )
         self._check_layer_count(architecture)
-        *units, head = (self._unit(spec) for spec in architecture.layout())
-        units = (*units, self._with_travellers(head, architecture))
+        *before, head = (self._unit(spec) for spec in architecture.layout())
+        units = (*before, self._with_travellers(head, architecture))
         self._refuse_extra(units, architecture)
         self.model = HybridModel(architecture, units, self.config)
 

@@ -4,7 +4,6 @@ Reads are positional (`pread` into a fresh buffer), never mapped: pages of a map
 Layout (safetensors format): 8 bytes little-endian header length, a JSON header, then the data it points into.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from compress.checkpoint.pointers import refuse_pointer
+from compress.disk.pointers import refuse_pointer
 from compress.errors import InputError
+from compress.strict import json_text
+from compress.strict.json_text import Json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -56,7 +57,7 @@ class SafetensorsFile:
         return buffer.view(entry.dtype).view(shape)
 
     def _fill(self, buffer: torch.Tensor, offset: int, name: str) -> None:
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         with open(self.path, "rb", buffering=0) as file:
             while view:
                 count = os.preadv(file.fileno(), [view[: 1 << 30]], offset)
@@ -86,7 +87,7 @@ def _read_header(path: Path) -> dict[str, Entry]:
 
 def _parse_header(path: Path, raw: bytes, data_start: int, file_size: int) -> dict[str, Entry]:
     try:
-        header = json.loads(raw, object_pairs_hook=no_duplicates)
+        header = json_text.loads(raw)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: its header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
@@ -97,29 +98,13 @@ def _parse_header(path: Path, raw: bytes, data_start: int, file_size: int) -> di
     return entries
 
 
-def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """For `json`: a name that occurs twice in an object is an error, of whose values readers disagree which one counts."""
-    result = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"'{name}' occurs twice")
-        result[name] = value
-    return result
-
-
-def _entry(path: Path, name: str, value, data_start: int) -> Entry:
-    try:
-        dtype = DTYPES[value["dtype"]]
-        shape = tuple(value["shape"])
-        begin, end = value["data_offsets"]
-        if not isinstance(value["shape"], list) or not all(
-            type(n) is int and 0 <= n <= MAX_SIZE for n in (*shape, begin, end)
-        ):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
+def _entry(path: Path, name: str, value: Json, data_start: int) -> Entry:
+    stated = _stated(value)
+    if stated is None:
         raise InputError(
             f"{path}: tensor '{name}' has a malformed header entry; expected dtype, shape and data_offsets"
-        ) from None
+        )
+    dtype, shape, begin, end = stated
     expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
         raise InputError(
@@ -127,6 +112,19 @@ def _entry(path: Path, name: str, value, data_start: int) -> Entry:
             f"{list(shape)} in {DTYPE_NAMES[dtype]} takes {expected}"
         )
     return Entry(name, dtype, shape, data_start + begin, expected)
+
+
+def _stated(value: Json) -> tuple[torch.dtype, tuple[int, ...], int, int] | None:
+    """Type, shape and offsets of a header entry; None where it does not have them."""
+    dtype, shape, offsets = (
+        map(value.get, ("dtype", "shape", "data_offsets")) if isinstance(value, dict) else (None,) * 3
+    )
+    if not (isinstance(dtype, str) and dtype in DTYPES and isinstance(shape, list) and isinstance(offsets, list)):
+        return None
+    sizes = [size for size in (*shape, *offsets) if type(size) is int and 0 <= size <= MAX_SIZE]
+    if len(offsets) != 2 or len(sizes) != len(shape) + 2:
+        return None
+    return DTYPES[dtype], tuple(sizes[:-2]), sizes[-2], sizes[-1]
 
 
 def _check_cover(path: Path, entries: dict[str, Entry], data_start: int, file_size: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from compress import formats
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.formats.activations import Activation
+from compress.formats.base import Quantized
 from compress.model.weight import INPUT_SCALE, Spec, Weight
 
 Read = Callable[[str, slice | None], torch.Tensor]  # a stored tensor, or a block of its rows
@@ -22,7 +23,10 @@ def reread(weight: Weight, read: Read) -> Weight:
 
 
 def plain_weight(spec: Spec, format_name: str, read: Read) -> Weight:
-    return Weight(spec.name, spec.role, spec.shape, format_name, lambda rows=None: read(spec.name, rows))
+    def load(rows: slice | None = None) -> torch.Tensor:
+        return read(spec.name, rows)
+
+    return Weight(spec.name, spec.role, spec.shape, format_name, load)
 
 
 def quantized_weight(spec: Spec, scheme: Scheme, read: Read) -> Weight:
@@ -30,7 +34,7 @@ def quantized_weight(spec: Spec, scheme: Scheme, read: Read) -> Weight:
     activation = _activation(scheme.activation, stem, read) if scheme.activation else None
     layout = number_format.layout(spec.shape, packed=activation is None)
 
-    def load(rows: slice | None = None):
+    def load(rows: slice | None = None) -> Quantized:
         parts = {suffix: read(stem + suffix, part.rows(rows)) for suffix, part in layout.items()}
         return number_format.unpack(parts, spec.shape)
 

@@ -19,10 +19,12 @@ from compress.checkpoint.folder import INDEX
 from compress.checkpoint.safetensors_file import DTYPE_NAMES, SafetensorsFile
 from compress.checkpoint.stored import reread
 from compress.disk import files
+from compress.disk.json_files import write_json
 from compress.errors import WorkError
 from compress.formats.base import Layout, Quantized
-from compress.model.weight import Unit, Weight, is_finite
+from compress.model.weight import Stored, Unit, Weight, is_finite
 from compress.strict import json_text
+from compress.strict.json_text import JsonObject
 from compress.terminal import progress
 
 
@@ -34,7 +36,8 @@ class ShardWriter:
     """One unit's file under construction, beside its final name. Weights may come in any order, and be read back."""
 
     def __init__(self, unit: Unit, path: Path):
-        self._path, self._partial, self._reader = path, path.with_suffix(".tmp"), None
+        self._path, self._partial = path, path.with_suffix(".tmp")
+        self._reader: SafetensorsFile | None = None
         self._layout = {name: part for weight in unit.weights.values() for name, part in weight.layout().items()}
         header, self._offsets = _header(self._layout)
         self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by publish
@@ -97,26 +100,26 @@ def write_shard(unit: Unit, path: Path, advance: Callable[[int], None] = lambda 
 
 def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
     """The safetensors prefix and header, and every tensor's absolute offset. Wide types come first: all stay aligned."""
-    entries, position = {"__metadata__": {"format": "pt"}}, 0
+    entries: JsonObject = {"__metadata__": {"format": "pt"}}
+    begins, position = {}, 0
     for name, part in sorted(layout.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        end = position + part.bytes
+        begins[name], end = position, position + part.bytes
         entries[name] = {"dtype": DTYPE_NAMES[part.dtype], "shape": list(part.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    offsets = {name: start + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
-    return len(text).to_bytes(8, "little") + text, offsets
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
 
 
 def _write_at(descriptor: int, tensor: torch.Tensor, offset: int) -> None:
-    view = memoryview(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    view = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
     while view:
         count = os.pwrite(descriptor, view[: 1 << 30], offset)
         view, offset = view[count:], offset + count
 
 
-def check_stored(weight: Weight, stored) -> None:
+def check_stored(weight: Weight, stored: Stored) -> None:
     """What every pass guarantees: what is stored is finite, and no scale is zero or negative."""
     scales = stored.scales if isinstance(stored, Quantized) else stored
     if not is_finite(scales):
@@ -137,28 +140,9 @@ def write_index(folder: Path, units: tuple[Unit, ...]) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def write_json(path: Path, value) -> None:
-    """Writes beside and renames: a reader never sees half a file."""
-    write_text(path, json_text.dumps(value) + "\n")
-
-
-def write_config(folder: Path, config: dict) -> None:
+def write_config(folder: Path, config: JsonObject) -> None:
     """config.json. What a model's own had is written as it came."""
-    write_text(folder / "config.json", json_text.dumps_as_it_came(config) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with files.writing(path):
-            with open(partial, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            files.rename(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # it may stand in a user's own folder
-        raise
+    files.write_text(folder / "config.json", json_text.dumps_as_it_came(config) + "\n")
 
 
 def copy_companions(source: Path, target: Path) -> None:

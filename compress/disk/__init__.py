@@ -1,1 +1,1 @@
-"""Files that are complete or absent: locks, renaming, leftovers, the cache, names that are not UTF-8."""
+"""Files that are complete or absent: renaming, JSON, locks, leftovers, the cache, git-lfs pointers, names that are not UTF-8."""

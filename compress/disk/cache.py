@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +20,7 @@ from compress.errors import InputError
 NEWEST_KEPT = 8  # entries of one kind; older ones are removed when a new one is published
 DIGEST_BYTES = hashlib.sha256().digest_size
 BLOCK_BYTES = 1 << 20
+Opened = BufferedReader | BufferedRandom
 
 
 def location(kind: str) -> Path:
@@ -53,7 +55,7 @@ def entry(path: Path, write: Callable[[BinaryIO], None]) -> BinaryIO:
 
     It stays readable when another process removes or replaces it.
     """
-    file = _verified(path)
+    file: Opened | None = _verified(path)
     if file is None:
         with publish(path) as partial, contextlib.ExitStack() as closing:
             file = closing.enter_context(open(partial, "w+b"))
@@ -64,7 +66,7 @@ def entry(path: Path, write: Callable[[BinaryIO], None]) -> BinaryIO:
     return file
 
 
-def _verified(path: Path) -> BinaryIO | None:
+def _verified(path: Path) -> Opened | None:
     """The entry, open, where its digest agrees."""
     if not path.is_file():  # opening a named pipe would wait for ever
         return None
@@ -79,13 +81,13 @@ def _verified(path: Path) -> BinaryIO | None:
     return None
 
 
-def _seal(file: BinaryIO, name: str) -> None:
+def _seal(file: Opened, name: str) -> None:
     digest = _digest(file, name, file.seek(0, os.SEEK_END))
     file.write(digest)
     file.flush()
 
 
-def _digest(file: BinaryIO, name: str, size: int) -> bytes:
+def _digest(file: Opened, name: str, size: int) -> bytes:
     """Of an entry's name and its first `size` bytes, which are read in blocks; what follows them is read next."""
     found, buffer = hashlib.sha256(name.encode() + b"\0"), memoryview(bytearray(BLOCK_BYTES))
     file.seek(0)

@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from compress.checkpoint.folder import file_sha256
-
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_FOR_FOLDERS = {errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}  # what file systems say that cannot flush a folder
 
@@ -46,6 +44,11 @@ def size(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else -1
 
 
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256(path: Path) -> str:
     """Of a file, or of the names and digests of all files below a folder."""
     if path.is_file():
@@ -67,4 +70,19 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         locate(error, path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames: a reader never sees half a file."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with writing(path):
+            with open(partial, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            rename(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # it may stand in a user's own folder
         raise

@@ -29,7 +29,9 @@ def make(target: Path) -> tuple[Path, Lock]:
     folder = new_name(target)
     folder.mkdir()
     try:
-        return folder, hold(folder / LOCK)
+        lock = hold(folder / LOCK)
+        assert lock is not None  # nobody else knows the folder's name
+        return folder, lock
     except BaseException:
         remove(folder)
         raise

@@ -4,6 +4,10 @@ Importing this package is cheap; torch is imported with the format itself.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compress.formats.base import NumberFormat
 
 # the name in a recipe -> the file that implements it
 FILES = {
@@ -16,9 +20,10 @@ AS_IT_CAME = "none"
 NAMES = (*FILES, *PLAIN, AS_IT_CAME)
 
 
-def get(name: str):
+def get(name: str) -> "NumberFormat":
     """The format object for a quantized format's name (neither plain nor `none`)."""
-    return importlib.import_module(f"compress.formats.{FILES[name]}").FORMATS[name]
+    formats: dict[str, NumberFormat] = importlib.import_module(f"compress.formats.{FILES[name]}").FORMATS
+    return formats[name]
 
 
 def fitting(name: str, shape: tuple[int, ...]) -> str:

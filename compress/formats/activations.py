@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from compress.formats import fp8
+from compress.formats.base import Scheme
 
 NAMES = ("dynamic-int8", "static-int8", "dynamic-fp8", "static-fp8")
 INT8_MOST = 127.0
@@ -36,12 +37,12 @@ class Activation:
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> the values an 8-bit kernel would see, as float32."""
-        scale = self.scale() if self.is_static else token_scales(x, self.is_fp8)
+        scale = token_scales(x, self.is_fp8) if self.scale is None else self.scale()
         return round_to_grid(x / scale, self.is_fp8) * scale
 
-    def scheme(self) -> dict:
+    def scheme(self) -> Scheme:
         """The compressed-tensors `input_activations` arguments that describe it."""
-        kind = {"num_bits": 8, "type": "float" if self.is_fp8 else "int", "symmetric": True}
+        kind: Scheme = {"num_bits": 8, "type": "float" if self.is_fp8 else "int", "symmetric": True}
         return kind | {"strategy": "tensor" if self.is_static else "token", "dynamic": not self.is_static}
 
 

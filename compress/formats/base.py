@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from compress.strict.json_text import Json
+
 STEPS = 255  # of a byte: a narrow scale is 1 .. 255 times a power of two
 LEAST_STEPS = (
     4  # the smallest scale must be so many steps: rounding it moves it by an eighth at most, or a quarter upwards
@@ -43,6 +45,7 @@ class Part(NamedTuple):
 
 
 Parts = dict[str, torch.Tensor]  # suffix of the stored tensor's name -> tensor
+Scheme = dict[str, Json]  # compressed-tensors' arguments that describe a format
 Layout = dict[str, Part]  # suffix (or whole name) -> what is stored there
 
 
@@ -87,7 +90,7 @@ class NumberFormat(ABC):
         """The inverse of `pack`."""
 
     @abstractmethod
-    def scheme(self) -> dict:
+    def scheme(self) -> Scheme:
         """The compressed-tensors `weights` arguments that describe it."""
 
     @property
@@ -110,9 +113,8 @@ class NumberFormat(ABC):
         return self.rows != 1 or self.columns is None or shape[1] % self.columns == 0
 
     def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        return tuple(
-            1 if step is None else -(-size // step) for size, step in zip(shape, (self.rows, self.columns), strict=True)
-        )
+        rows, columns = shape
+        return _steps(rows, self.rows), _steps(columns, self.columns)
 
     def block_absmax(self, weight: torch.Tensor) -> torch.Tensor:
         """Largest magnitude of each block of [n, K]."""
@@ -158,12 +160,17 @@ class NumberFormat(ABC):
         return values.to(torch.float32) * self.expand(quantized.scales, values.shape)
 
 
+def _steps(size: int, step: int | None) -> int:
+    return 1 if step is None else -(-size // step)
+
+
 def blocked(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """[n, K] -> [n / rows, rows, K / columns, columns], partial blocks filled up with zeros."""
     missing = (-tensor.shape[0] % rows, -tensor.shape[1] % columns)
     if any(missing):
         tensor = F.pad(tensor, (0, missing[1], 0, missing[0]))
-    return tensor.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    blocks: torch.Tensor = tensor.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    return blocks
 
 
 def narrow(scales: torch.Tensor, dtype: torch.dtype, *, up: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from compress.formats.base import Layout, NumberFormat, Part, Parts, Quantized
+from compress.formats.base import Layout, NumberFormat, Part, Parts, Quantized, Scheme
 
 LARGEST = 448.0
 
@@ -45,8 +45,8 @@ class Fp8E4M3(NumberFormat):
         scales = parts["weight_scale"]
         return Quantized(parts["weight"], scales.view(1, 1) if self.rows is None else scales, self.name)
 
-    def scheme(self) -> dict:
-        kind = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+    def scheme(self) -> Scheme:
+        kind: Scheme = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
         if self.columns is not None:
             return kind | {"strategy": "block", "block_structure": [self.rows, self.columns]}
         return kind | {"strategy": "tensor" if self.rows is None else "channel"}

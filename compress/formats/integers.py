@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from compress.formats.base import Layout, NumberFormat, Part, Parts, Quantized
+from compress.formats.base import Layout, NumberFormat, Part, Parts, Quantized, Scheme
 
 WORD_BITS = 32
 
@@ -72,10 +72,10 @@ class IntegerFormat(NumberFormat):
         scales = parts["weight_scale"].to(torch.float32)
         return Quantized(values, scales.view(1, 1) if self.rows is None else scales, self.name)
 
-    def scheme(self) -> dict:
+    def scheme(self) -> Scheme:
         return {"num_bits": self.bits, "type": "int", "symmetric": True, "dynamic": False, **self._strategy()}
 
-    def _strategy(self) -> dict:
+    def _strategy(self) -> Scheme:
         if self.columns is not None:
             return {"strategy": "group", "group_size": self.columns}
         return {"strategy": "tensor" if self.rows is None else "channel"}

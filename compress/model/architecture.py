@@ -2,19 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from compress.model.block import Layer
 from compress.model.config import Config
 from compress.model.roles import Role
 from compress.model.weight import Spec, UnitSpec
+from compress.strict.json_text import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a tensor of a checkpoint belongs in transformers' model: a parameter, or a part of one."""
 
     parameter: str
@@ -32,13 +35,13 @@ class Architecture(ABC):
         tuple[str, ...]
     ]  # of config.json: how many experts a layer has; the first where none is there
     TRAVELLING: ClassVar[tuple[str, ...]] = ()  # what names of tensors begin with that nothing here uses
-    WITHOUT_TRAVELLERS: ClassVar[dict[str, Any]] = {}  # what config.json says where those were left out
+    WITHOUT_TRAVELLERS: ClassVar[JsonObject] = {}  # what config.json says where those were left out
 
     def __init__(self, config: Config):
         self.config = config
 
     @classmethod
-    def parse(cls, values: dict[str, Any], source: str) -> Self:
+    def parse(cls, values: JsonObject, source: str) -> Self:
         """Of a config.json; `source` says where it stands. Raises InputError naming it and the key."""
         return cls(cls.CONFIG.parse(values, source))
 

@@ -1,26 +1,32 @@
 """What every family's configuration has, and how config.json becomes one."""
 
-from typing import Any, Self
+from typing import Annotated, Self, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from compress.errors import InputError
-from compress.model.expert_counts import SECTION, ExpertCounts
+from compress.model.expert_counts import SECTION
+from compress.model.records import Compressed
 from compress.model.routing import GROUP_SCORES
+from compress.strict.json_text import JsonObject
 
 MAX_COUNT = 10_000  # of layers and of experts: far beyond any model, keeps a corrupt config from being enumerated
 MAX_EXPERTS_IN_ALL = 50_000
 MAX_SIZE = 1 << 31
 
 
-def size(default: int | None, most: int = MAX_SIZE, least: int = 1) -> Any:
-    """A field that holds a size."""
-    return Field(default, ge=least, le=most)
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+SizeOrNone = Annotated[int, Field(ge=0, le=MAX_SIZE)]  # 0: there is none
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+CountOrNone = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Width = Annotated[int, Field(ge=2, le=MAX_SIZE)]  # of a convolution
+Positive = Annotated[float, Field(gt=0)]
+T = TypeVar("T")
 
 
-def named(default: Any, *names: str, **bounds: float) -> Any:
+def named(default: T, *names: str) -> T:
     """A field with several names in config.json, of which the first that is there counts."""
-    return Field(default, validation_alias=AliasChoices(*names), **bounds)
+    return Field(default, validation_alias=AliasChoices(*names))
 
 
 class Config(BaseModel):
@@ -38,10 +44,10 @@ class Config(BaseModel):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    compress: ExpertCounts = ExpertCounts()  # what `prune_experts` left that one number of experts cannot say
+    compress: Compressed = Compressed()  # what passes left that other keys cannot say
 
     @classmethod
-    def parse(cls, values: dict[str, Any], source: str) -> Self:
+    def parse(cls, values: JsonObject, source: str) -> Self:
         """Validates config.json; raises InputError naming the file and the key."""
         try:
             return cls.model_validate(cls.adapted(values))
@@ -54,7 +60,7 @@ class Config(BaseModel):
             raise InputError(f"{source}: {key + ': ' if key else ''}{message}{given}") from None
 
     @classmethod
-    def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def adapted(cls, values: JsonObject) -> JsonObject:
         """config.json in the values of the class. transformers reads null as one KV head per query head."""
         if values.get("num_key_value_heads", 0) is None:
             heads = cls.model_fields["num_attention_heads"].default

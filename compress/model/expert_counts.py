@@ -1,11 +1,20 @@
-"""The `compress` section of config.json: what pruning left that the model's one number of experts cannot say.
+"""Of the `compress` section of config.json: what pruning left that the model's one number of experts cannot say.
 
 Stock runtimes do not read it. They stop at such a checkpoint, since the shapes are not those that this number implies.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from compress.errors import InputError
+from compress.strict.json_text import JsonObject
+
+if TYPE_CHECKING:
+    from compress.model.hybrid import HybridModel
 
 SECTION = "compress"
 MAX_ROUTER_ROWS = 10_000  # as many as a model may have experts; keeps a corrupt config from promising a huge matrix
@@ -19,6 +28,11 @@ class ExpertCounts(BaseModel):
 
     num_experts_per_layer: tuple[StrictInt, ...] | None = None
     router_rows: StrictInt | None = Field(default=None, ge=1, le=MAX_ROUTER_ROWS)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether `num_experts` says it all."""
+        return self.num_experts_per_layer is None and self.router_rows is None
 
     def of_layer(self, index: int, num_experts: int) -> int:
         """Experts of an MoE layer."""
@@ -48,14 +62,19 @@ def _range(least: int, most: int) -> str:
     return str(least) if least == most else f"{least} to {most}"
 
 
-def pruned(values: dict, keys: tuple[str, ...], moe: dict[int, int], layers: int, router_rows: int | None) -> dict:
+def pruned(
+    values: JsonObject, keys: tuple[str, ...], moe: dict[int, int], layers: int, router_rows: int | None
+) -> JsonObject:
     """config.json for a model whose MoE layers (by index) keep so many experts, their number standing under those of `keys`
     that are there, else under the first; `router_rows` where removed ones stay in the denominator."""
     counts, stated = set(moe.values()), [key for key in keys if key in values] or keys[:1]
-    section = {} if router_rows is None else {"router_rows": router_rows}
+    came = values.get(SECTION)
+    section: JsonObject = dict(came) if isinstance(came, Mapping) else {}
+    section = {name: value for name, value in section.items() if name not in ExpertCounts.model_fields}
+    section |= {} if router_rows is None else {"router_rows": router_rows}
     if len(counts) > 1:
         section = {"num_experts_per_layer": [moe.get(index, 1) for index in range(layers)]} | section
-    rest = {key: value for key, value in values.items() if key != SECTION}
+    rest = {name: value for name, value in values.items() if name != SECTION}
     return rest | dict.fromkeys(stated, max(counts)) | ({SECTION: section} if section else {})
 
 
@@ -64,17 +83,17 @@ def fewest(top_k: int) -> int:
     return max(2, top_k)
 
 
-def of_model(model) -> dict[int, int]:
+def of_model(model: HybridModel) -> dict[int, int]:
     """Experts of every MoE layer of an opened model, by the layer's index."""
     return {layer.index: layer.num_experts for layer in model.layers if layer.experts}
 
 
-def refuse_unprunable(model, what: str) -> dict[int, int]:
+def refuse_unprunable(model: HybridModel, what: str) -> dict[int, int]:
     """`of_model`, of one that has experts and was not pruned to what only we can run. `what` begins the sentence."""
     counts = of_model(model)
     if not counts:
         raise InputError(f"{what}: the model has no experts")
-    if model.config.compress != ExpertCounts():
+    if not model.config.compress.is_uniform:
         raise InputError(
             f"{what}: the model was pruned before, by an earlier pass or run, to layers that differ or keep router rows; "
             "start from the original"
@@ -82,13 +101,13 @@ def refuse_unprunable(model, what: str) -> dict[int, int]:
     return counts
 
 
-def changes(before, after) -> list[str]:
+def changes(before: HybridModel, after: HybridModel) -> list[str]:
     """What happened to the experts between two opened models, as sentences; none where nothing did."""
     whole, left = of_model(before), of_model(after)
     if whole == left:
         return []
     said = f"{sum(left.values())} of {sum(whole.values())} experts stay: {_per_layer(left)} of {_per_layer(whole)} in a layer."
-    if after.config.compress == ExpertCounts():
+    if after.config.compress.is_uniform:
         return [said]
     return [said, "Stock runtimes stop at this model; compress.load, compress run and the ONNX export run it."]
 

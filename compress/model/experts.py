@@ -15,7 +15,11 @@ class Experts(ABC):
 
     count: int
     router: Router
-    parts: tuple[str, ...]  # names of the matrices within an expert, the one that gives its output last
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[str, ...]:
+        """Names of the matrices within an expert, the one that gives its output last."""
 
     @abstractmethod
     def prefix(self, expert: int) -> str:

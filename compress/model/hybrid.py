@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from compress.model.architecture import Architecture
 from compress.model.block import Layer
 from compress.model.config import Config
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
+from compress.strict.json_text import JsonObject
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class HybridModel:
 
     architecture: Architecture
     units: tuple[Unit, ...]
-    config_json: dict[str, Any]
+    config_json: JsonObject
 
     @property
     def config(self) -> Config:

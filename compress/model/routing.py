@@ -61,7 +61,7 @@ class Router:
         ranks = scores if bias is None else scores + bias
         if self.groups_used == self.groups:
             return ranks
-        parts = ranks.unflatten(-1, (self.groups, -1))
+        parts: torch.Tensor = ranks.unflatten(-1, (self.groups, -1))
         best = choose(parts.topk(GROUP_SCORES, dim=-1).values.sum(-1), self.groups_used)
         dropped = torch.ones(parts.shape[:-1], dtype=torch.bool, device=ranks.device).scatter_(-1, best, False)
         return parts.masked_fill(dropped[..., None], -torch.inf).flatten(-2)

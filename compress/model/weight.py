@@ -114,7 +114,7 @@ class Weight:
         if not isinstance(stored, Quantized):
             return {self.name: stored}
         parts = formats.get(stored.format).pack(stored, self.shape, packed=self.is_packed)
-        if self.activation and self.activation.is_static:
+        if self.activation and self.activation.scale is not None:
             parts[INPUT_SCALE] = torch.tensor([self.activation.scale()], dtype=torch.float32)
         return {self.stem + suffix: part for suffix, part in parts.items()}
 

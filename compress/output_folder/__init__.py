@@ -1,1 +1,1 @@
-"""The folder that `apply` writes: where it goes, who holds it, what is done, and whether it is still what was written."""
+"""The folder that `apply` writes: where it goes, who holds it, what is done, what lies where, and whether it is as it was written."""

@@ -8,9 +8,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from compress.checkpoint.folder import file_sha256, read_json
+from compress.disk.files import file_sha256
+from compress.disk.json_files import read_json
 from compress.errors import InputError
-from compress.runtime.onnx_layouts import folder_of
+from compress.output_folder.onnx_layouts import folder_of
+from compress.strict.json_text import Json
 from compress.terminal import progress
 
 MANIFEST = "manifest.json"
@@ -136,7 +138,7 @@ def _sha256(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _entries(files, path: Path) -> dict[PurePosixPath, Entry]:
+def _entries(files: Json, path: Path) -> dict[PurePosixPath, Entry]:
     if not isinstance(files, dict):
         raise InputError(f"{path}: not a manifest of this tool (no 'files' in it)")
     return {_inside(name, path): _entry(name, values, path) for name, values in files.items()}
@@ -150,9 +152,8 @@ def _inside(name: str, path: Path) -> PurePosixPath:
     return listed
 
 
-def _entry(name: str, values, path: Path) -> Entry:
+def _entry(name: str, values: Json, path: Path) -> Entry:
     size, digest = (values.get(key) for key in ("bytes", "sha256")) if isinstance(values, dict) else (None, None)
-    whole = type(size) is int and isinstance(digest, str)
-    if not whole or size < 0 or not SHA256.fullmatch(digest):
-        raise InputError(f"{path}: the entry of '{name:.200}' is damaged; expected its bytes and sha256")
-    return Entry(size, digest)
+    if type(size) is int and size >= 0 and isinstance(digest, str) and SHA256.fullmatch(digest):
+        return Entry(size, digest)
+    raise InputError(f"{path}: the entry of '{name:.200}' is damaged; expected its bytes and sha256")

@@ -5,12 +5,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import compress
-from compress.checkpoint.folder import file_sha256
+from compress.disk.files import file_sha256
 from compress.disk.locks import LOCK
 from compress.disk.partials import JOURNAL
 from compress.output_folder.claim import PREVIOUS
 from compress.output_folder.integrity import MANIFEST
 from compress.output_folder.workspace import CALIBRATION
+from compress.strict.json_text import JsonObject
 
 PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "optimum", "numpy")
 
@@ -26,10 +27,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def build(folder: Path, seed: int, formats: dict[str, dict[str, str]]) -> dict:
+def build(folder: Path, seed: int, formats: dict[str, dict[str, str]]) -> JsonObject:
     """`formats`: artifact -> tensor name -> number format as stored there."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and not _passes_away(p.relative_to(folder)))
-    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths}
+    files: JsonObject = {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in paths
+    }
     return {"schema": 1, "versions": versions(), "seed": seed, "files": files, "tensors": formats}
 
 

@@ -5,17 +5,27 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import TypedDict
 
-from compress.checkpoint.writer import write_json
 from compress.disk import files, partials
+from compress.disk.json_files import write_json
 from compress.disk.locks import LOCK
 from compress.disk.partials import JOURNAL
 from compress.errors import InputError
 from compress.output_folder import destination
 from compress.output_folder.claim import PREVIOUS, bring_back, claim, keep_mode
+from compress.strict.json_text import JsonObject
 
 NOTHING = (LOCK, f"{JOURNAL}.tmp")  # in a work folder, as it was left by a run that came no further than its journal
 CALIBRATION = "calibration"  # hidden states, findings and notes for the report; gone when the output is published
+
+
+class Noted(TypedDict):
+    """What the journal says of a finished piece."""
+
+    bytes: int
+    sha256: str
 
 
 class Workspace:
@@ -28,8 +38,8 @@ class Workspace:
         self.out = destination.resolve(out)
         self.folder = destination.partial_of(out)
         self._resume, self._overwrite = resume, overwrite
-        self._key: dict = {}
-        self._done: dict[str, dict] = {}
+        self._key: JsonObject = {}
+        self._done: dict[str, Noted] = {}
         self._saving, self._begun = threading.Lock(), False
         self.is_resumed = False  # whether it goes on from an earlier run's journal; known once it has begun
 
@@ -37,7 +47,9 @@ class Workspace:
         self._claim = claim(self.out, resume=self._resume, overwrite=self._overwrite)
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             files.locate(error, self.folder)
             if not self._begun:
@@ -45,7 +57,7 @@ class Workspace:
         finally:
             self._claim.release()
 
-    def begin(self, key: dict) -> None:
+    def begin(self, key: JsonObject) -> None:
         """Empties the folder, or goes on from its journal. `key` is what must not change between the two runs."""
         anew = self._overwrite and not self._resume
         found = [path for path in self.folder.iterdir() if path.name not in NOTHING]
@@ -63,7 +75,7 @@ class Workspace:
 
     def mark_done(self, piece: str) -> None:
         path = self.folder / piece
-        noted = {"bytes": files.size(path), "sha256": files.sha256(path)}
+        noted: Noted = {"bytes": files.size(path), "sha256": files.sha256(path)}
         with self._saving:  # shards are published beside the work on the next one
             self._done[piece] = noted
             self._save()
@@ -103,7 +115,7 @@ def _made_way(out: Path, previous: Path) -> Iterator[None]:
         bring_back(previous, out)
 
 
-def _journal(folder: Path, key: dict) -> dict[str, dict]:
+def _journal(folder: Path, key: JsonObject) -> dict[str, Noted]:
     """What an earlier run finished; refuses to mix two different jobs."""
     try:
         journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))

@@ -1,55 +1,140 @@
-"""Transformations of a model's layers. A pass is one file named by its recipe key; it defines
+"""Transformations of a model's layers. A pass is one file named by its recipe key, with one class: a `Pass`."""
 
-- `Options`: a `Strict` pydantic model, the pass's block in the recipe; its `idle()` names keys that change nothing as the
-  others stand, which a plan leaves out;
-- `requires(options, model)`: raises InputError for what can be refused before any weight is read;
-- `apply(options, unit, context)`: returns the unit with its weights replaced, lazily: nothing is computed until a
-  weight is loaded, and format and shape are known before that (which is how sizes are predicted);
-- `details(options, units, notes)`: what the report says about it, given the units as they are stored and the notes of
-  every layer (an empty list where it is not calibrated).
+from __future__ import annotations
 
-One whose options name roles may define
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, final
 
-- `fitted(options, model)`: the options as they apply to this model, which all of the above are then given, and sentences
-  on what is different from what they say.
+from compress.strict.json_text import Json
+from compress.strict.plugin import ContractError, OptionsT, Plugin
 
-One that looks at calibration data defines two more:
+if TYPE_CHECKING:  # a recipe is validated without torch
+    from compress.calibration.inputs import LayerInputs, UnitInputs
+    from compress.model.hybrid import HybridModel
+    from compress.model.records import Change
+    from compress.model.weight import Unit
 
-- `needs_calibration(options)`: whether this recipe's block does;
-- `calibrate(options, unit, inputs, context)`: like `apply` for one layer or the head, with `inputs`
-  (`calibration.UnitInputs`) to see what reaches its matrices; returns the unit and a note for the report.
-
-One that changes which tensors a model has defines
-
-- `restructure(options, model, found)`: the model as it will be, its configuration included; its weights need not load;
-- `SCRATCH_STATES`: how many copies of the hidden states it keeps on disk while it works on a layer.
-
-One that must see every layer before it changes the first (to share a budget among them) defines two more:
-
-- `needs_survey(options)`: whether this recipe's block does;
-- `survey(options, layers, context)`: looks at all of `layers` (`calibration.layers`) and returns what it found, ready for
-  JSON. `restructure` is given it as `found`, `apply` and `calibrate` as `context.found`; it is None before the survey.
-"""
-
-from dataclasses import replace
-from types import ModuleType
+Note = Mapping[str, Json]  # what a pass noted of a unit while it was calibrated
+Found = Mapping[str, Json]  # what its survey found
+Details = Mapping[str, Json]  # what report.json has of it
+TOGETHER = (("needs_calibration", "calibrate"), ("needs_survey", "survey"))
 
 
-def needs_calibration(module: ModuleType, options) -> bool:
-    return hasattr(module, "needs_calibration") and module.needs_calibration(options)
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know beyond its options and the unit. `found` is what its survey found, where it makes one."""
+
+    device: str
+    seed: int
+    found: Found | None = None
 
 
-def needs_survey(module: ModuleType, options) -> bool:
-    return hasattr(module, "needs_survey") and module.needs_survey(options)
+class Fact(NamedTuple):
+    """A sentence for the plan, the report and the model card; `about` is the word before it in the plan."""
+
+    about: str
+    text: str
 
 
-def fitted(module: ModuleType, options, model) -> tuple:
-    """A pass's options as they apply to a model, and sentences on what that changes."""
-    return module.fitted(options, model) if hasattr(module, "fitted") else (options, ())
+class Coverage(NamedTuple):
+    """How calibration reached the experts: the fewest tokens of one; those that too few reached, and in `sentence` what was
+    done about them, as in "3 experts SENTENCE"."""
+
+    min_tokens: int
+    below: tuple[str, ...] = ()
+    sentence: str = ""
 
 
-def planned(module: ModuleType, options, model, context):
-    """The model as a pass will leave it. Nothing is computed; weights that depend on data may not load."""
-    if hasattr(module, "restructure"):
-        return module.restructure(options, model, context.found)
-    return replace(model, units=tuple(module.apply(options, unit, context) for unit in model.units))
+class Pass(Plugin[OptionsT]):
+    """A pass, bound to its block in a recipe: `self.options`. `Options.idle()` names the keys that change nothing as the
+    others stand, which a plan leaves out.
+
+    Hooks are called in the order in which they stand here. All but `apply` have defaults.
+    """
+
+    spoken_for: ClassVar[frozenset[str]] = frozenset()  # keys of `details` that report.md need not show as they are
+    scratch_states: ClassVar[int] = 0  # copies of the hidden states it keeps on disk while it works on a layer
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for hooks in TOGETHER:
+            defined = [hook for hook in hooks if cls._defines(hook)]
+            if len(defined) == 1:
+                (missing,) = set(hooks) - set(defined)
+                raise ContractError(f"{cls.__name__} defines {defined[0]}, which does nothing without {missing}")
+
+    def fitted(self, model: HybridModel) -> tuple[Self, tuple[str, ...]]:
+        """The pass as it applies to this model, and sentences on what is different from what its options say. All that
+        follows is asked of the fitted one."""
+        return self, ()
+
+    def requires(self, model: HybridModel) -> None:
+        """Raises InputError for what can be refused before any weight is read; `model` as the passes before it leave it."""
+
+    @abstractmethod
+    def apply(self, unit: Unit, context: PassContext) -> Unit:
+        """The unit with its weights replaced, lazily: nothing is computed until a weight is loaded, and format and shape
+        are known before that, which is how sizes are predicted.
+
+        It is called for every unit before the run, as the plan, and for an embedding that is no output matrix."""
+
+    def restructure(self, model: HybridModel, context: PassContext) -> HybridModel:
+        """The model as the pass will leave it: for a pass that changes which tensors there are, its configuration and
+        `config_json` included. Weights that depend on data need not load. `context.found` is None before the survey."""
+        return replace(model, units=tuple(self.apply(unit, context) for unit in model.units))
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether it must see every layer before it changes the first, to share a budget among them. It must be the
+        first pass then."""
+        return False
+
+    def survey(self, layers: Iterator[tuple[Unit, LayerInputs]], context: PassContext) -> Found:
+        """Looks at every layer as it came, with what reaches it; returns what the other hooks are given as
+        `context.found`. It is kept over an interruption."""
+        raise NotImplementedError
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it looks at calibration data."""
+        return False
+
+    def calibrate(self, unit: Unit, inputs: UnitInputs, context: PassContext) -> tuple[Unit, Note]:
+        """Like `apply` for one layer or the head, with `inputs` to see what reaches its matrices; returns the unit and a
+        note, which is kept over an interruption.
+
+        Names, formats, shapes and activations must be those that `apply`, or `restructure`, promised: the shard's layout
+        was fixed by them. Replace weights as levels are finished: later levels then see the new ones. `inputs.keep` is for
+        a weight that is finished: it is on disk then, and later passes must leave it as it is.
+        """
+        raise NotImplementedError
+
+    def changes(self, before: HybridModel, after: HybridModel, found: Found | None) -> tuple[Fact, ...]:
+        """What whoever uses the model must know of what became of it."""
+        return ()
+
+    def records(self, before: HybridModel, after: HybridModel, notes: Sequence[Note]) -> Sequence[Change] | None:
+        """What was done to each tensor, so that it can be judged against the original: config.json keeps it. None says
+        that this is not told. `notes` are those of every unit that was calibrated, in order."""
+        return None
+
+    def details(self, units: Sequence[Unit], notes: Sequence[Note]) -> Details:
+        """What report.json has of it, given the units as they are stored."""
+        return {}
+
+    def sentences(self, details: Details) -> list[str]:
+        """Lines of report.md, in Markdown: the first stands beside the pass's name, the others below it. What `details` has
+        beyond `spoken_for` follows as it is."""
+        return []
+
+    def coverage(self, details: Details) -> Coverage | None:
+        """How calibration reached the experts, where it counted."""
+        return None
+
+    @final
+    @property
+    def restructures(self) -> bool:
+        """Whether it changes which tensors there are."""
+        return self._defines("restructure")

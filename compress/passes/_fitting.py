@@ -5,18 +5,19 @@ means the embedding then, which is the output matrix too. What is named and a mo
 said, in sentences for the plan and the report.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from compress import formats
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight
 from compress.passes.quantization import rounding
+from compress.passes.quantize import Options, Override
 
 KEYS = ("roles", "overrides", "activation_roles", "rotate")  # of the block: those that name roles
 
 
-def fit(options, model: HybridModel) -> tuple[object, tuple[str, ...]]:
+def fit(options: Options, model: HybridModel) -> tuple[Options, tuple[str, ...]]:
     """The options for this model, and what is different from what they say."""
     weights, said = list(model.weights), []
     present = {weight.role for weight in weights}
@@ -33,17 +34,21 @@ def fit(options, model: HybridModel) -> tuple[object, tuple[str, ...]]:
     return options, (*said, *_unrotated(options, weights))
 
 
-def _named(options) -> dict[Role, list[str]]:
+def _named(options: Options) -> dict[Role, list[str]]:
     """The roles that the block names, each with the keys that do."""
     found: dict[Role, list[str]] = {}
     for key in KEYS:
         for entry in getattr(options, key):
-            keys = found.setdefault(getattr(entry, "role", entry), [])
+            keys = found.setdefault(_role(entry), [])
             keys += [] if key in keys else [key]
     return found
 
 
-def _on_tied(options) -> list[str]:
+def _role(entry: Role | Override) -> Role:
+    return entry.role if isinstance(entry, Override) else entry
+
+
+def _on_tied(options: Options) -> list[str]:
     named = _named(options)
     if Role.LM_HEAD not in named:
         return []
@@ -51,7 +56,7 @@ def _on_tied(options) -> list[str]:
     return [said + (", and wins over 'embedding'" if Role.EMBEDDING in named else "")]
 
 
-def _tied(options, table: Weight, head: str):
+def _tied(options: Options, table: Weight, head: str) -> Options:
     """What the block says of `lm_head` goes for the embedding, and its inputs are rounded as those of an output matrix."""
     mine = [override for override in options.overrides if override.role == Role.LM_HEAD]
     if mine or Role.LM_HEAD in options.roles:  # also over what narrows the embedding down
@@ -69,12 +74,12 @@ def _tied(options, table: Weight, head: str):
     return moved.model_copy(update={"activation_roles": by_default | moved.activation_roles})
 
 
-def _moved(by_role: dict) -> dict:
-    rest = {role: name for role, name in by_role.items() if role != Role.LM_HEAD}
+def _moved(by_role: Mapping[Role, str]) -> dict[Role, str]:
+    rest: dict[Role, str] = {role: name for role, name in by_role.items() if role != Role.LM_HEAD}
     return rest | ({Role.EMBEDDING: by_role[Role.LM_HEAD]} if Role.LM_HEAD in by_role else {})
 
 
-def _renamed(override, table: Weight, head: str):
+def _renamed(override: Override, table: Weight, head: str) -> Override:
     """An override of the output matrix as one of the embedding, where its projection has another name."""
     if override.role != Role.LM_HEAD:
         return override
@@ -83,18 +88,18 @@ def _renamed(override, table: Weight, head: str):
     return override.model_copy(update={"role": Role.EMBEDDING, "projections": projections})
 
 
-def _kept(options, wanted: Callable[[Role], bool], keys: tuple[str, ...] = KEYS):
+def _kept(options: Options, wanted: Callable[[Role], bool], keys: tuple[str, ...] = KEYS) -> Options:
     """The block without what it says of roles that are not wanted."""
 
-    def cut(entries):
+    def cut(entries: dict[Role, str] | tuple[Role | Override, ...]) -> dict[Role, str] | tuple[Role | Override, ...]:
         if isinstance(entries, dict):
             return {role: name for role, name in entries.items() if wanted(role)}
-        return tuple(entry for entry in entries if wanted(getattr(entry, "role", entry)))
+        return tuple(entry for entry in entries if wanted(_role(entry)))
 
     return options.model_copy(update={key: cut(getattr(options, key)) for key in keys})
 
 
-def _unrotated(options, weights: list[Weight]) -> list[str]:
+def _unrotated(options: Options, weights: list[Weight]) -> list[str]:
     """What `rotate` names and no power of two divides, by role and width."""
     counts: dict[tuple[Role, int], int] = {}
     for weight in weights:

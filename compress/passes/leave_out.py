@@ -1,11 +1,20 @@
 """`leave_out`: drops tensors that travel with a model and that nothing here runs, such as layers that guess further tokens."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, field_validator
 
 from compress.model.roles import Role
+from compress.passes import Details, Note, Pass, PassContext
 from compress.strict.models import Strict
+
+if TYPE_CHECKING:
+    from compress.model.hybrid import HybridModel
+    from compress.model.weight import Unit
 
 TRAVELLING = frozenset({Role.MTP})  # roles that no forward needs
 
@@ -21,43 +30,31 @@ class Options(Strict):
                 raise ValueError(f"'{role}' is part of what a model computes; expected: {', '.join(TRAVELLING)}")
         return roles
 
-    def idle(self) -> set[str]:
-        return set()
 
+class LeaveOut(Pass[Options]):
+    def fitted(self, model: HybridModel) -> tuple[Self, tuple[str, ...]]:
+        """What will be left out, or that there is nothing."""
+        dropped = [weight for weight in model.weights if weight.role in self.options.roles]
+        named = ", ".join(f"'{role}'" for role in self.options.roles)
+        if not dropped:
+            return self, (f"this model has no tensors of {named}",)
+        parameters = sum(weight.parameters for weight in dropped)
+        return self, (f"{len(dropped)} tensors of {named} are left out, {parameters:,} parameters",)
 
-def fitted(options: Options, model) -> tuple[Options, tuple[str, ...]]:
-    """What will be left out, or that there is nothing."""
-    dropped = [weight for weight in model.weights if weight.role in options.roles]
-    if not dropped:
-        return options, (f"this model has no tensors of {_named(options)}",)
-    parameters = sum(weight.parameters for weight in dropped)
-    return options, (f"{len(dropped)} tensors of {_named(options)} are left out, {parameters:,} parameters",)
+    def apply(self, unit: Unit, context: PassContext) -> Unit:
+        """The unit without those tensors; the same unit where it has none."""
+        kept = {name: weight for name, weight in unit.weights.items() if weight.role not in self.options.roles}
+        return unit if len(kept) == len(unit.weights) else replace(unit, weights=kept)
 
+    def restructure(self, model: HybridModel, context: PassContext) -> HybridModel:
+        """The model without them, and config.json says so."""
+        units = tuple(self.apply(unit, context) for unit in model.units)
+        if all(a is b for a, b in zip(units, model.units, strict=True)):
+            return model
+        values = model.config_json | model.architecture.WITHOUT_TRAVELLERS
+        architecture = type(model.architecture).parse(values, "config.json after leave_out")
+        return replace(model, architecture=architecture, units=units, config_json=values)
 
-def _named(options: Options) -> str:
-    return ", ".join(f"'{role}'" for role in options.roles)
-
-
-def requires(options: Options, model) -> None:
-    """Any model will do."""
-
-
-def restructure(options: Options, model, found: dict | None):
-    """The model without them, and config.json says so."""
-    units = tuple(apply(options, unit, None) for unit in model.units)
-    if all(a is b for a, b in zip(units, model.units, strict=True)):
-        return model
-    values = model.config_json | model.architecture.WITHOUT_TRAVELLERS
-    architecture = type(model.architecture).parse(values, "config.json after leave_out")
-    return replace(model, architecture=architecture, units=units, config_json=values)
-
-
-def apply(options: Options, unit, context):
-    """The unit without those tensors; the same unit where it has none."""
-    kept = {name: weight for name, weight in unit.weights.items() if weight.role not in options.roles}
-    return unit if len(kept) == len(unit.weights) else replace(unit, weights=kept)
-
-
-def details(options: Options, units, notes: list[dict]) -> dict:
-    """The notes say it all."""
-    return {"roles": list(options.roles)}
+    def details(self, units: Sequence[Unit], notes: Sequence[Note]) -> Details:
+        """The notes say it all."""
+        return {"roles": [str(role) for role in self.options.roles]}

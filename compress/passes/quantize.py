@@ -4,18 +4,34 @@ Roles that must not lose precision (`roles.KEPT_BY_DEFAULT`; docs/roles.md says 
 docs/quantization.md argues the defaults with figures.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from compress import formats
 from compress.errors import InputError
 from compress.model.names import layer_of
+from compress.model.records import Change, Rotated, Rounded
 from compress.model.roles import ACTIVATED_BY_DEFAULT, KEPT_BY_DEFAULT, QUANTIZABLE, Role
+from compress.model.tensor_names import in_short, written_out
+from compress.passes import Coverage, Details, Note, Pass, PassContext
+from compress.passes.quantization import report
+from compress.passes.quantization.report import QuantizeDetails, UnitNote
+from compress.strict.json_text import Json
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
-WeightFormat = Literal[*formats.NAMES]
+if TYPE_CHECKING:  # a recipe is validated without torch
+    from compress.calibration.inputs import UnitInputs
+    from compress.model.hybrid import HybridModel
+    from compress.model.weight import Unit, Weight
+
+    WeightFormat = str
+else:
+    WeightFormat = Literal[*formats.NAMES]
 ActivationFormat = Literal["none", "dynamic-int8", "static-int8", "dynamic-fp8", "static-fp8"]
 
 
@@ -38,15 +54,16 @@ class Override(Strict):
             raise ValueError(_always_kept(role))
         return role
 
-    def parts(self) -> Iterator["Override"]:
+    def parts(self) -> Iterator[Override]:
         """One for every layer and projection that is named."""
-        for layers in [(layer,) for layer in self.layers] or [()]:
-            for projections in [(projection,) for projection in self.projections] or [()]:
-                yield self.model_copy(update={"layers": layers, "projections": projections})
+        layers: list[tuple[int, ...]] = [(layer,) for layer in self.layers]
+        projections: list[tuple[str, ...]] = [(projection,) for projection in self.projections]
+        for some, others in product(layers or [()], projections or [()]):
+            yield self.model_copy(update={"layers": some, "projections": others})
 
-    def covers(self, weight) -> bool:
+    def covers(self, weight: Weight) -> bool:
         """`projections` are the matrix's own name, such as `down_proj`: all experts of a layer are stored alike."""
-        projection = weight.name.removesuffix(".weight").rpartition(".")[2]
+        projection: str = weight.name.removesuffix(".weight").rpartition(".")[2]
         return (
             weight.role == self.role
             and (not self.layers or layer_of(weight.name) in self.layers)
@@ -72,7 +89,7 @@ class Options(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _clip_by_method(cls, given):
+    def _clip_by_method(cls, given: Json) -> Json:
         """The default is written out: a resolved recipe says all that decides the weights."""
         if isinstance(given, dict) and given.get("method") == "gptq":
             return {"clip": "mse", **given}
@@ -80,7 +97,7 @@ class Options(Strict):
 
     @field_validator("roles", "activation_roles")
     @classmethod
-    def _only_matrices(cls, roles: dict) -> dict:
+    def _only_matrices(cls, roles: dict[Role, str]) -> dict[Role, str]:
         for role, format_name in roles.items():
             if role in KEPT_BY_DEFAULT and format_name != formats.AS_IT_CAME:
                 raise KeyedError(role, _always_kept(role))
@@ -90,7 +107,7 @@ class Options(Strict):
         default = formats.AS_IT_CAME if role in KEPT_BY_DEFAULT else self.weights
         return self.roles.get(role, default)
 
-    def format_for(self, weight) -> str:
+    def format_for(self, weight: Weight) -> str:
         """The format the recipe asks for; `formats.fitting` may put another in its place."""
         covering = (override.weights for override in self.overrides if override.covers(weight))
         return next(covering, self.format_of(weight.role))
@@ -109,27 +126,75 @@ class Options(Strict):
         return idle | (set() if is_static and self.activation_range == "percentile" else {"percentile"})
 
 
-def fitted(options: Options, model) -> tuple[Options, tuple[str, ...]]:
-    """What `lm_head` means where embeddings are tied; without what the model does not have."""
-    from compress.passes import _fitting
+class Quantize(Pass[Options]):
+    spoken_for = frozenset(QuantizeDetails.model_fields)
 
-    return _fitting.fit(options, model)
+    def fitted(self, model: HybridModel) -> tuple[Quantize, tuple[str, ...]]:
+        """What `lm_head` means where embeddings are tied; without what the model does not have."""
+        from compress.passes import _fitting
+
+        options, sentences = _fitting.fit(self.options, model)
+        return Quantize(options), sentences
+
+    def requires(self, model: HybridModel) -> None:
+        """Refuses what a recipe names and would do nothing to."""
+        weights = list(model.weights)
+        present = {weight.role for weight in weights}
+        _refuse_idle_activations(self.options, weights, present)
+        for number, override in enumerate(self.options.overrides):
+            for part in override.parts():
+                if not any(part.covers(weight) for weight in weights):
+                    raise InputError(
+                        f"quantize.overrides.{number} covers no matrix of this model: {part.model_dump_json()}"
+                    )
+
+    def apply(self, unit: Unit, context: PassContext) -> Unit:
+        """The unit with every weight its role's format applies to quantized on load, by rounding to nearest."""
+        from compress.passes.quantization import rounding
+
+        return unit.map(lambda weight: rounding.lazily(weight, self.options, context.device))
+
+    @property
+    def needs_calibration(self) -> bool:
+        options = self.options
+        asked = (options.activations, *options.activation_roles.values())
+        return (
+            options.method == "gptq" or options.equalize is not None or any(name.startswith("static") for name in asked)
+        )
+
+    def calibrate(self, unit: Unit, inputs: UnitInputs, context: PassContext) -> tuple[Unit, Note]:
+        """The unit quantized with regard to what reaches its matrices, and a note on what that was."""
+        from compress.passes.quantization import calibrated
+
+        return calibrated.quantize(self.options, unit, inputs, context.device)
+
+    def records(self, before: HybridModel, after: HybridModel, notes: Sequence[Note]) -> Sequence[Change]:
+        """Factors that were folded in, rotations, and how each tensor that was stored anew was rounded."""
+        found = [UnitNote.model_validate(note) for note in notes]
+        gptq = set(written_out(names for note in found for names in note.gptq))
+        stored = [new for old, new in zip(before.weights, after.weights, strict=True) if new is not old]
+        rotated = {block: [w.name for w in stored if w.rotation == block] for block in {w.rotation for w in stored}}
+        compensated = [weight.name for weight in stored if weight.name in gptq]
+        nearest = [weight.name for weight in stored if weight.name not in gptq]
+        return (
+            *(fold for note in found for fold in note.folds),
+            *(Rotated(tensors=in_short(names), block=block) for block, names in rotated.items() if block),
+            *((Rounded(tensors=in_short(compensated), method="gptq"),) if compensated else ()),
+            *((Rounded(tensors=in_short(nearest), method="nearest"),) if nearest else ()),
+        )
+
+    def details(self, units: Sequence[Unit], notes: Sequence[Note]) -> Details:
+        found = [UnitNote.model_validate(note) for note in notes]
+        return report.details(self.options, units, found).model_dump(exclude_none=True)
+
+    def sentences(self, details: Details) -> list[str]:
+        return [report.sentence(QuantizeDetails.model_validate(details))]
+
+    def coverage(self, details: Details) -> Coverage | None:
+        return report.coverage(QuantizeDetails.model_validate(details))
 
 
-def requires(options: Options, model) -> None:
-    """Refuses what a recipe names and would do nothing to."""
-    weights = list(model.weights)
-    present = {weight.role for weight in weights}
-    _refuse_idle_activations(options, weights, present)
-    for number, override in enumerate(options.overrides):
-        for part in override.parts():
-            if not any(part.covers(weight) for weight in weights):
-                raise InputError(
-                    f"quantize.overrides.{number} covers no matrix of this model: {part.model_dump_json()}"
-                )
-
-
-def _refuse_idle_activations(options: Options, weights, present: set[Role]) -> None:
+def _refuse_idle_activations(options: Options, weights: list[Weight], present: set[Role]) -> None:
     """Inputs that are named but would not be rounded, or rotated for nothing."""
     asked = [role for role, name in options.activation_roles.items() if name != formats.AS_IT_CAME]
     if Role.EMBEDDING in asked and Role.LM_HEAD in present:
@@ -161,71 +226,3 @@ def _as_named(role: Role, present: set[Role]) -> str:
     """A role as the recipe may have called it."""
     tied = role == Role.EMBEDDING and Role.LM_HEAD not in present
     return f"'{role}'{' (lm_head, which is tied to it)' if tied else ''}"
-
-
-def needs_calibration(options: Options) -> bool:
-    asked = (options.activations, *options.activation_roles.values())
-    return options.method == "gptq" or options.equalize is not None or any(name.startswith("static") for name in asked)
-
-
-def apply(options: Options, unit, context):
-    """The unit with every weight its role's format applies to quantized on load, by rounding to nearest."""
-    from compress.passes.quantization import rounding
-
-    return unit.map(lambda weight: rounding.lazily(weight, options, context.device))
-
-
-def calibrate(options: Options, unit, inputs, context):
-    """The unit quantized with regard to what reaches its matrices, and a note on what that was."""
-    from compress.passes.quantization import calibrated
-
-    return calibrated.quantize(options, unit, inputs, context.device)
-
-
-def details(options: Options, units, notes: list[dict]) -> dict:
-    """What the report says: what each format holds, what stands in for a format that does not fit, which experts
-    saw too few tokens."""
-    weights = [weight for unit in units for weight in unit.weights.values()]
-    found = {"method": options.method, "formats": _by(weights, lambda weight: weight.format)}
-    if activated := [weight for weight in weights if weight.activation]:
-        found["activations"] = _by(activated, lambda weight: weight.activation.format)
-    if rotated := sum(weight.rotation is not None for weight in weights):
-        found["rotated"] = rotated
-    if options.method == "gptq" and any(weight.role == Role.LM_HEAD for weight in weights):
-        # an embedding that no output matrix is tied to is looked up: it has no inputs to compensate for
-        found["rounded_to_nearest"] = [w.name for w in weights if w.is_quantized and w.role == Role.EMBEDDING]
-    if replaced := _replaced(options, weights):
-        found["stored_otherwise"] = replaced
-    return found | _joined(notes)
-
-
-def _by(weights, key) -> dict[str, dict[str, int]]:
-    counts: dict[str, dict[str, int]] = {}
-    for weight in weights:
-        entry = counts.setdefault(key(weight), {"tensors": 0, "parameters": 0})
-        entry["tensors"] += 1
-        entry["parameters"] += weight.parameters
-    return counts
-
-
-def _replaced(options: Options, weights) -> list[dict]:
-    """Formats whose groups do not divide K, by role: what was asked for, what is stored, in how many tensors."""
-    counts: dict[tuple, int] = {}
-    for weight in weights:
-        asked = options.format_for(weight)
-        if weight.is_quantized and asked not in (weight.format, formats.AS_IT_CAME):
-            key = (str(weight.role), asked, weight.format, weight.shape[1])
-            counts[key] = counts.get(key, 0) + 1
-    return [
-        {"role": role, "asked": asked, "stored": stored, "inputs": inputs, "tensors": count}
-        for (role, asked, stored, inputs), count in counts.items()
-    ]
-
-
-def _joined(notes: list[dict]) -> dict:
-    """Lists of the layers' notes one after another."""
-    joined: dict[str, list] = {}
-    for note in notes:
-        for key, values in note.items():
-            joined.setdefault(key, []).extend(values)
-    return joined

@@ -7,21 +7,28 @@ itself), or the path of a .txt or .jsonl file. Calibration and check never share
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NotRequired, Protocol, TypedDict
 
 import torch
 
-from compress.apply import stages
 from compress.disk.paths import as_text
 from compress.errors import InputError, nearest
 from compress.prompts import passages, recall, self_text
 from compress.prompts.seeds import derive_seed
 from compress.prompts.windows import join_and_cut, refuse_foreign_tokens, too_long
 from compress.recipe.source import load_tokenizer
+from compress.recipe.tokenizer import Tokenizer
+from compress.runtime.artifacts import Artifact
+from compress.terminal.progress import Advance, warn
 from compress.terminal.progress import task as progress_task
-from compress.terminal.progress import warn
 
 SHIPPED = ("prose", "heldout")
 NAMES = (*SHIPPED, "recall", "self")
+
+
+def stage(name: str) -> str:
+    """What the progress of loading a set is shown under."""
+    return f"prompts: {as_text(name)}"
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,28 @@ class PromptSet:
     @property
     def tokens(self) -> int:
         return sum(len(window) for window in self.windows)
+
+
+class Settings(Protocol):
+    """What a check and a calibration say of prompts."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+
+class Used(TypedDict):
+    """What a report says of a set."""
+
+    name: str
+    windows: int
+    tokens: int
+    warning: NotRequired[str]
 
 
 def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = None, *, length: int,
@@ -51,37 +80,43 @@ def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = 
         recall.windows(tokenizer, ["Any text."], samples=1, length=length, seed=0)
 
 
-def load(name: str, *, purpose: str, tokenizer, model, model_sha256: str, samples: int, length: int, seed: int,
-         folder: Path | None = None, progress=None) -> PromptSet:  # fmt: skip
+def load(name: str, *, purpose: str, tokenizer: Tokenizer | None, model: Artifact | None, model_sha256: str, samples: int,
+         length: int, seed: int, folder: Path | None = None, progress: Advance | None = None) -> PromptSet:  # fmt: skip
     """At most `samples` windows of `length` tokens. `purpose` (`check` or `calibration`) separates the seeds."""
     seed = derive_seed(seed, purpose, as_text(name))
     if name == "self":
+        assert model is not None  # which writes the text
         windows = self_text.windows(model, model_sha256, samples, length, seed, progress)
-    elif name == "recall":
-        filler = passages.shipped("heldout" if purpose == "check" else "prose")
-        windows = recall.windows(tokenizer, filler, samples, length, seed)
     else:
-        texts = (
-            passages.shipped(name)
-            if name in SHIPPED
-            else passages.from_file(_find_file(name, folder, purpose), tokenizer)
-        )
-        windows = join_and_cut(tokenizer, texts, samples, length, seed)
+        assert tokenizer is not None  # all else is text
+        windows = _of_text(name, purpose, tokenizer, samples, length, seed, folder)
     if not any(len(window) > 1 for window in windows):
         raise InputError(f"prompts '{name}': not enough text for a single window of 2 tokens")
     return PromptSet(as_text(name), windows)
 
 
+def _of_text(name: str, purpose: str, tokenizer: Tokenizer, samples: int, length: int, seed: int,
+             folder: Path | None) -> list[torch.Tensor]:  # fmt: skip
+    if name == "recall":
+        filler = passages.shipped("heldout" if purpose == "check" else "prose")
+        return recall.windows(tokenizer, filler, samples, length, seed)
+    is_shipped = name in SHIPPED
+    texts = passages.shipped(name) if is_shipped else passages.from_file(_find_file(name, folder, purpose), tokenizer)
+    return join_and_cut(tokenizer, texts, samples, length, seed)
+
+
 def load_all(
-    model, model_sha256: str, settings, *, purpose: str, seed: int, folder: Path | None = None
+    model: Artifact, model_sha256: str, settings: Settings, *, purpose: str, seed: int, folder: Path | None = None
 ) -> list[PromptSet]:
-    """The sets that `settings` (a check's or a calibration's: prompts, samples, length) names, for a model (an `Artifact`)."""
+    """The sets that `settings` names, for a model."""
     return [_load_for(model, model_sha256, name, settings, purpose, seed, folder) for name in settings.prompts]
 
 
-def _load_for(model, model_sha256: str, name: str, settings, purpose: str, seed: int, folder: Path | None) -> PromptSet:
+def _load_for(
+    model: Artifact, model_sha256: str, name: str, settings: Settings, purpose: str, seed: int, folder: Path | None
+) -> PromptSet:
     tokenizer = None if name == "self" else load_tokenizer(model.folder)
-    with progress_task(stages.prompts(name), settings.samples * settings.length) as advance:
+    with progress_task(stage(name), settings.samples * settings.length) as advance:
         prompt_set = load(
             name, purpose=purpose, tokenizer=tokenizer, model=model, model_sha256=model_sha256,
             samples=settings.samples, length=settings.length, seed=seed, folder=folder, progress=advance,
@@ -106,12 +141,16 @@ def longest_first(sets: list[PromptSet]) -> list[torch.Tensor]:
     return sorted((window for prompt_set in sets for window in prompt_set.windows), key=len, reverse=True)
 
 
-def used(sets: list[PromptSet]) -> list[dict]:
+def used(sets: list[PromptSet]) -> list[Used]:
     """What the report says of them."""
-    return [
-        {"name": s.name, "windows": len(s.windows), "tokens": s.tokens, **({"warning": s.warning} if s.warning else {})}
-        for s in sets
-    ]
+    return [_used(prompt_set) for prompt_set in sets]
+
+
+def _used(prompt_set: PromptSet) -> Used:
+    found = Used(name=prompt_set.name, windows=len(prompt_set.windows), tokens=prompt_set.tokens)
+    if prompt_set.warning:
+        found["warning"] = prompt_set.warning
+    return found
 
 
 def file_of(name: str, folder: Path | None) -> Path | None:

@@ -16,21 +16,25 @@ from pathlib import Path
 from typing import BinaryIO
 
 from compress.errors import InputError, first_line
+from compress.recipe.tokenizer import Tokenizer
+from compress.strict.json_text import Json, JsonObject
 
 SECONDS = 10.0  # for one chat
 MOST_CHARACTERS = 64 << 20  # of one chat's text
 MEMORY = 1 << 30  # bytes beyond what this process has
 HEAD = struct.Struct("<?Q")  # of an answer: whether it is a text (else an error), and its bytes
 
+Chat = JsonObject  # arguments of `apply_chat_template`
+
 # what a line may have beside its messages; null is as if it were not there
-OPTIONS = {
+OPTIONS: dict[str, type[list[Json]] | type[bool] | type[JsonObject]] = {
     "tools": list,
     "documents": list,
     "add_generation_prompt": bool,
     "continue_final_message": bool,
     "chat_template_kwargs": dict,
 }
-EXPECTED = {list: "a list of objects", bool: "true or false", dict: "an object"}
+EXPECTED: dict[type, str] = {list: "a list of objects", bool: "true or false", dict: "an object"}
 # of apply_chat_template's own arguments, those that are not the template's
 RESERVED = frozenset(
     ("conversation", "messages", "chat_template", "tokenize", "sanitize_control_tokens", "padding", "truncation",
@@ -38,25 +42,28 @@ RESERVED = frozenset(
 )  # fmt: skip
 
 
-def arguments(line: dict, where: str) -> dict:
+def arguments(line: JsonObject, where: str) -> Chat:
     """What a line of a .jsonl says to `apply_chat_template`. Other keys are the user's own, and left out."""
     messages = line["messages"]
-    if not messages or not all(isinstance(message, dict) for message in messages):
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise InputError(
             f"{where}: 'messages' must be a list of objects, such as a role and its content, and not empty"
         )
     options = {key: line[key] for key in OPTIONS if line.get(key) is not None}
     for key, value in options.items():
         kind = OPTIONS[key]
-        if not isinstance(value, kind) or (kind is list and not all(isinstance(entry, dict) for entry in value)):
+        if not isinstance(value, kind) or (
+            isinstance(value, list) and not all(isinstance(entry, dict) for entry in value)
+        ):
             raise InputError(f"{where}: '{key}' must be {EXPECTED[kind]}")
-    more = options.pop("chat_template_kwargs", {})
+    more = options.pop("chat_template_kwargs", None)
+    more = more if isinstance(more, dict) else {}
     if taken := sorted(more.keys() & RESERVED):
         raise InputError(f"{where}: 'chat_template_kwargs' may not set '{taken[0]}'")
     return {"conversation": messages, **options, **more}
 
 
-def render(tokenizer, chats: dict[str, dict]) -> Iterator[str]:
+def render(tokenizer: Tokenizer, chats: dict[str, Chat]) -> Iterator[str]:
     """The texts of `chats` (where each stands -> its `arguments`), in order.
 
     Raises InputError naming the place where the template refuses a chat, fails, or goes beyond the limits.
@@ -78,12 +85,12 @@ def _next_answer(answers: BinaryIO, process: int) -> tuple[bool, str]:
         is_text, length = HEAD.unpack(head)
         return is_text, answers.read(length).decode("utf-8", "surrogatepass")
     ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
-    if ended.si_status == signal.SIGALRM:
+    if ended and ended.si_status == signal.SIGALRM:
         return False, f"does not end on these messages within {SECONDS:g} seconds"
     return False, "fails on these messages (its process was ended; perhaps it ran out of memory)"
 
 
-def _answer_all(pipe: BinaryIO, tokenizer, chats: Iterable[dict]) -> None:
+def _answer_all(pipe: BinaryIO, tokenizer: Tokenizer, chats: Iterable[Chat]) -> None:
     """The child's work."""
     for given in chats:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)  # ends the process
@@ -94,9 +101,9 @@ def _answer_all(pipe: BinaryIO, tokenizer, chats: Iterable[dict]) -> None:
         pipe.flush()
 
 
-def _rendered(tokenizer, given: dict) -> tuple[bool, str]:
+def _rendered(tokenizer: Tokenizer, given: Chat) -> tuple[bool, str]:
     try:
-        text = tokenizer.apply_chat_template(**given, tokenize=False)
+        text = tokenizer.apply_chat_template(tokenize=False, **given)
     except Exception as error:  # whatever a program can do wrong: divide by zero, recurse, fill the memory
         return False, f"refuses these messages ({first_line(error)})"
     if len(text) > MOST_CHARACTERS:

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from compress.checkpoint.pointers import refuse_pointer
-from compress.checkpoint.safetensors_file import no_duplicates
+from compress.disk.pointers import refuse_pointer
 from compress.errors import InputError, first_line
 from compress.prompts import chat
 from compress.prompts.text import decode, refuse_surrogates
 from compress.recipe import resources
+from compress.recipe.tokenizer import Tokenizer
+from compress.strict import json_text
 
 
 def shipped_file(name: str) -> Path:
@@ -20,7 +21,7 @@ def shipped(name: str) -> list[str]:
     return [json.loads(line)["text"] for line in text.split("\n") if line]
 
 
-def from_file(path: Path, tokenizer) -> list[str]:
+def from_file(path: Path, tokenizer: Tokenizer) -> list[str]:
     """`.txt` is one passage; a line of `.jsonl` is {"text": ...} or {"messages": [...]} (through the chat template)."""
     refuse_pointer(path)
     try:
@@ -33,26 +34,27 @@ def from_file(path: Path, tokenizer) -> list[str]:
     return texts
 
 
-def _from_lines(content: str, path: Path, tokenizer) -> list[str]:
+def _from_lines(content: str, path: Path, tokenizer: Tokenizer) -> list[str]:
     """Lines end at a newline and at nothing else. A byte order mark stands within where files were joined."""
     lines = ((f"{path}:{i}", line.removeprefix("\ufeff")) for i, line in enumerate(content.split("\n"), 1))
     found = {where: _passage(line, where) for where, line in lines if line.strip()}
     chats = {where: value for where, value in found.items() if isinstance(value, dict)}
+    texts = {where: value for where, value in found.items() if isinstance(value, str)}
     if chats:
-        found |= zip(chats, chat.render(tokenizer, chats), strict=True)
-    for where, text in found.items():
-        refuse_surrogates(text, where)
-    return list(found.values())
+        texts |= zip(chats, chat.render(tokenizer, chats), strict=True)
+    for where in found:
+        refuse_surrogates(texts[where], where)
+    return [texts[where] for where in found]
 
 
-def _passage(line: str, where: str) -> str | dict:
+def _passage(line: str, where: str) -> str | chat.Chat:
     """The text of a line, or its chat, to be rendered."""
     try:
-        value = json.loads(line, object_pairs_hook=no_duplicates)
+        value = json_text.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a JSON object ({first_line(error)})") from None
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return value["text"]
+    if isinstance(value, dict) and isinstance(text := value.get("text"), str):
+        return text
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
         return chat.arguments(value, where)
     raise InputError(f'{where}: expected {{"text": "..."}} or {{"messages": [...]}}')

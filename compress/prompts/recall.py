@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from compress.errors import InputError
+from compress.recipe.tokenizer import Tokenizer
 
 MOST_FACTS = 8
 SPACES = ("\u2581", "\u0120")  # how SentencePiece and byte-level BPE write a leading space
@@ -24,12 +25,12 @@ class RecallTask:
     answer: int
 
 
-def windows(tokenizer, filler: list[str], samples: int, length: int, seed: int) -> list[torch.Tensor]:
+def windows(tokenizer: Tokenizer, filler: list[str], samples: int, length: int, seed: int) -> list[torch.Tensor]:
     """`samples` tasks of `length` tokens each, answered at the end."""
     return [torch.tensor([*task.prompt, task.answer]) for task in tasks(tokenizer, filler, samples, length - 1, seed)]
 
 
-def tasks(tokenizer, filler: list[str], samples: int, length: int, seed: int) -> list[RecallTask]:
+def tasks(tokenizer: Tokenizer, filler: list[str], samples: int, length: int, seed: int) -> list[RecallTask]:
     """Seeded tasks whose prompts have `length` tokens; as many facts, up to eight, as leave half of it to filler."""
     rng = np.random.default_rng(seed)
     names, words = _names_and_words(tokenizer)
@@ -37,7 +38,9 @@ def tasks(tokenizer, filler: list[str], samples: int, length: int, seed: int) ->
     return [_task(tokenizer, rng, names, words, prose, length) for _ in range(samples)]
 
 
-def _task(tokenizer, rng, names, words, prose, length: int) -> RecallTask:
+def _task(
+    tokenizer: Tokenizer, rng: np.random.Generator, names: list[str], words: list[str], prose: list[int], length: int
+) -> RecallTask:
     count = int(rng.integers(1, min(MOST_FACTS, len(names), len(words)) + 1))
     pairs = list(zip(rng.choice(names, count, replace=False), rng.choice(words, count, replace=False), strict=True))
     asked = pairs[int(rng.integers(count))]
@@ -61,11 +64,11 @@ def _fact(name: str, word: str) -> str:
     return f"\n\nThe secret word of {name} is {word}.\n\n"
 
 
-def _ids(tokenizer, text: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _names_and_words(tokenizer) -> tuple[list[str], list[str]]:
+def _names_and_words(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """Vocabulary pieces that are one token after a space, sorted so that the choice does not depend on dict order."""
     pieces = sorted(piece[1:] for piece in tokenizer.get_vocab() if piece.startswith(SPACES))
     pieces = [piece for piece in pieces if piece.isascii() and piece.isalpha()]

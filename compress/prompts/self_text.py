@@ -12,16 +12,19 @@ from compress import parallel
 from compress.checkpoint.end_tokens import end_tokens
 from compress.disk import cache
 from compress.prompts.windows import refuse_foreign_tokens
+from compress.runtime.artifacts import Artifact
 from compress.runtime.inference import sample
+from compress.terminal.progress import Advance
 
 BATCH = 32
 VERSION = 1  # part of the cache key: raise it when the sampling changes
 
 
-def windows(model, model_sha256: str, samples: int, length: int, seed: int, progress=None) -> list[torch.Tensor]:
+def windows(model: Artifact, model_sha256: str, samples: int, length: int, seed: int,
+            progress: Advance | None = None) -> list[torch.Tensor]:  # fmt: skip
     """`samples` windows of `length` tokens drawn at temperature 1 from BOS; kept on disk per model, seed and size.
 
-    `model` is an `Artifact`: its `config` names BOS, it and its `folder` the ends of text, its `steps(batch)` generates.
+    The model's `config` names BOS, it and the `folder` the ends of text, `steps(batch)` generates.
     """
     ends = end_tokens(model.config, model.folder)
     cache.folder("self-text")
@@ -37,7 +40,7 @@ def windows(model, model_sha256: str, samples: int, length: int, seed: int, prog
         return list(torch.from_numpy(np.load(file)).long())
 
 
-def path(model, model_sha256: str, seed: int, samples: int, length: int) -> Path:
+def path(model: Artifact, model_sha256: str, seed: int, samples: int, length: int) -> Path:
     """Where the windows are kept."""
     ends = end_tokens(model.config, model.folder)
     key = hashlib.sha256(f"{VERSION}/{model_sha256}/{seed}/{samples}/{length}/{ends}".encode()).hexdigest()[:32]
@@ -49,7 +52,9 @@ def _sizes(samples: int) -> list[int]:
 
 
 @parallel.steady()
-def _batch(model, batch: int, length: int, seed: int, ends: list[int], progress) -> np.ndarray:
+def _batch(
+    model: Artifact, batch: int, length: int, seed: int, ends: list[int], progress: Advance | None
+) -> np.ndarray:
     """[batch, length] ids. After an end-of-text token comes BOS and a new text."""
     bos = model.config.bos_token_id if model.config.bos_token_id is not None else 0
     refuse_foreign_tokens(bos, model.config.vocab_size)

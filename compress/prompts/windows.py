@@ -4,12 +4,14 @@ import numpy as np
 import torch
 
 from compress.errors import InputError
+from compress.model.config import Config
+from compress.recipe.tokenizer import Tokenizer
 
 CHARACTERS = 8  # of a text that are looked at for each token that is needed of it, at first
 MARGIN = 4096  # characters beyond those: how tokens are cut depends on what follows, but not from so far away
 
 
-def join_and_cut(tokenizer, texts: list[str], samples: int, length: int, seed: int) -> list[torch.Tensor]:
+def join_and_cut(tokenizer: Tokenizer, texts: list[str], samples: int, length: int, seed: int) -> list[torch.Tensor]:
     """At most `samples` windows of `length` tokens; a shorter rest is kept as a last, shorter window."""
     order = np.random.default_rng(seed).permutation(len(texts))
     stream: list[int] = []
@@ -21,20 +23,20 @@ def join_and_cut(tokenizer, texts: list[str], samples: int, length: int, seed: i
     return [window for window in windows[:samples] if len(window) > 1]
 
 
-def encode(tokenizer, text: str) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The text's tokens, begun with BOS where the tokenizer has one and the text does not write it itself."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] == [bos] or _writes_bos(tokenizer, text) else [bos, *ids]
 
 
-def _writes_bos(tokenizer, text: str) -> bool:
+def _writes_bos(tokenizer: Tokenizer, text: str) -> bool:
     """Chat templates may break the line before it."""
     written = getattr(tokenizer, "bos_token", None)
-    return bool(written) and text[:MARGIN].lstrip().startswith(written)
+    return isinstance(written, str) and bool(written) and text[:MARGIN].lstrip().startswith(written)
 
 
-def encode_start(tokenizer, text: str, count: int) -> list[int]:
+def encode_start(tokenizer: Tokenizer, text: str, count: int) -> list[int]:
     """At least the first `count` tokens of `encode` (all where it has fewer), without tokenizing all of a long text.
 
     The tokens of a beginning are those of the whole but near the cut. A beginning is long enough when a longer one agrees.
@@ -50,7 +52,7 @@ def encode_start(tokenizer, text: str, count: int) -> list[int]:
     return ids
 
 
-def too_long(tokens: int, config) -> str | None:
+def too_long(tokens: int, config: Config) -> str | None:
     """What to say of a window or prompt that is longer than the model was made for; None where it is not."""
     most = getattr(config, "max_position_embeddings", None)
     if most is None or tokens <= most:

@@ -1,1 +1,1 @@
-"""The recipe, the shipped data it may name, and where a model comes from."""
+"""The recipe, the shipped data it may name, where a model comes from, and what a shell completes of them."""

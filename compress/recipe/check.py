@@ -11,9 +11,12 @@ from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 PHASES = ("prefill", "decode")
 
 
+MetricName = Literal["perplexity_ratio", "kl_divergence_mean", "kl_divergence_p99", "top1_agreement"]
+
+
 @dataclass(frozen=True)
 class Metric:
-    name: str
+    name: MetricName
     bound: str  # "above": the value must not exceed the limit; "below": it must not fall under it
     meaning: str
     most: float = math.inf  # no value is above this
@@ -22,7 +25,7 @@ class Metric:
         return value <= limit if self.bound == "above" else value >= limit
 
 
-METRICS = {
+METRICS: dict[MetricName, Metric] = {
     metric.name: metric
     for metric in (
         Metric("perplexity_ratio", "above", "candidate / baseline perplexity"),
@@ -41,11 +44,11 @@ class Check(Strict):
     prompts: tuple[str, ...] = Field(default=("heldout",), min_length=1)
     samples: WholeNumber = Field(default=48, ge=1, le=1_000_000)
     length: WholeNumber = Field(default=512, ge=2, le=1_048_576)
-    limits: dict[Literal[*METRICS], Limit] = Field(default_factory=dict)
+    limits: dict[MetricName, Limit] = Field(default_factory=dict)
 
     @field_validator("limits")
     @classmethod
-    def _can_be_met(cls, limits: dict[str, float]) -> dict[str, float]:
+    def _can_be_met(cls, limits: dict[MetricName, float]) -> dict[MetricName, float]:
         for name, limit in limits.items():
             if limit > METRICS[name].most:
                 raise KeyedError(

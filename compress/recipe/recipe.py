@@ -1,95 +1,135 @@
 """A recipe: YAML in, a frozen and fully validated `Recipe` out. Imports neither torch nor any model code."""
 
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from compress import plugins
 from compress.errors import InputError, nearest
+from compress.plugins import Exporter, Pass
 from compress.recipe import check as settings
 from compress.recipe import resources
 from compress.recipe.calibration import Calibration
 from compress.strict import yaml_text
+from compress.strict.json_text import Json
 from compress.strict.models import KeyedError, Strict, key_path, no_truth_value, what_was_expected
 from compress.strict.yaml_text import Document, KeyPath
 
+Settable = dict[str, Json] | list[Json]  # what has keys or items in plain recipe data
 
-class OneKey(Strict):
-    """A mapping that names exactly one of its fields, such as `- quantize: {...}`; `- onnx:` alone means the defaults."""
+
+class NestedError(ValueError):
+    """What pydantic refused of a step's options, beneath the step's name."""
+
+    def __init__(self, error: ErrorDetails):
+        super().__init__(error["msg"])
+        self.error = error
+
+
+class Step(Strict):
+    """One item of a list in a recipe: `- quantize: {...}`; `- onnx:` alone means the defaults.
+
+    A file is loaded only where a recipe names it."""
+
+    PACKAGE: ClassVar[str]
+    name: str
+    options: SerializeAsAny[Strict]
+
+    @classmethod
+    def options_of(cls, name: str) -> type[Strict]:
+        raise NotImplementedError
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_means_defaults(cls, given):
-        if isinstance(given, dict) and len(given) == 1:
-            return {name: {} if options is None else options for name, options in given.items()}
-        return given
+    def _exactly_one(cls, given: object) -> object:
+        if not isinstance(given, dict):
+            return given
+        known = plugins.names(cls.PACKAGE)
+        for name in given:
+            if name not in known:
+                raise NestedError({"type": "extra_forbidden", "loc": (name,), "msg": "unknown", "input": given[name]})
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of: {', '.join(known)}")
+        ((name, options),) = given.items()
+        return {"name": name, "options": cls._validated(name, {} if options is None else options)}
+
+    @classmethod
+    def _validated(cls, name: str, options: object) -> Strict:
+        try:
+            return cls.options_of(name).model_validate(options)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise NestedError({**first, "loc": (name, *first["loc"])}) from None
+
+    def as_written(self) -> dict[str, dict[str, Json]]:
+        """With every default, as it may stand in a recipe."""
+        return {self.name: self.options.model_dump(mode="json", exclude_none=True)}
+
+
+class PassStep(Step):
+    PACKAGE = plugins.PASSES
+
+    @classmethod
+    def options_of(cls, name: str) -> type[Strict]:
+        return plugins.load_pass(name).Options
+
+    def bound(self) -> Pass[Strict]:
+        """The pass with these options."""
+        return plugins.load_pass(self.name)(self.options)
+
+
+class ExportStep(Step):
+    PACKAGE = plugins.EXPORTERS
+
+    @classmethod
+    def options_of(cls, name: str) -> type[Strict]:
+        return plugins.load_exporter(name).Options
+
+    def bound(self) -> Exporter[Strict]:
+        """The exporter with these options."""
+        return plugins.load_exporter(self.name)(self.options)
+
+
+class Recipe(Strict):
+    version: Annotated[Literal[1], BeforeValidator(no_truth_value)]
+    model: str | None = None
+    calibration: Calibration | None = None
+    passes: tuple[PassStep, ...] = ()
+    export: tuple[ExportStep, ...] = ()
+    check: settings.Check | None = Field(default=None)
 
     @model_validator(mode="after")
-    def _exactly_one(self):
-        if len(self.model_fields_set) != 1:
-            raise ValueError(f"expected exactly one of: {', '.join(type(self).model_fields)}")
+    def _each_export_once(self) -> Self:
+        kinds = [step.name for step in self.export]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"an exporter is listed twice: {', '.join(kinds)}")
         return self
 
-    @property
-    def name(self) -> str:
-        return next(iter(self.model_fields_set))
-
-    @property
-    def options(self) -> Strict:
-        return getattr(self, self.name)
-
-
-def _choice(title: str, package: str) -> type[OneKey]:
-    fields = {name: (plugins.load(package, name).Options | None, None) for name in plugins.names(package)}
-    return create_model(title, __base__=OneKey, **fields)
-
-
-@cache
-def recipe_model() -> type[Strict]:
-    """The pydantic model, with one field per pass and per exporter found on disk."""
-
-    class Recipe(Strict):
-        version: Annotated[Literal[1], BeforeValidator(no_truth_value)]
-        model: str | None = None
-        calibration: Calibration | None = None
-        passes: tuple[_choice("Pass", plugins.PASSES), ...] = ()
-        export: tuple[_choice("Export", plugins.EXPORTERS), ...] = ()
-        check: settings.Check | None = Field(default=None)
-
-        @model_validator(mode="after")
-        def _each_export_once(self):
-            kinds = [step.name for step in self.export]
-            if len(set(kinds)) != len(kinds):
-                raise ValueError(f"an exporter is listed twice: {', '.join(kinds)}")
-            return self
-
-        @model_validator(mode="after")
-        def _no_shared_prompts(self):
-            generated = ("self", "recall")  # seeded apart
-            asked = self.calibration.prompts if self.calibration else ()
-            shared = [name for name in asked if self.check and name in self.check.prompts and name not in generated]
-            if shared:
-                message = f"'{shared[0]}' is in calibration and in check: a model is not judged on what tuned it"
-                raise KeyedError("calibration", message)
-            return self
-
-    return Recipe
+    @model_validator(mode="after")
+    def _no_shared_prompts(self) -> Self:
+        generated = ("self", "recall")  # seeded apart
+        asked = self.calibration.prompts if self.calibration else ()
+        shared = [name for name in asked if self.check and name in self.check.prompts and name not in generated]
+        if shared:
+            message = f"'{shared[0]}' is in calibration and in check: a model is not judged on what tuned it"
+            raise KeyedError("calibration", message)
+        return self
 
 
 class LoadedRecipe:
     """A validated recipe with where it came from: `recipe`, `name`, `text` (verbatim), `folder`."""
 
-    def __init__(self, path: Path, text: str, recipe):
+    def __init__(self, path: Path, text: str, recipe: Recipe):
         self.path, self.text, self.recipe = path, text, recipe
         self.name, self.folder = path.stem, path.resolve().parent
 
     def resolved_yaml(self) -> str:
         """The recipe after overrides and defaults, as YAML that loads again."""
         plain = self.recipe.model_dump(mode="json", exclude_none=True)
-        plain["passes"] = [{s.name: s.options.model_dump(mode="json", exclude_none=True)} for s in self.recipe.passes]
-        plain["export"] = [{s.name: s.options.model_dump(mode="json", exclude_none=True)} for s in self.recipe.export]
+        plain["passes"] = [step.as_written() for step in self.recipe.passes]
+        plain["export"] = [step.as_written() for step in self.recipe.export]
         return yaml_text.dump(plain)
 
 
@@ -107,21 +147,21 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> LoadedRec
     return LoadedRecipe(path, path.read_bytes().decode("utf-8"), recipe)  # bytes: line ends stay as they are
 
 
-def override_key(data: dict, override: str, example: str = "passes.0.quantize.weights=int8") -> KeyPath:
+def override_key(data: dict[str, Json], override: str, example: str = "passes.0.quantize.weights=int8") -> KeyPath:
     """Sets one dotted key in plain recipe data; a number addresses a list item, a missing mapping is made."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"--set {override}: expected KEY=VALUE, such as {example}")
     value = yaml_text.parse_scalar(text, f"--set {key}")
     path = tuple(int(part) if part.isascii() and part.isdigit() else part for part in key.split("."))
-    target: Any = data
+    target: Settable = data
     for part in path[:-1]:
         target = _step(target, part, key)
     _assign(target, path[-1], value, key)
     return path
 
 
-def _step(target, part, key: str):
+def _step(target: Settable, part: str | int, key: str) -> Settable:
     if isinstance(target, list):
         if not isinstance(part, int) or part >= len(target):
             raise InputError(f"--set {key}: there is no item '{part}' in that list of {len(target)}")
@@ -136,7 +176,7 @@ def _step(target, part, key: str):
     return inner
 
 
-def _assign(target, part, value, key: str) -> None:
+def _assign(target: Settable, part: str | int, value: Json, key: str) -> None:
     if not isinstance(target, list):
         target[str(part)] = value
     elif isinstance(part, int) and part < len(target):
@@ -145,14 +185,22 @@ def _assign(target, part, value, key: str) -> None:
         raise InputError(f"--set {key}: there is no item '{part}' in that list of {len(target)}")
 
 
-def _validate(document: Document, data: dict, overridden: set[KeyPath]):
+def _validate(document: Document, data: dict[str, Json], overridden: set[KeyPath]) -> Recipe:
     try:
-        return recipe_model().model_validate(data)
+        return Recipe.model_validate(data)
     except ValidationError as error:
-        raise InputError(_sentence(document, error.errors(include_url=False)[0], overridden)) from None
+        raise InputError(_sentence(document, _innermost(error.errors(include_url=False)[0]), overridden)) from None
 
 
-def _sentence(document: Document, error: dict, overridden: set[KeyPath]) -> str:
+def _innermost(error: ErrorDetails) -> ErrorDetails:
+    """The error of a step's options itself, at its place in the recipe."""
+    cause = error.get("ctx", {}).get("error")
+    if not isinstance(cause, NestedError):
+        return error
+    return {**cause.error, "loc": (*error["loc"], *cause.error["loc"])}
+
+
+def _sentence(document: Document, error: ErrorDetails, overridden: set[KeyPath]) -> str:
     """One sentence for a pydantic error: file:line, the dotted key, what was expected."""
     path = key_path(error)
     key = ".".join(str(part) for part in path) or "the recipe"
@@ -169,23 +217,21 @@ def _sentence(document: Document, error: dict, overridden: set[KeyPath]) -> str:
 
 
 def _known_keys(path: KeyPath) -> list[str]:
-    """The field names the recipe model accepts at a key path."""
-    model: Any = recipe_model()
+    """The keys that a recipe may have at a key path."""
+    model: type[Strict] | None = Recipe
     for part in path:
-        if isinstance(part, int):
-            continue
-        model = _inner_model(model.model_fields[part].annotation)
-        if model is None:
-            return []
-    return list(model.model_fields)
+        if model is not None and isinstance(part, str):
+            model = (
+                model.options_of(part) if issubclass(model, Step) else _inner_model(model.model_fields[part].annotation)
+            )
+    if model is None:
+        return []
+    return plugins.names(model.PACKAGE) if issubclass(model, Step) else list(model.model_fields)
 
 
-def _inner_model(annotation):
+def _inner_model(annotation: object) -> type[Strict] | None:
     """The pydantic model inside `tuple[M, ...]`, `M | None` or `M`."""
     if isinstance(annotation, type) and issubclass(annotation, Strict):
         return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        inner = _inner_model(argument) if argument is not Ellipsis else None
-        if inner is not None:
-            return inner
-    return None
+    inner = (_inner_model(argument) for argument in getattr(annotation, "__args__", ()) if argument is not Ellipsis)
+    return next((model for model in inner if model is not None), None)

@@ -83,8 +83,8 @@ def _in_folder(path: Path) -> str:
 
 def _meant(name: str) -> str:
     """The recipe file of the same name with another suffix, or with one, else the file or shipped name most like it."""
-    names = [*map(str, _recipe_files(Path(name).parent)), *shipped_recipes()]
-    known = {known.casefold(): known for known in reversed(names)}
+    names = [*_recipe_files(Path(name).parent), *map(Path, shipped_recipes())]
+    known = {str(path).casefold(): path for path in reversed(names)}
     close = difflib.get_close_matches(name.casefold(), known, n=1, cutoff=0.75)
     found = _same_name(Path(name)) or [known[folded] for folded in close]
     return f"; did you mean '{found[0]}'?" if found else ""

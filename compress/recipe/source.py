@@ -3,12 +3,14 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from compress.checkpoint import companions
 from compress.disk.paths import as_text, with_text_name
 from compress.errors import InputError, first_line
 from compress.output_folder import integrity
 from compress.recipe import resources
+from compress.recipe.tokenizer import Tokenizer
 
 # weights, configuration, tokenizer and papers; never code, never pickles, whatever their names begin with
 WANTED = (
@@ -66,7 +68,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZERS)
 
 
-def tokenizer_of(folder: Path):
+def tokenizer_of(folder: Path) -> Tokenizer | None:
     """The folder's tokenizer, or None where there is none that can be loaded."""
     try:
         return load_tokenizer(folder) if has_tokenizer(folder) else None
@@ -74,7 +76,7 @@ def tokenizer_of(folder: Path):
         return None
 
 
-def load_tokenizer(folder: Path):
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The folder's tokenizer; raises InputError where there is none."""
     if not has_tokenizer(folder):
         raise InputError(f"{folder}: has no tokenizer files, and the prompts are text")
@@ -83,7 +85,8 @@ def load_tokenizer(folder: Path):
 
     try:
         with with_text_name(folder) as named:
-            tokenizer = AutoTokenizer.from_pretrained(named, local_files_only=True, trust_remote_code=False)
+            loaded = AutoTokenizer.from_pretrained(named, local_files_only=True, trust_remote_code=False)
+        tokenizer = cast(Tokenizer, loaded)  # each of transformers' classes has what is asked; none of them declares it
         tokenizer.model_max_length = NO_LIMIT
         return tokenizer
     except Exception as error:  # tokenizers raises bare Exception for a damaged file

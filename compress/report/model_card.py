@@ -13,7 +13,10 @@ from compress.check.compare import ALL
 from compress.checkpoint import companions
 from compress.formats import PLAIN
 from compress.report import loading_snippets
+from compress.report.schema import Report
 from compress.report.terminal import value_words, verdict_words
+from compress.runtime.runtimes import RuntimeFacts
+from compress.strict.json_text import JsonObject
 from compress.terminal.escaping import code, code_block, markdown, printable
 
 MODEL_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # as the hub has them
@@ -26,7 +29,7 @@ EXPORTED = "The output of compress that this checkpoint is part of"
 NEEDED = {"transformers": "pip install compressed-tensors"}  # to read what is quantized
 
 
-def render(report: dict, formats: dict[str, str], source_folder: Path, recipe_text: str) -> str:
+def render(report: Report, formats: dict[str, str], source_folder: Path, recipe_text: str) -> str:
     """The card's text, from report.json and the format of every tensor by name."""
     original, metadata = _original(source_folder / companions.CARD)
     sections = [
@@ -45,7 +48,7 @@ def render(report: dict, formats: dict[str, str], source_folder: Path, recipe_te
     return "\n\n".join(sections) + "\n"
 
 
-def _original(path: Path) -> tuple[str, dict]:
+def _original(path: Path) -> tuple[str, JsonObject]:
     """The text of the original's card and the data in front of it; nothing where there is none that may travel."""
     if not path.is_file() or not companions.may_travel(path):
         return "", {}
@@ -56,28 +59,28 @@ def _original(path: Path) -> tuple[str, dict]:
         found = ModelCard(card, ignore_metadata_errors=True)
     except (yaml.YAMLError, ValueError):  # front matter that is not YAML, or no mapping
         return card.strip(), {}
-    return found.text.strip(), found.data.to_dict()
+    data: JsonObject = found.data.to_dict()  # type: ignore[no-untyped-call]  # the hub has typed it in part
+    return found.text.strip(), data
 
 
-def _front_matter(report: dict, formats: dict[str, str], original: dict) -> str:
+def _front_matter(report: Report, formats: dict[str, str], original: JsonObject) -> str:
     """The licence is the original's, where its card names one; the library is the one that loads it. A name that the hub has
     none of is left out."""
     name = report["model"]["name"]
     takes_stock = any(row["name"] == "transformers" and row["loads"] for row in report["runtimes"])
     library = "transformers" if takes_stock else "compress"
-    return (
-        ModelCardData(
-            base_model=name if MODEL_NAME.fullmatch(name) else None,
-            library_name=library,
-            tags=["compress", report["model"]["model_type"], *sorted(set(formats.values()))],
-            **{key: original[key] for key in LICENCE_KEYS if original.get(key)},
-        )
-        .to_yaml()
-        .strip()
+    data = ModelCardData(
+        base_model=name if MODEL_NAME.fullmatch(name) else None,
+        library_name=library,
+        tags=["compress", report["model"]["model_type"], *sorted(set(formats.values()))],
     )
+    for key in LICENCE_KEYS:
+        if original.get(key):
+            setattr(data, key, original[key])
+    return data.to_yaml().strip()
 
 
-def _summary(report: dict, formats: dict[str, str]) -> str:
+def _summary(report: Report, formats: dict[str, str]) -> str:
     artifact = report["artifacts"][0]
     stored = ", ".join(f"{number} tensors as {name}" for name, number in sorted(Counter(formats.values()).items()))
     return " ".join(
@@ -90,7 +93,7 @@ def _summary(report: dict, formats: dict[str, str]) -> str:
     )
 
 
-def _loading(report: dict, formats: dict[str, str]) -> list[str]:
+def _loading(report: Report, formats: dict[str, str]) -> list[str]:
     """A paragraph for each runtime of the checkpoint, then for each runtime of the exports of the same output."""
     is_quantized = any(name not in PLAIN for name in formats.values())
     found = []
@@ -104,7 +107,7 @@ def _loading(report: dict, formats: dict[str, str]) -> list[str]:
     return found
 
 
-def _loading_with(row: dict, path: str, is_quantized: bool) -> str:
+def _loading_with(row: RuntimeFacts, path: str, is_quantized: bool) -> str:
     if not row["loads"]:
         return f"{row['name']} does not load it: {row['why']}."
     title = f"{row['name']} {row['minimum']}" if row["minimum"] else row["name"]
@@ -113,7 +116,7 @@ def _loading_with(row: dict, path: str, is_quantized: bool) -> str:
     return f"With {title}{needed}:\n\n{code_block(snippet, language)}"
 
 
-def _measured(report: dict) -> str:
+def _measured(report: Report) -> str:
     rows = [row for row in report["checks"] if row["prompts"] == ALL]
     if not rows:
         return "Nothing: no check was asked for."
@@ -124,7 +127,10 @@ def _measured(report: dict) -> str:
         for row in rows
     ]
     head = ("| file | phase | metric | value | limit |", "|---|---|---|---|---|")
-    return f"Against the original, on {sets}. Verdict: {verdict_words(report)}.\n\n" + "\n".join((*head, *lines))
+    return (
+        f"Against the original, on {sets}. Verdict: {verdict_words(report['verdict'], report['checks'])}.\n\n"
+        + "\n".join((*head, *lines))
+    )
 
 
 def _quoted(card: str) -> str:

@@ -1,1 +1,1 @@
-"""Running a model: our own forward, onnxruntime, text, and which other runtimes take what is written."""
+"""Running a model: our own forward, onnxruntime, logits of windows, and which other runtimes take what is written."""

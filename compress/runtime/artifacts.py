@@ -9,13 +9,14 @@ from typing import Protocol
 
 import torch
 
-from compress.check.runners import Candidate, CheckpointCandidate, OnnxCandidate
-from compress.checkpoint.folder import file_sha256
+from compress import plugins
 from compress.checkpoint.reader import Checkpoint
+from compress.disk.files import file_sha256
 from compress.errors import InputError
 from compress.model import sizes
-from compress.output_folder import integrity
-from compress.runtime import onnx_layouts
+from compress.model.config import Config
+from compress.output_folder import integrity, onnx_layouts
+from compress.runtime.candidates import Candidate, CheckpointCandidate, OnnxCandidate
 from compress.runtime.inference import Decoder
 from compress.runtime.onnx_session import OnnxDecoder, OnnxSession
 
@@ -52,7 +53,7 @@ class Artifact(Protocol):
     parameters each number format stores, `runtime` what computes it."""
 
     folder: Path
-    config: object
+    config: Config
     formats: dict[str, int]
     runtime: str
 
@@ -92,12 +93,12 @@ class OnnxArtifact:
     runtime = "onnxruntime"
 
     def __init__(self, path: Path):
-        from exporters.graph.reading import external_tensors, load, model_config, stored_parameters
-
-        self.folder, self._path, self._sha256, graph = onnx_layouts.folder_of(path), path, None, load(path)
-        _, self.config, _ = model_config(graph, path)
-        tensors = external_tensors(graph)
-        self._data, self.formats = {Path(tensor.path) for tensor in tensors}, stored_parameters(tensors)
+        reading = plugins.graph_reading()
+        self.folder, self._path, graph = onnx_layouts.folder_of(path), path, reading.load(path)
+        self._sha256: str | None = None
+        self.config = reading.architecture(graph, path).config
+        tensors = reading.external_tensors(graph)
+        self._data, self.formats = {Path(tensor.path) for tensor in tensors}, reading.stored_parameters(tensors)
 
     def sha256(self) -> str:
         if self._sha256 is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.errors import InputError, WorkError, first_line
@@ -30,24 +30,25 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     _fill(model, checkpoint)
     if (folder / GENERATION).is_file():
         model.generation_config = _generation_config(folder)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """transformers' model of config.json with memory for its parameters, and nothing in it yet."""
     config, ours = _config(checkpoint.folder), checkpoint.model
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         ours.architecture.fit_transformers(model)
     model.to_empty(device="cpu")
     model.tie_weights()  # parameters that were shared have become two
     return model
 
 
-def _config(folder: Path):
+def _config(folder: Path) -> PreTrainedConfig:
     """Without `quantization_config`: the model that is built is a plain one."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for values it does not like
         raise InputError(f"{folder / 'config.json'}: transformers cannot read it ({first_line(error)})") from None
     if hasattr(config, "quantization_config"):

@@ -11,9 +11,9 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from compress.checkpoint.pointers import refuse_pointer
 from compress.disk.paths import is_text, with_text_name
-from compress.runtime.onnx_layouts import data_files
+from compress.disk.pointers import refuse_pointer
+from compress.output_folder.onnx_layouts import data_files
 
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 
@@ -35,14 +35,13 @@ def _with_followed_links(path: Path) -> tuple[bytes, Path]:
     """The graph, its weights' places being relative to the folder that is returned. Only names beside the model are followed."""
     model = ir.load(path)
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
-    stored = [value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
-    beside = {name for name in {value.const_value.location for value in stored} if Path(name).name == name}
+    stored = [(v, v.const_value) for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+    beside = {name for name in {str(tensor.location) for _, tensor in stored} if Path(name).name == name}
     real = {name: (path.parent / name).resolve() for name in beside}
     folder = Path(os.path.commonpath([file.parent for file in real.values()])) if real else path.parent.absolute()
-    for value in stored:
-        tensor = value.const_value
+    for value, tensor in stored:
         if tensor.location in real:
-            value.const_value = _moved(tensor, real[tensor.location].relative_to(folder))
+            value.const_value = _moved(tensor, real[str(tensor.location)].relative_to(folder))
     return ir.to_proto(model).SerializeToString(), folder
 
 

@@ -1,6 +1,7 @@
 """Runs an exported decoder under onnxruntime: states are held as OrtValues and handed from step to step uncopied."""
 
 import os
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,15 @@ import psutil
 import torch
 
 from compress.errors import InputError, first_line
-from compress.runtime import onnx_layouts
+from compress.runtime import graph_names
 from compress.runtime.onnx_files import open_session
 
 # what onnxruntime says on stderr by itself: nothing, since whatever fails is told in a sentence (3: errors, 4: fatal ones)
 LOG_LEVEL = 3 if os.environ.get("COMPRESS_TRACEBACK") else 4
 ort.set_default_logger_severity(LOG_LEVEL)
 
-ELEMENTS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # of states
+# of states: numpy's type of as many bytes, whose zeros are the same, and ONNX's own
+ELEMENTS = {"tensor(float)": (np.float32, 1), "tensor(float16)": (np.float16, 10), "tensor(bfloat16)": (np.uint16, 16)}
 LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
 
 
@@ -37,7 +39,7 @@ class OnnxSession:
         except Exception as error:  # onnxruntime's own exceptions share no public base class
             raise InputError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         inputs = {value.name: value for value in self._session.get_inputs()}
-        self.past = {name: value for name, value in inputs.items() if onnx_layouts.is_past(name)}
+        self.past = {name: value for name, value in inputs.items() if graph_names.is_past(name)}
         outputs = {value.name: value for value in self._session.get_outputs()}
         _refuse_foreign(path, inputs.keys() - self.past.keys(), self.past, outputs)
         self.vocab_size = int(outputs["logits"].shape[-1])
@@ -50,9 +52,10 @@ class OnnxSession:
         options = ort.RunOptions()
         options.log_severity_level = LOG_LEVEL
         try:
-            return self._session.run_with_ort_values(outputs, feeds, options)
+            found: list[ort.OrtValue] = self._session.run_with_ort_values(outputs, feeds, options)
         except Exception as error:  # as above
             raise InputError(f"{self._path}: onnxruntime fails while running it ({first_line(error)})") from None
+        return found
 
 
 class Generation:
@@ -60,10 +63,8 @@ class Generation:
 
     def __init__(self, session: OnnxSession, batch: int):
         self._session, self._seen = session, np.ones((batch, 0), np.int64)
-        self._outputs = ["logits", *map(onnx_layouts.present_of, session.past)]
-        self._state = {
-            name: ort.OrtValue.ortvalue_from_numpy(_empty(value, batch)) for name, value in session.past.items()
-        }
+        self._outputs = ["logits", *map(graph_names.present_of, session.past)]
+        self._state = {name: _empty(value, batch) for name, value in session.past.items()}
 
     def step(self, ids: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """`attention_mask` [B, S] is 0 for left padding among the new tokens; all are tokens by default."""
@@ -76,7 +77,8 @@ class Generation:
         }
         logits, *present = self._session.run(self._outputs, feeds)
         self._state = dict(zip(self._state, present, strict=True))
-        return logits.numpy()
+        values: np.ndarray = logits.numpy()
+        return values
 
 
 class OnnxDecoder:
@@ -89,15 +91,18 @@ class OnnxDecoder:
         return torch.from_numpy(self._generation.step(ids.numpy())[:, -1].copy())
 
 
-def _empty(value, batch: int) -> np.ndarray:
+def _empty(value: ort.NodeArg, batch: int) -> ort.OrtValue:
     """The empty past of one input: batch in the first dimension, a past of length 0 where that is dynamic, zeros."""
     shape = [batch] + [size if isinstance(size, int) else 0 for size in value.shape[1:]]
-    return np.zeros(shape, ELEMENTS[value.type])
+    held_as, element = ELEMENTS[value.type]
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, held_as), element)
 
 
-def _refuse_foreign(path: Path, others, past: dict, outputs: dict) -> None:
+def _refuse_foreign(
+    path: Path, others: Set[str], past: dict[str, ort.NodeArg], outputs: dict[str, ort.NodeArg]
+) -> None:
     """A graph of another tool, or a damaged one: it would fail later, and less clearly."""
-    missing = {"logits", *map(onnx_layouts.present_of, past)} - outputs.keys()
+    missing = {"logits", *map(graph_names.present_of, past)} - outputs.keys()
     states = [name for name, value in past.items() if value.type not in ELEMENTS or not value.shape]
     if others != {"input_ids", "attention_mask"}:
         problem = "expected the inputs input_ids and attention_mask, and past_key_values"

@@ -5,19 +5,30 @@ mixture of formats (tests/test_load.py). Older ones were not tried, or failed.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import TypedDict
 
-from compress import plugins
 from compress.checkpoint.compressed_tensors import Scheme, is_integer
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight
+from compress.recipe.recipe import ExportStep
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
 INT4_TABLE = "1.23"  # the first that casts to int4, as an int4 embedding is when it is the output matrix too
 BLOCKS = "it wants inputs that blocks of 128 divide"
 SAME_SCALES = {"int8-tensor": "int8", "fp8-e4m3-tensor": "fp8-e4m3"}  # transformers reads either for the other
+
+
+class RuntimeFacts(TypedDict):
+    """The same as JSON has it."""
+
+    artifact: str
+    name: str
+    minimum: str | None
+    loads: bool
+    why: str | None
 
 
 @dataclass(frozen=True)
@@ -30,22 +41,23 @@ class Runtime:
     loads: bool = True
     why: str | None = None
 
-    def to_json(self) -> dict:
-        return asdict(self)
+    def to_json(self) -> RuntimeFacts:
+        return {
+            "artifact": self.artifact,
+            "name": self.name,
+            "minimum": self.minimum,
+            "loads": self.loads,
+            "why": self.why,
+        }
 
     @property
     def title(self) -> str:
         return self.name if self.minimum is None else f"{self.name} {self.minimum}"
 
 
-def of(model: HybridModel, exports: Iterable) -> list[Runtime]:
-    """For a model as it will be stored, and the exports of a recipe (each with `name` and `options`). An exporter that
-    says nothing has no rows."""
-    found = of_checkpoint(model)
-    for step in exports:
-        tell = getattr(plugins.load(plugins.EXPORTERS, step.name), "runtimes", lambda *_: [])
-        found += tell(model, step.options)
-    return found
+def of(model: HybridModel, exports: Iterable[ExportStep]) -> list[Runtime]:
+    """For a model as it will be stored, and the exports of a recipe. An exporter that says nothing has no rows."""
+    return of_checkpoint(model) + [runtime for step in exports for runtime in step.bound().runtimes(model)]
 
 
 def as_lines(found: list[Runtime]) -> list[str]:
@@ -96,7 +108,7 @@ def _are_partly_integers(experts: list[Weight]) -> bool:
     return any(map(_is_integer, experts)) and not all(weight.is_quantized for weight in experts)
 
 
-def _schemes(weights: Iterable[Weight]) -> set[tuple]:
+def _schemes(weights: Iterable[Weight]) -> set[tuple[str, str | None]]:
     """The schemes transformers would have to tell apart; inputs of fp8 matrices stay as they are there."""
     found = set()
     for scheme in map(Scheme.of, weights):

@@ -1,10 +1,15 @@
 """Base of every options model: unknown keys are errors, values are frozen, NaN and infinity are no numbers."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from compress.errors import InputError, nearest
+from compress.strict.json_text import Json, JsonObject
+
+T = TypeVar("T")
 
 
 class Strict(BaseModel):
@@ -14,17 +19,25 @@ class Strict(BaseModel):
         """Keys that change nothing as the others stand, beside those that hold nothing."""
         return set()
 
-    def in_force(self) -> dict:
+    def in_force(self) -> JsonObject:
         """The keys that have an effect, as plain data: what a plan shows."""
-        return _without_nothing(self.model_dump(mode="json", exclude=self.idle()))
+        plain: JsonObject = self.model_dump(mode="json", exclude=self.idle())
+        return _mapping_without_nothing(plain)
 
 
-def _without_nothing(plain):
-    """Plain data without what is empty."""
+def _mapping_without_nothing(plain: Mapping[str, Json]) -> JsonObject:
+    """Json data without what is empty."""
+    kept = {key: _without_nothing(value) for key, value in plain.items()}
+    return {key: value for key, value in kept.items() if value not in (None, {}, [])}
+
+
+def _without_nothing(plain: Json) -> Json:
     if isinstance(plain, dict):
-        kept = {key: _without_nothing(value) for key, value in plain.items()}
-        return {key: value for key, value in kept.items() if value not in (None, {}, [])}
+        return _mapping_without_nothing(plain)
     return [_without_nothing(value) for value in plain] if isinstance(plain, list) else plain
+
+
+Settings = TypeVar("Settings", bound=Strict)
 
 
 class KeyedError(ValueError):
@@ -35,17 +48,17 @@ class KeyedError(ValueError):
         self.key = key
 
 
-def key_path(error: dict) -> tuple[str | int, ...]:
+def key_path(error: ErrorDetails) -> tuple[str | int, ...]:
     """The keys a pydantic error is about: its location without the mark for "the key itself", which is no key."""
     path = tuple(part for part in error["loc"] if part != "[key]")
     cause = error.get("ctx", {}).get("error")
     return (*path, cause.key) if isinstance(cause, KeyedError) else path
 
 
-def what_was_expected(error: dict) -> str:
+def what_was_expected(error: ErrorDetails) -> str:
     """One pydantic error in words, with the nearest of the known values where there is a list of them."""
     if error["type"] in ("enum", "literal_error"):
-        expected = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        expected = str(error["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         return f"'{error['input']}' is not known{nearest(error['input'], expected)}"
     if error["type"] == "model_type":
         return f"expected a mapping of options, not {error['input']!r:.80}"
@@ -57,7 +70,7 @@ def what_was_expected(error: dict) -> str:
     return message[0].lower() + message[1:]
 
 
-def from_flags(model: type[Strict], **values) -> Strict:
+def from_flags(model: type[Settings], **values: object) -> Settings:
     """Settings that a command's flags give; what is wrong with them in one sentence."""
     try:
         return model(**values)
@@ -69,7 +82,7 @@ def from_flags(model: type[Strict], **values) -> Strict:
         raise InputError(f"{key}: {what_was_expected(first)}") from None
 
 
-def no_truth_value(value):
+def no_truth_value(value: T) -> T:
     """YAML's yes, no, true and false would count as 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("expected a number, not yes/no or true/false")

@@ -7,10 +7,13 @@ than it seems to (or, for nested aliases, that grows without bound). So are plai
 
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
+from yaml.resolver import BaseResolver
 
 from compress.errors import InputError
+from compress.strict.json_text import Json, JsonObject
 
 MAX_BYTES, MAX_DEPTH = 1 << 20, 32
 KeyPath = tuple[str | int, ...]
@@ -31,9 +34,12 @@ MEANINGS = {
 }
 
 
-def _with_meanings(base: type) -> type:
+Meaning = TypeVar("Meaning", bound=BaseResolver)
+
+
+def _with_meanings(base: type[Meaning]) -> type[Meaning]:
     """A loader or dumper that reads, or puts quotes around, plain scalars by MEANINGS."""
-    plain = type(f"Plain{base.__name__}", (base,), {"yaml_implicit_resolvers": {}})
+    plain: type[Meaning] = type(f"Json{base.__name__}", (base,), {"yaml_implicit_resolvers": {}})
     for tag, pattern in MEANINGS.items():
         plain.add_implicit_resolver(tag, re.compile(rf"(?:{pattern})\Z", re.VERBOSE), [None])
     return plain
@@ -43,9 +49,9 @@ _Loader, _Dumper = _with_meanings(yaml.SafeLoader), _with_meanings(yaml.SafeDump
 
 
 class Document:
-    """Plain data, and `line(path)`: where in the file the value at a key path begins (1-based)."""
+    """Json data, and `line(path)`: where in the file the value at a key path begins (1-based)."""
 
-    def __init__(self, source: str, data, lines: dict[KeyPath, int]):
+    def __init__(self, source: str, data: Json, lines: dict[KeyPath, int]):
         self.source, self.data, self._lines = source, data, lines
 
     def line(self, path: KeyPath) -> int | None:
@@ -82,12 +88,12 @@ def parse(text: str, source: str) -> Document:
     return Document(source, data, lines)
 
 
-def dump(plain) -> str:
-    """Plain data as YAML that `parse` reads as the same data."""
+def dump(plain: object) -> str:
+    """Json data as YAML that `parse` reads as the same data."""
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 
-def parse_scalar(text: str, source: str):
+def parse_scalar(text: str, source: str) -> Json:
     """The value of one `--set KEY=VALUE`: a YAML scalar or flow collection under the same rules."""
     return parse(text, source).data
 
@@ -95,7 +101,7 @@ def parse_scalar(text: str, source: str):
 def _refuse_surprises(text: str, source: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = _line(event)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise InputError(f"{source}:{line}: nested more than {MAX_DEPTH} deep")
@@ -103,20 +109,27 @@ def _refuse_surprises(text: str, source: str) -> None:
             raise InputError(
                 f"{source}:{line}: anchors and aliases (& and *) are not used in recipes; write the value out"
             )
-        if getattr(event, "tag", None):
-            raise InputError(f"{source}:{line}: YAML tag '{event.tag}' is not used in recipes; write plain values")
+        if tag := getattr(event, "tag", None):
+            raise InputError(f"{source}:{line}: YAML tag '{tag}' is not used in recipes; write plain values")
 
 
-def _plain(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: str):
+def _line(event: yaml.Event) -> int:
+    """Where it begins, from 1."""
+    return event.start_mark.line + 1 if event.start_mark else 1
+
+
+def _plain(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: str) -> Json:
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         return _plain_mapping(node, path, lines, source)
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, (*path, i), lines, source) for i, item in enumerate(node.value)]
+    assert isinstance(node, yaml.ScalarNode)  # there is no fourth kind
     if node.tag == AMBIGUOUS:
         raise InputError(_other_meaning(node, path, source))
     try:
-        return yaml.SafeLoader("").construct_object(node)
+        value: Json = yaml.SafeLoader("").construct_object(node)
+        return value
     except ValueError:
         raise InputError(f"{source}:{node.start_mark.line + 1}: '{node.value:.80}' is not a valid value") from None
 
@@ -128,8 +141,8 @@ def _other_meaning(node: yaml.ScalarNode, path: KeyPath, source: str) -> str:
     return f"{where}: '{node.value:.80}' can mean several things in YAML; write {expected}, or put text in quotes"
 
 
-def _plain_mapping(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int], source: str) -> dict:
-    result: dict[str, object] = {}
+def _plain_mapping(node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int], source: str) -> JsonObject:
+    result: JsonObject = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):

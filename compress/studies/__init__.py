@@ -1,1 +1,1 @@
-"""What can be learned about a model without changing it: inspect, experts, sensitivity."""
+"""What can be done with a model without changing it: run it, inspect it, compare it, survey its experts, measure its parts."""

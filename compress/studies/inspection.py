@@ -3,30 +3,74 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
+from compress import plugins
 from compress.checkpoint.reader import Checkpoint, config_dtype, has_weights, open_config
 from compress.errors import InputError
 from compress.model import sizes
 from compress.model.architecture import Architecture
 from compress.model.block import Layer
+from compress.model.states import StateKind
 from compress.model.weight import Unit, UnitSpec
 from compress.output_folder import integrity
 from compress.recipe import source
-from compress.runtime import onnx_layouts
+from compress.runtime import graph_names
 from compress.runtime.artifacts import find_artifact
 from compress.terminal.escaping import printable
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
-def inspect(name: str, *, verify: bool = False) -> dict:
-    """Facts about a local folder, a hub id, an output of `apply` or a model.onnx, ready for JSON.
+
+class LayerFacts(TypedDict):
+    index: int
+    kind: str
+    experts: int
+    router_rows: NotRequired[int]  # only where the router has rows of experts that were removed
+
+
+class ExpertFacts(TypedDict):
+    total: int
+    active: int
+
+
+class VerifiedFacts(TypedDict):
+    files: int
+    bytes: int
+
+
+class Facts(TypedDict):
+    """What is told of a model or an artifact, as `--json` writes it."""
+
+    model_type: str
+    parameters: int
+    active_parameters: int
+    roles: dict[str, int]
+    experts: ExpertFacts
+    layers: list[LayerFacts]
+    kv_bytes_per_token: int
+    ssm_state_bytes: int
+    conv_state_bytes: int
+    weight_bytes: int
+    formats: dict[str, int]
+    travelling: NotRequired[list[str]]
+    verified: NotRequired[VerifiedFacts]
+
+
+def inspect(name: str, *, verify: bool = False) -> Facts:
+    """Facts about a local folder, a hub id, an output of `apply` or a model.onnx.
 
     `verify` reads every file of what is named and compares its digest with the manifest's.
     """
     path = Path(name)
-    verified = {"verified": vars(_verify(path))} if verify else {}
+    verified = _verify(path) if verify else None
     artifact = find_artifact(path) if path.exists() else source.resolve(name, config_only=True).folder
     integrity.verify(artifact)
-    return _facts(artifact) | verified
+    facts = _facts(artifact)
+    if verified is not None:
+        facts["verified"] = VerifiedFacts(files=verified.files, bytes=verified.bytes)
+    return facts
 
 
 def _verify(path: Path) -> integrity.Verified:
@@ -36,7 +80,7 @@ def _verify(path: Path) -> integrity.Verified:
     return verified
 
 
-def _facts(artifact: Path) -> dict:
+def _facts(artifact: Path) -> Facts:
     if artifact.suffix == ".onnx":
         return _onnx_facts(artifact)
     if has_weights(artifact):
@@ -44,72 +88,76 @@ def _facts(artifact: Path) -> dict:
     return _config_facts(artifact)
 
 
-def _config_facts(folder: Path) -> dict:
+def _config_facts(folder: Path) -> Facts:
     """From config.json alone: weights count in the type it names (bfloat16 where it names none)."""
     architecture, values = open_config(folder)
     units = list(architecture.layout())
     dtype = config_dtype(values, str(folder / "config.json"))
-    facts = _architecture_facts(architecture, units)
-    return facts | {"weight_bytes": dtype.itemsize * facts["parameters"], "formats": {}}
+    weight_bytes = dtype.itemsize * sizes.total_parameters(units)
+    return _described(architecture, units, sizes.state_bytes(architecture), weight_bytes, {})
 
 
-def _checkpoint_facts(folder: Path) -> dict:
-    checkpoint = Checkpoint(folder, allow_quantized=True)
-    model = checkpoint.model
-    facts = _architecture_facts(model.architecture, model.units)
-    return facts | {
-        "weight_bytes": sizes.stored_bytes(model.units),
-        "formats": sizes.parameters_by_format(model.weights),
-        **({"travelling": [weight.name for weight in model.travellers]} if model.travellers else {}),
-    }
+def _checkpoint_facts(folder: Path) -> Facts:
+    model = Checkpoint(folder, allow_quantized=True).model
+    weight_bytes, formats = sizes.stored_bytes(model.units), sizes.parameters_by_format(model.weights)
+    states = sizes.state_bytes(model.architecture)
+    facts = _described(model.architecture, model.units, states, weight_bytes, formats)
+    if model.travellers:
+        facts["travelling"] = [weight.name for weight in model.travellers]
+    return facts
 
 
-def _onnx_facts(path: Path) -> dict:
+def _onnx_facts(path: Path) -> Facts:
     """An exported graph carries its model's config.json; states count in the types the graph declares."""
-    from exporters.graph import reading
-
+    reading = plugins.graph_reading()
     graph = reading.load(path)
     architecture = reading.architecture(graph, path)
-    units = list(architecture.layout())
     tensors = reading.external_tensors(graph)
-    facts = _architecture_facts(architecture, units)
-    stored = {"weight_bytes": sum(tensor.nbytes for tensor in tensors), "formats": reading.stored_parameters(tensors)}
-    return facts | _declared_state_bytes(graph) | stored
+    weight_bytes, formats = sum(tensor.nbytes for tensor in tensors), reading.stored_parameters(tensors)
+    states = _declared_state_bytes(architecture, graph)
+    return _described(architecture, list(architecture.layout()), states, weight_bytes, formats)
 
 
-def _declared_state_bytes(graph) -> dict[str, int]:
-    """State bytes of one sequence from the graph's past inputs."""
-    totals = {"key": 0, "value": 0, "recurrent_state": 0, "conv_state": 0}
+def _declared_state_bytes(architecture: Architecture, graph: "ir.Model") -> sizes.StateBytes:
+    """State bytes of one sequence in the types of the graph's past inputs."""
+    kinds = {spec.name: spec.kind for layer in architecture.layers for spec in layer.states}
+    totals = dict.fromkeys(StateKind, 0)
     for value in graph.graph.inputs:
-        kind = onnx_layouts.kind_of(value.name) if onnx_layouts.is_past(value.name) else None
-        if kind in totals and value.shape is not None and value.dtype is not None:
+        name = value.name or ""
+        kind = kinds.get(graph_names.kind_of(name)) if graph_names.is_past(name) else None
+        if kind is not None and value.shape is not None and value.dtype is not None:
             sizes_known = [size for size in value.shape if isinstance(size, int)]
             totals[kind] += int(math.prod(sizes_known) * value.dtype.itemsize)
-    return sizes.StateBytes(totals["key"] + totals["value"], totals["recurrent_state"], totals["conv_state"]).to_json()
+    return sizes.StateBytes(totals[StateKind.KV], totals[StateKind.SSM], totals[StateKind.CONV])
 
 
-def _architecture_facts(architecture: Architecture, units: Sequence[Unit | UnitSpec]) -> dict:
+def _described(architecture: Architecture, units: Sequence[Unit | UnitSpec], states: sizes.StateBytes, weight_bytes: int,
+               formats: dict[str, int]) -> Facts:  # fmt: skip
     layers = list(map(_layer_facts, architecture.layers))
     experts = max(layer["experts"] for layer in layers)
-    return {
-        "model_type": architecture.model_type,
-        "parameters": sizes.total_parameters(units),
-        "active_parameters": sizes.active_parameters(architecture, units),
-        "roles": {str(role): count for role, count in sizes.parameters_by_role(units).items()},
-        "experts": {"total": experts, "active": architecture.config.num_experts_per_tok if experts > 1 else 1},
-        "layers": layers,
-        **sizes.state_bytes(architecture).to_json(),
-    }
+    return Facts(
+        model_type=architecture.model_type,
+        parameters=sizes.total_parameters(units),
+        active_parameters=sizes.active_parameters(architecture, units),
+        roles={str(role): count for role, count in sizes.parameters_by_role(units).items()},
+        experts=ExpertFacts(total=experts, active=architecture.config.num_experts_per_tok if experts > 1 else 1),
+        layers=layers,
+        kv_bytes_per_token=states.kv_bytes_per_token,
+        ssm_state_bytes=states.ssm_state_bytes,
+        conv_state_bytes=states.conv_state_bytes,
+        weight_bytes=weight_bytes,
+        formats=formats,
+    )
 
 
-def _layer_facts(layer: Layer) -> dict:
-    """`router_rows` only where the router has rows of experts that were removed."""
-    facts = {"index": layer.index, "kind": layer.kind, "experts": layer.num_experts}
-    rows = layer.experts.router.rows if layer.experts else layer.num_experts
-    return facts if rows == layer.num_experts else facts | {"router_rows": rows}
+def _layer_facts(layer: Layer) -> LayerFacts:
+    facts = LayerFacts(index=layer.index, kind=layer.kind, experts=layer.num_experts)
+    if layer.experts and layer.experts.router.rows != layer.num_experts:
+        facts["router_rows"] = layer.experts.router.rows
+    return facts
 
 
-def as_text(facts: dict) -> str:
+def as_text(facts: Facts) -> str:
     """The facts for a terminal."""
     verified = facts.get("verified")
     kinds = [
@@ -133,7 +181,7 @@ def as_text(facts: dict) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _expert_range(facts: dict) -> str:
+def _expert_range(facts: Facts) -> str:
     """Of the layers that have experts; where they differ, from the fewest to the most."""
     counts = [layer["experts"] for layer in facts["layers"] if layer["experts"] > 1] or [1]
     return str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"

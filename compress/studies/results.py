@@ -2,14 +2,16 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import click
 
-from compress.checkpoint.writer import write_text
 from compress.disk import files
 from compress.errors import InputError
 from compress.model.hybrid import HybridModel
+from compress.prompts import Used
 from compress.recipe.source import Source
 from compress.strict import json_text
 
@@ -25,7 +27,7 @@ def refuse_unwritable(json_file: str | None, html_file: str | None = None) -> No
             raise InputError(f"{option} {target}: expected a file in a folder that exists and can be written to")
 
 
-def put_json(result: dict, target: str | None) -> None:
+def put_json(result: Mapping[str, object], target: str | None) -> None:
     """To a file, to stdout for `-`, or nowhere."""
     if target == STDOUT:
         click.echo(json_text.dumps(result))
@@ -41,7 +43,7 @@ def put_text(text: str, target: str) -> None:
         with gone, files.writing(Path(target)), open(target, "w", encoding="utf-8", newline="") as stream:
             stream.write(text)
     else:
-        write_text(Path(os.path.realpath(target)), text)
+        files.write_text(Path(os.path.realpath(target)), text)
 
 
 def _can_be_written(target: str) -> bool:
@@ -56,8 +58,17 @@ def _is_stream(target: str) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def describe(source: Source, model: HybridModel, weights_sha256: str) -> dict:
+class Described(TypedDict):
     """What a result says of the model it is about."""
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    model_type: str
+    parameters: int
+
+
+def describe(source: Source, model: HybridModel, weights_sha256: str) -> Described:
     return {
         "name": source.name,
         "revision": source.revision,
@@ -67,6 +78,6 @@ def describe(source: Source, model: HybridModel, weights_sha256: str) -> dict:
     }
 
 
-def prompts_as_text(used: list[dict]) -> str:
+def prompts_as_text(used: list[Used]) -> str:
     """`prose (64 windows, 32,768 tokens), ...` of a result's `prompts`."""
     return ", ".join(f"{p['name']} ({p['windows']} windows, {p['tokens']:,} tokens)" for p in used)

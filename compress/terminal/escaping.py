@@ -10,7 +10,7 @@ MARKDOWN = re.compile(r"[\\`*~\[\]|]|(?<!\w)_|_(?!\w)")
 ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def printable(text, keep: str = "") -> str:
+def printable(text: object, keep: str = "") -> str:
     """One line of visible characters; all others, but those in `keep`, as Python writes them in a string: `\\x1b`, `\\n`."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
 
@@ -20,13 +20,13 @@ def without_controls(text: str) -> str:
     return "".join(printable(c) if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f" else c for c in text)
 
 
-def markdown(text) -> str:
+def markdown(text: object) -> str:
     """A name as plain text within Markdown, in a cell of a table too."""
     escaped = MARKDOWN.sub(r"\\\g<0>", printable(text))
     return "".join(ENTITIES.get(c, c) for c in escaped)
 
 
-def code(text) -> str:
+def code(text: object) -> str:
     """A name as a code span, between more backticks than it holds in a row."""
     shown = printable(text)
     fence = _fence(shown, 1)

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import click
 
@@ -17,7 +19,7 @@ MISSED, BAD_INPUT, FAILED, INTERRUPTED = 1, 2, 3, 130
 class Commands(usage.Helpful):
     """Maps the two error classes, a full disk, Ctrl-C and signals to the contract's exit codes, each with one sentence."""
 
-    def main(self, *arguments, **options):
+    def main(self, *arguments: Any, **options: Any) -> Any:
         with signals.raised(), streams.steady():
             try:
                 return super().main(*arguments, **options)
@@ -25,11 +27,11 @@ class Commands(usage.Helpful):
                 if lost := streams.what_was_lost():
                     stop(f"standard output: {lost}", FAILED)
 
-    def make_context(self, *arguments, **options):
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
         with _one_sentence():
             return super().make_context(*arguments, **options)
 
-    def invoke(self, context: click.Context):
+    def invoke(self, context: click.Context) -> object:
         try:
             with _one_sentence():
                 return super().invoke(context)
@@ -56,7 +58,7 @@ class Commands(usage.Helpful):
 
 
 @contextlib.contextmanager
-def _one_sentence():
+def _one_sentence() -> Iterator[None]:
     """A usage error is bad input like any other: one sentence, not click's several lines."""
     try:
         yield
@@ -71,6 +73,6 @@ def _how_to_go_on(context: click.Context) -> str:
     return "; run again with --resume to continue" if context.invoked_subcommand == "apply" else ""
 
 
-def stop(message, code: int):
+def stop(message: object, code: int) -> NoReturn:
     click.echo(f"compress: {printable(message)}", err=True)
     sys.exit(code)

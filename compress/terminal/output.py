@@ -1,6 +1,9 @@
 """The terminal as every command uses it."""
 
+from typing import Any
+
 from rich.console import Console
+from rich.text import Text
 
 from compress.terminal.escaping import printable
 
@@ -10,7 +13,7 @@ PLAIN_WIDTH = 140  # of what is not a terminal: files and pipes
 class _PrintableConsole(Console):
     """Strings, cells of tables included, are one line each, shown as they are: no markup, no names of emoji."""
 
-    def render_str(self, text: str, **options):
+    def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
 
 

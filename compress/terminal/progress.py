@@ -85,7 +85,8 @@ class _Stages:
 
     def __init__(self, names: Sequence[str], bar: Progress):
         self._names, self._passed, self._bar = list(names), 0, bar
-        self._began, self._unsaid = time.monotonic(), []
+        self._began = time.monotonic()
+        self._unsaid: list[str] = []
         self._row: TaskID | None = None
         self._is_logged, self._told = _logs and (bar.disable or not sys.stdout.isatty()), time.monotonic()
 

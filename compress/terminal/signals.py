@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
 TOGETHER = 2.0  # seconds in which a second signal adds nothing: a closing terminal or a supervisor sends several
@@ -27,7 +28,7 @@ def raised() -> Iterator[None]:
     taken = [number for number in STOPPING if signal.getsignal(number) is signal.SIG_DFL]
     last = -TOGETHER
 
-    def stop(number: int, frame) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal last
         before, last = last, time.monotonic()
         if last - before >= TOGETHER:

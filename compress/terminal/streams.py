@@ -6,6 +6,10 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class _Steady(io.FileIO):
@@ -16,7 +20,7 @@ class _Steady(io.FileIO):
 
     error: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         if self.error is None:
             try:
                 return super().write(data)
@@ -42,7 +46,8 @@ def reader_is_gone() -> bool:
 def what_was_lost() -> str | None:
     """Why standard output could not be written, where someone waits for it: a full disk, say."""
     sys.stdout.flush()
-    return None if _error() is None or reader_is_gone() else _error().strerror
+    error = _error()
+    return None if error is None or reader_is_gone() else error.strerror
 
 
 def _replace(name: str, undo: contextlib.ExitStack) -> None:

@@ -1,7 +1,8 @@
-"""What `compress -h` says beyond the options, and what a shell completes."""
+"""What `compress -h` says beyond the options."""
+
+from collections.abc import Sequence
 
 import click
-from click.shell_completion import CompletionItem
 
 EXIT_CODES = (
     ("0", "done, and every limit held, or none was set"),
@@ -25,7 +26,7 @@ class Helpful(click.Group):
     """A group whose help has every command's whole summary, examples, exit codes and environment variables."""
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        commands = ((name, self.get_command(context, name)) for name in self.list_commands(context))
+        commands = ((name, self.commands[name]) for name in self.list_commands(context))
         _section(formatter, "Commands", [(name, command.get_short_help_str(limit=1000)) for name, command in commands])
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -34,28 +35,6 @@ class Helpful(click.Group):
         _section(formatter, "Environment", ENVIRONMENT)
 
 
-def _section(formatter: click.HelpFormatter, title: str, rows) -> None:
+def _section(formatter: click.HelpFormatter, title: str, rows: Sequence[tuple[str, str]]) -> None:
     with formatter.section(title):
         formatter.write_dl(rows, col_max=len(max((first for first, _ in rows), key=len)))
-
-
-def files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """For arguments that are a path or something else."""
-    return [CompletionItem(incomplete, type="file")]
-
-
-def recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of shipped recipes, and files."""
-    return [*files(context, parameter, incomplete), *recipe_names(context, parameter, incomplete)]
-
-
-def documents(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from compress.recipe import resources
-
-    return [CompletionItem(name) for name in resources.documents() if name.startswith(incomplete)]
-
-
-def recipe_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from compress.recipe import resources
-
-    return [CompletionItem(name) for name in resources.shipped_recipes() if name.startswith(incomplete)]

@@ -1,29 +1,33 @@
 """genai_config.json: how onnxruntime-genai runs the graph. `decoder` is the type that takes hybrid states by name."""
 
 from compress.checkpoint.end_tokens import end_tokens
+from compress.checkpoint.reader import Checkpoint
+from compress.model.config import Config
+from compress.output_folder.onnx_layouts import GENAI
 from compress.recipe.source import tokenizer_of
-from compress.runtime.onnx_layouts import GENAI
+from compress.strict.json_text import JsonObject
+from exporters.graph.heads import heads_of
 
 
-def config(checkpoint) -> dict:
+def config(checkpoint: Checkpoint) -> JsonObject:
     """The configuration for a decoder with the contract's input and output names, which stops at every end of text."""
     model, folder = checkpoint.model, checkpoint.folder
     ends = end_tokens(model.config, folder, tokenizer_of(folder))
-    normalized = model.architecture.normalized(model.config)
+    ours, heads = model.config, heads_of(model.architecture)
     return {
         "model": {
             "type": "decoder",
             **_special_tokens(model.config, ends),
-            "context_length": normalized.context_length,
-            "vocab_size": normalized.vocab_size,
+            "context_length": ours.max_position_embeddings,
+            "vocab_size": ours.vocab_size,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": GENAI.model,
-                "hidden_size": normalized.hidden_size,
-                "head_size": normalized.head_dim,
-                "num_attention_heads": normalized.num_attention_heads,
-                "num_key_value_heads": normalized.num_key_value_heads,
-                "num_hidden_layers": normalized.num_layers,
+                "hidden_size": ours.hidden_size,
+                "head_size": heads.size,
+                "num_attention_heads": heads.queries,
+                "num_key_value_heads": heads.key_values,
+                "num_hidden_layers": ours.num_hidden_layers,
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
@@ -37,11 +41,11 @@ def config(checkpoint) -> dict:
                 },
             },
         },
-        "search": {"max_length": normalized.context_length, "do_sample": False, "past_present_share_buffer": False},
+        "search": {"max_length": ours.max_position_embeddings, "do_sample": False, "past_present_share_buffer": False},
     }
 
 
-def _special_tokens(config, ends: list[int]) -> dict:
+def _special_tokens(config: Config, ends: list[int]) -> dict[str, int | list[int]]:
     """The ids that are set to a token; genai refuses null, and some models write -1 for none or name one they do not have."""
     ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id")}
     found = {name: value for name, value in ids.items() if value is not None and 0 <= value < config.vocab_size}

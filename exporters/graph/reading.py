@@ -1,15 +1,14 @@
 """Reads an exported model.onnx back without its weights."""
 
-import json
 from pathlib import Path
 
 import onnx_ir as ir
 
-from compress.checkpoint.pointers import refuse_pointer
 from compress.checkpoint.reader import parse_config
-from compress.checkpoint.safetensors_file import no_duplicates
+from compress.disk.pointers import refuse_pointer
 from compress.errors import InputError, first_line
 from compress.model.architecture import Architecture
+from compress.strict import json_text
 from exporters.graph.builder import FORMAT_KEY
 
 CONFIG_KEY = "compress.config"  # metadata that carries config.json
@@ -30,7 +29,7 @@ def architecture(model: ir.Model, path: Path) -> Architecture:
         raise InputError(f"{path}: was not exported by this tool (no '{CONFIG_KEY}' in its metadata)")
     source = f"{path}: '{CONFIG_KEY}' in its metadata"
     try:
-        values = json.loads(model.metadata_props[CONFIG_KEY], object_pairs_hook=no_duplicates)
+        values = json_text.loads(model.metadata_props[CONFIG_KEY])
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not valid JSON ({error})") from None
     if not isinstance(values, dict):

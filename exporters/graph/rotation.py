@@ -9,7 +9,7 @@ part of the product: that is why b comes first in between.
 
 import onnx_ir as ir
 
-from exporters.graph.builder import FLOAT, Graph
+from exporters.graph.builder import Graph
 
 
 def rotated(graph: Graph, x: ir.Value, block: int | None) -> ir.Value:
@@ -28,10 +28,10 @@ def _rotate(graph: Graph, x: ir.Value, block: int) -> ir.Value:
 
 
 def _hadamard(graph: Graph, size: int) -> ir.Value:
-    """H / sqrt(size), float32 [size, size], doubled from one number in the graph: onnxruntime does it when it loads."""
+    """H / sqrt(size) [size, size], doubled from one number in the graph: onnxruntime does it when it loads."""
 
     def double() -> ir.Value:
-        h, signs = graph.constant([[size**-0.5]], FLOAT), graph.constant([[[[1], [1]]], [[[1], [-1]]]], FLOAT)
+        h, signs = graph.number([[size**-0.5]]), graph.number([[[[1], [1]]], [[[1], [-1]]]])
         for half in (1 << i for i in range(size.bit_length() - 1)):
             h = graph.reshape(graph.op("Mul", signs, graph.reshape(h, 1, half, 1, half)), 2 * half, 2 * half)
         return h

@@ -20,7 +20,7 @@ from compress.formats.activations import Activation, largest
 from compress.model.weight import Weight
 from exporters.graph.builder import FLOAT, FP8, Graph
 from exporters.graph.rotation import rotated
-from exporters.graph.stored import load, store_scales
+from exporters.graph.stored import load, store_scales, widened
 
 OFFSET = 128  # of whole numbers stored as uint8
 WHOLE = ("int8", "int8-tensor")  # weights whose products with int8 inputs are sums of whole numbers
@@ -40,18 +40,19 @@ def input_of(graph: Graph, x: ir.Value, weight: Weight) -> ir.Value:
 
 
 def _rounded(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
-    """float32 again."""
+    """In the type it had."""
 
     def widen() -> ir.Value:
         zero = graph.constant(0, FP8 if activation.is_fp8 else np.int8)
         values = _on_grid(graph, x, activation, zero)
-        return graph.op("Mul", graph.op("Cast", values, to=ir.DataType.FLOAT), _scale(graph, x, activation))
+        return graph.op("Mul", graph.op("Cast", values, to=graph.body_type), _scale(graph, x, activation))
 
     return graph.once(("rounded", x, *_key(activation)), widen)
 
 
 def whole_number_product(graph: Graph, x: ir.Value, weight: Weight) -> ir.Value:
     """x [..., K], rounded to int8, times the transpose of an int8 weight [N, K], both as whole numbers."""
+    assert weight.activation is not None, weight.name
     x = rotated(graph, x, weight.rotation)
     zero, quantized = graph.constant(OFFSET, np.uint8), load(weight)
     shifted = (quantized.values.T.to(torch.int16) + OFFSET).to(torch.uint8)
@@ -59,12 +60,16 @@ def whole_number_product(graph: Graph, x: ir.Value, weight: Weight) -> ir.Value:
     scales = store_scales(graph, weight, quantized.scales).stored
     rounded = _on_grid(graph, x, weight.activation, zero)
     if weight.activation.is_static:
+        scales = widened(graph, scales)
         return _dequantized_product(graph, rounded, _scale(graph, x, weight.activation), values, scales, zero)
     sums = graph.op("Cast", graph.op("MatMulInteger", rounded, values, zero, zero), to=ir.DataType.FLOAT)
-    return graph.op("Mul", graph.op("Mul", sums, _scale(graph, x, weight.activation)), scales)
+    product = graph.op("Mul", sums, graph.float32(_scale(graph, x, weight.activation)))
+    return graph.from_float32(graph.op("Mul", product, scales))
 
 
-def _dequantized_product(graph: Graph, rounded: ir.Value, scale: ir.Value, values: ir.Value, scales: ir.Value, zero):
+def _dequantized_product(
+    graph: Graph, rounded: ir.Value, scale: ir.Value, values: ir.Value, scales: ir.Value, zero: ir.Value
+) -> ir.Value:
     """QDQ: uint8 inputs with one scale, uint8 weights [K, N] with one scale, or one per column."""
     x = graph.once(("dequantized", rounded, scale), lambda: graph.op("DequantizeLinear", rounded, scale, zero))
     outputs = graph.op("Shape", values, start=1)
@@ -79,25 +84,28 @@ def _on_grid(graph: Graph, x: ir.Value, activation: Activation, zero: ir.Value) 
         scale = _scale(graph, x, activation)
         if activation.is_static:
             return graph.op("QuantizeLinear", x, scale, zero)
-        return graph.op("QuantizeLinear", graph.op("Div", x, scale), graph.constant(1.0, FLOAT), zero)
+        return graph.op("QuantizeLinear", graph.op("Div", x, scale), graph.number(1.0), zero)
 
     return graph.once(("grid", x, zero, *_key(activation)), quantize)
 
 
-def _key(activation: Activation) -> tuple:
-    return activation.format, activation.scale() if activation.is_static else None
+def _key(activation: Activation) -> tuple[str, float | None]:
+    return activation.format, _static_scale(activation) if activation.is_static else None
+
+
+def _static_scale(activation: Activation) -> float:
+    assert activation.scale is not None, activation.format
+    return activation.scale()
 
 
 def _scale(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
     """One number, or [..., 1]."""
     if activation.is_static:
-        return graph.constant(activation.scale(), FLOAT)
+        return graph.number(_static_scale(activation))
     return graph.once(("token scale", x, activation.is_fp8), lambda: _token_scales(graph, x, activation.is_fp8))
 
 
 def _token_scales(graph: Graph, x: ir.Value, is_fp8: bool) -> ir.Value:
     """max |x| / largest for every token, 1 for a token of zeros."""
-    scales = graph.op("Div", graph.row_max(graph.op("Abs", x)), graph.constant(largest(is_fp8), FLOAT))
-    return graph.op(
-        "Where", graph.op("Greater", scales, graph.constant(TINY, FLOAT)), scales, graph.constant(1.0, FLOAT)
-    )
+    scales = graph.op("Div", graph.row_max(graph.op("Abs", x)), graph.number(largest(is_fp8)))
+    return graph.op("Where", graph.op("Greater", scales, graph.number(TINY)), scales, graph.number(1.0))

@@ -12,6 +12,7 @@ What is computed from weights alone (casts, scales, A = -exp(A_log)) onnxruntime
     fp8-e4m3-b128         FLOAT8E4M3FN, float32 scales [K/128, N/128], repeated along N in the graph
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -20,24 +21,50 @@ import torch
 from compress import formats
 from compress.formats.base import STEPS, NumberFormat, Quantized, byte_step
 from compress.formats.integers import pair_nibbles
-from compress.model.weight import Weight
-from exporters.graph.builder import FLOAT, Graph
+from compress.model.weight import PLAIN_DTYPES, Weight
+from exporters.graph.builder import DTYPES, Graph
 
 SCALE = "_scale"  # a quantized weight X has its scales beside it as X_scale
+TYPES = {name: DTYPES[dtype] for name, dtype in PLAIN_DTYPES.items()}  # of formats without scales
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
-def plain(graph: Graph, weight: Weight, transform=lambda tensor: tensor) -> ir.Value:
-    """A weight without scales as float32, transformed (such as transposed) before it is stored in its own type."""
-    return widened(graph, graph.weight(weight.name, weight.format, transform(weight.load(None))))
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
-def widened(graph: Graph, value: ir.Value, stored: ir.Value | None = None) -> ir.Value:
-    """A value as float32; `stored` is where its type is known from, if it is computed."""
-    return value if (stored or value).dtype == ir.DataType.FLOAT else graph.op("Cast", value, to=ir.DataType.FLOAT)
+def whole(weight: Weight) -> torch.Tensor:
+    """A weight without scales as it is stored."""
+    tensor = weight.load(None)
+    assert isinstance(tensor, torch.Tensor), weight.name
+    return tensor
+
+
+def as_stored(graph: Graph, weight: Weight, transform: Transform = _unchanged) -> ir.Value:
+    """A weight without scales in its own type, transformed (such as transposed) before it is stored."""
+    return graph.weight(weight.name, weight.format, transform(whole(weight)))
+
+
+def plain(graph: Graph, weight: Weight, transform: Transform = _unchanged) -> ir.Value:
+    """The same in the type of hidden states."""
+    return widened(graph, as_stored(graph, weight, transform))
+
+
+def widened(graph: Graph, value: ir.Value, stored: ir.Value | None = None, to: ir.DataType | None = None) -> ir.Value:
+    """A value in the type of hidden states, or another; `stored` is where its own is known from, if it is computed."""
+    return graph.cast(value, to or graph.body_type, (stored or value).dtype)
+
+
+def stacked(graph: Graph, name: str, weights: Sequence[Weight]) -> ir.Value:
+    """Matrices [N, K] of one shape and of one type without scales as one weight [E, K, N], read and written one at a time."""
+    first = weights[0]
+    pieces = (whole(weight).T for weight in weights)
+    shape = (len(weights), *reversed(first.shape))
+    return graph.stacked(name, first.format, pieces, TYPES[first.format], shape)
 
 
 def matrix(graph: Graph, weight: Weight) -> ir.Value:
-    """weight [N, K] as a float32 value [K, N]."""
+    """weight [N, K] as a value [K, N] in the type of hidden states."""
     if not weight.is_quantized:
         return plain(graph, weight, torch.t)
     number_format, quantized = formats.get(weight.format), load(weight)
@@ -50,13 +77,15 @@ def load(weight: Weight) -> Quantized:
     """Values [N, K] and scales of a quantized matrix, read in blocks of rows so that nothing else is in memory."""
     values, scales = None, []
     for rows in weight.row_blocks():
-        block: Quantized = weight.load(rows)
+        block = weight.load(rows)
+        assert isinstance(block, Quantized), weight.name
         if values is None:
             values = torch.empty(weight.shape, dtype=block.values.dtype)
         values[rows] = block.values
         scales.append(block.scales)
-    whole = formats.get(weight.format).rows is None
-    return Quantized(values, scales[0] if whole else torch.cat(scales), weight.format)
+    assert values is not None, weight.name  # a matrix has rows
+    has_one_scale = formats.get(weight.format).rows is None
+    return Quantized(values, scales[0] if has_one_scale else torch.cat(scales), weight.format)
 
 
 def store_values(graph: Graph, weight: Weight, values: torch.Tensor) -> ir.Value:
@@ -75,9 +104,9 @@ class Scales:
     step: float | None = None
 
     def widen(self, graph: Graph, value: ir.Value) -> ir.Value:
-        """The stored scales, or some of them, as float32."""
+        """The stored scales, or some of them, in the type of hidden states."""
         value = widened(graph, value, self.stored)
-        return value if self.step is None else graph.op("Mul", value, graph.constant(self.step, FLOAT))
+        return value if self.step is None else graph.op("Mul", value, graph.number(self.step))
 
     def value(self, graph: Graph) -> ir.Value:
         return self.widen(graph, self.stored)
@@ -100,14 +129,15 @@ def store_scales(graph: Graph, weight: Weight, scales: torch.Tensor) -> Scales:
 def dequantized(
     graph: Graph, values: ir.Value, scales: ir.Value, number_format: NumberFormat, outputs: int
 ) -> ir.Value:
-    """Stored values [K, N] times their scales -> float32 [K, N]."""
-    if number_format.rows is None:
+    """Stored values [K, N] times their scales -> [K, N] in the type of the scales."""
+    rows, columns = number_format.rows, number_format.columns
+    if rows is None:
         scales = graph.op("Expand", scales, graph.op("Shape", values, start=1))
-    if number_format.columns is None:
+    if rows is None or columns is None:
         return graph.op("DequantizeLinear", values, scales, axis=1)
-    if number_format.rows > 1:
-        scales = repeated(graph, scales, number_format.rows, outputs, axis=1)
-    return graph.op("DequantizeLinear", values, scales, axis=0, block_size=number_format.columns)
+    if rows > 1:
+        scales = repeated(graph, scales, rows, outputs, axis=1)
+    return graph.op("DequantizeLinear", values, scales, axis=0, block_size=columns)
 
 
 def repeated(graph: Graph, value: ir.Value, step: int, size: int, axis: int) -> ir.Value:

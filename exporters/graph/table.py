@@ -8,12 +8,13 @@ import onnx_ir as ir
 import torch
 
 from compress import formats
+from compress.formats.base import NumberFormat
 from compress.formats.integers import pair_nibbles
 from compress.model.weight import Weight
-from exporters.graph.builder import FP8, Graph
+from exporters.graph.builder import FP8, Graph, fixed_shape
 from exporters.graph.rotation import rotated
 from exporters.graph.rounding import input_of
-from exporters.graph.stored import dequantized, load, repeated, store_scales, widened
+from exporters.graph.stored import Scales, as_stored, dequantized, load, repeated, store_scales, widened
 
 EVERY_BYTE = np.arange(256, dtype=np.uint8)
 
@@ -23,14 +24,14 @@ class Table:
     is never dequantized whole."""
 
     def __init__(self, graph: Graph, weight: Weight):
-        self._graph, self._weight, self._scales = graph, weight, None
-        self._format = formats.get(weight.format) if weight.is_quantized else None
-        if self._format is None:
-            self._values = graph.weight(weight.name, weight.format, weight.load(None))
+        self._graph, self._weight = graph, weight
+        self._quantized: tuple[NumberFormat, Scales] | None = None
+        if not weight.is_quantized:
+            self._values = as_stored(graph, weight)
             return
         quantized = load(weight)
         self._values = graph.weight(weight.name, weight.format, _bytes(quantized.values, self._kind))
-        self._scales = store_scales(graph, weight, quantized.scales)
+        self._quantized = formats.get(weight.format), store_scales(graph, weight, quantized.scales)
 
     @property
     def _kind(self) -> str:
@@ -38,7 +39,7 @@ class Table:
         return self._weight.format.partition("-")[0]
 
     def lookup(self, ids: ir.Value) -> ir.Value:
-        """ids [B, S] -> float32 [B, S, H]."""
+        """ids [B, S] -> [B, S, H]."""
         width = self._weight.shape[1]
         rows = rotated(self._graph, self._dense(self._graph.reshape(ids, -1)), self._weight.rotation)  # back
         size = self._graph.constant([width])
@@ -49,32 +50,26 @@ class Table:
         return self._graph.op("MatMul", input_of(self._graph, x, self._weight), self._matrix())
 
     def _matrix(self) -> ir.Value:
-        """float32 [H, V]."""
+        """[H, V]."""
         graph = self._graph
-        if self._kind not in ("int8", "int4"):
+        if self._quantized is None or self._kind == "fp8":
             return graph.op("Transpose", self._dense(None), perm=[1, 0])
+        number_format, scales = self._quantized
         values = graph.op("Transpose", self._whole_numbers(self._values), perm=[1, 0])
         if self._kind == "int4":
             values = graph.op("Cast", values, to=ir.DataType.INT4)
-        return dequantized(graph, values, self._column_scales(), self._format, self._weight.shape[0])
-
-    def _column_scales(self) -> ir.Value:
-        """The scales of the transposed matrix: computed, so that they have no user but this (see stored.py)."""
-        graph, stored = self._graph, self._scales.stored
-        if len(stored.shape) == 2:
-            return self._scales.widen(graph, graph.op("Transpose", stored, perm=[1, 0]))
-        return graph.op("Reshape", stored, graph.constant([-1])) if len(stored.shape) else stored
+        return dequantized(graph, values, _column_scales(graph, scales), number_format, self._weight.shape[0])
 
     def _dense(self, places: ir.Value | None) -> ir.Value:
-        """The rows at `places` [n], or all, as float32 [n, H]."""
+        """The rows at `places` [n], or all, as [n, H] in the type of hidden states."""
         rows = self._values if places is None else self._graph.op("Gather", self._values, places, axis=0)
-        if self._format is None:
+        if self._quantized is None:
             return widened(self._graph, rows, self._values)
-        values = self._fp8_values(rows) if self._kind == "fp8" else self._cast_to_float(self._whole_numbers(rows))
-        return self._graph.op("Mul", values, self._row_scales(places))
+        values = self._fp8_values(rows) if self._kind == "fp8" else self._cast_to_body(self._whole_numbers(rows))
+        return self._graph.op("Mul", values, self._row_scales(places, *self._quantized))
 
-    def _cast_to_float(self, values: ir.Value) -> ir.Value:
-        return self._graph.op("Cast", values, to=ir.DataType.FLOAT)
+    def _cast_to_body(self, values: ir.Value) -> ir.Value:
+        return self._graph.op("Cast", values, to=self._graph.body_type)
 
     def _whole_numbers(self, rows: ir.Value) -> ir.Value:
         """int8 [n, H] of stored rows."""
@@ -89,24 +84,32 @@ class Table:
         return graph.op("Sub", values, graph.constant(8, np.int8))
 
     def _fp8_values(self, rows: ir.Value) -> ir.Value:
-        """float32 [n, H] of bytes: each looked up in a list of what every byte means."""
-        meaning = self._cast_to_float(self._graph.constant(EVERY_BYTE.view(FP8), FP8))
+        """[n, H] of bytes: each looked up in a list of what every byte means."""
+        meaning = self._cast_to_body(self._graph.constant(EVERY_BYTE.view(FP8), FP8))
         return self._graph.op("Gather", meaning, self._graph.op("Cast", rows, to=ir.DataType.INT32))
 
-    def _row_scales(self, places: ir.Value | None) -> ir.Value:
+    def _row_scales(self, places: ir.Value | None, number_format: NumberFormat, scales: Scales) -> ir.Value:
         """What broadcasts over the rows at `places`, or over all: one number, [n, 1] or [n, H]."""
-        graph, stored, shape = self._graph, self._scales.stored, self._weight.shape
-        step, width = self._format.rows, self._format.columns
+        graph, shape, step, width = self._graph, self._weight.shape, number_format.rows, number_format.columns
         if step is None:
-            return stored
+            return scales.value(graph)
         if places is None:
-            taken = stored if step == 1 else repeated(graph, stored, step, shape[0], axis=0)
+            taken = scales.stored if step == 1 else repeated(graph, scales.stored, step, shape[0], axis=0)
         else:
             block = places if step == 1 else graph.op("Div", places, graph.constant(step))
-            taken = graph.op("Gather", stored, block, axis=0)
+            taken = graph.op("Gather", scales.stored, block, axis=0)
+        taken = scales.widen(graph, taken)
         if width is None:
             return graph.op("Unsqueeze", taken, graph.constant([1]))
-        return repeated(graph, self._scales.widen(graph, taken), width, shape[1], axis=1)
+        return repeated(graph, taken, width, shape[1], axis=1)
+
+
+def _column_scales(graph: Graph, scales: Scales) -> ir.Value:
+    """The scales of the transposed matrix: computed, so that they have no user but this (see stored.py)."""
+    rank = len(fixed_shape(scales.stored))
+    if rank == 2:
+        return scales.widen(graph, graph.op("Transpose", scales.stored, perm=[1, 0]))
+    return scales.widen(graph, graph.op("Reshape", scales.stored, graph.constant([-1])) if rank else scales.stored)
 
 
 def _bytes(values: torch.Tensor, kind: str) -> torch.Tensor:

@@ -8,23 +8,48 @@ these (Granite 4's); the model's own values stay, and the graph's metadata carry
 import onnx_ir as ir
 
 from compress.checkpoint.companions import without_code
-from compress.runtime.onnx_layouts import in_transformers_js
+from compress.checkpoint.reader import Checkpoint
+from compress.model.block import Layer
+from compress.model.states import StateKind
+from compress.runtime.graph_names import in_transformers_js
+from compress.strict.json_text import JsonObject
+from exporters.graph.heads import heads_of
 
 # one Mamba head: transformers' tokenizers read this file too, and check that heads divide the width
-POSE = {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"], "mamba_n_heads": 1}
+POSE: JsonObject = {
+    "model_type": "granitemoehybrid",
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "mamba_n_heads": 1,
+}
 # the plain file, whose data lie in a file of their own (its default in browsers would be model_quantized.onnx)
-SETTINGS = {"dtype": "fp32", "use_external_data_format": True}
+SETTINGS: JsonObject = {"dtype": "fp32", "use_external_data_format": True}
 
 
 def rename_states(graph: ir.Graph) -> None:
     for value in (*graph.inputs, *graph.outputs):
-        value.name = in_transformers_js(value.name)
+        value.name = in_transformers_js(value.name or "")
 
 
-def config(checkpoint) -> dict:
+def config(checkpoint: Checkpoint) -> JsonObject:
     """config.json for Transformers.js; without the sections that describe the checkpoint's own files."""
-    ours, architecture = checkpoint.model.config, checkpoint.model.architecture
-    kept = {key: value for key, value in without_code(checkpoint.config).items() if key != "quantization_config"}
-    kinds = [architecture.layer_kind(ours, index) for index in range(ours.num_hidden_layers)]
-    head_dim = architecture.normalized(ours).head_dim
-    return kept | POSE | {"layer_types": kinds, "head_dim": head_dim, "transformers.js_config": SETTINGS}
+    model = checkpoint.model
+    kept: JsonObject = {
+        key: value for key, value in without_code(checkpoint.config).items() if key != "quantization_config"
+    }
+    heads = heads_of(model.architecture)
+    sizes: JsonObject = {
+        "num_attention_heads": heads.queries,
+        "num_key_value_heads": heads.key_values,
+        "head_dim": heads.size,
+        "num_hidden_layers": len(model.layers),
+    }
+    kinds = [_layer_type(layer) for layer in model.layers]
+    return {**kept, **POSE, **sizes, "layer_types": kinds, "transformers.js_config": SETTINGS}
+
+
+def _layer_type(layer: Layer) -> str:
+    """By what it carries, which is what the library makes a cache for; one that carries nothing under its own name."""
+    kinds = {spec.kind for spec in layer.states}
+    if StateKind.KV in kinds:
+        return "attention"
+    return "mamba" if kinds else layer.kind

@@ -1,13 +1,29 @@
-"""Registers Jamba with optimum's `TasksManager`, so that `get_exporter_config_constructor("onnx", model_type="jamba")` works."""
+"""Registers every model family with optimum's `TasksManager`, so that
+`get_exporter_config_constructor("onnx", model_type="jamba")` works."""
 
 from optimum.exporters.base import ExporterConfig
 from optimum.exporters.tasks import TasksManager
+from optimum.utils import NormalizedTextConfig
 from optimum.utils.input_generators import DEFAULT_DUMMY_SHAPES, DummyInputGenerator, DummyTextInputGenerator
+from transformers import PretrainedConfig
 
-from compress.model.families import jamba
-from exporters.architectures.jamba import BATCH, PAST, TOTAL, state_shapes
+from compress.model import families
+from compress.model.states import StateSpec
+from compress.runtime.graph_names import BATCH, PAST, SEQUENCE, TOTAL, dimensions, past_of, present_of
 
 Axes = dict[str, dict[int, str]]
+
+
+class HybridConfig(NormalizedTextConfig):
+    """optimum's view of a transformers configuration, and the architecture it describes, validated as ours."""
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
+        self.architecture = families.get(config.model_type).parse(config.to_dict(), "config")
+
+    def states(self) -> list[tuple[int, StateSpec]]:
+        """With the index of their layer."""
+        return [(layer.index, spec) for layer in self.architecture.layers for spec in layer.states]
 
 
 class HybridStateGenerator(DummyInputGenerator):
@@ -15,49 +31,59 @@ class HybridStateGenerator(DummyInputGenerator):
 
     SUPPORTED_INPUT_NAMES = ("past_key_values.",)
 
-    def __init__(self, task, normalized_config, batch_size=DEFAULT_DUMMY_SHAPES["batch_size"], **_):
-        self._jamba, self._batch = normalized_config.config, batch_size
+    def __init__(
+        self,
+        task: str,
+        normalized_config: HybridConfig,
+        batch_size: int = DEFAULT_DUMMY_SHAPES["batch_size"],
+        **_: object,
+    ):
+        self._batch = batch_size
+        self._states = {past_of(index, spec): spec for index, spec in normalized_config.states()}
 
-    def generate(self, input_name, framework="pt", int_dtype="int64", float_dtype="fp32"):
-        _, index, name = input_name.split(".")
-        shape = [self._batch if size == BATCH else size for size in state_shapes(self._jamba, int(index), 0)[name]]
-        return self.random_float_tensor(shape, framework=framework, dtype=float_dtype)
+    def generate(
+        self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
+    ) -> object:
+        spec = self._states[input_name]
+        return self.random_float_tensor(list(spec.sized(self._batch)), framework=framework, dtype=spec.format)
 
 
-def _normalized(config) -> jamba.normalized:
-    """optimum's view of a transformers configuration, validated as ours on the way."""
-    return jamba.normalized(jamba.parse_config(config.to_dict(), "config"))
+class HybridExporterConfig(ExporterConfig):
+    """Inputs and outputs of our graph in optimum's terms. The graph always carries its states."""
 
-
-class JambaExporterConfig(ExporterConfig):
-    """Inputs and outputs of our Jamba graph in optimum's terms. The graph always carries its states."""
-
-    NORMALIZED_CONFIG_CLASS = staticmethod(_normalized)
+    NORMALIZED_CONFIG_CLASS = HybridConfig
     DUMMY_INPUT_GENERATOR_CLASSES = (DummyTextInputGenerator, HybridStateGenerator)
     SUPPORTS_PAST = True
 
-    def __init__(self, config, task="text-generation", int_dtype="int64", float_dtype="fp32", use_past=False):
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        task: str = "text-generation",
+        int_dtype: str = "int64",
+        float_dtype: str = "fp32",
+        use_past: bool = False,
+    ):
         super().__init__(config, task, int_dtype, float_dtype)
         self.use_past = use_past
-        self._jamba = self._normalized_config.config
 
     @property
     def inputs(self) -> Axes:
-        tokens = {"input_ids": {0: "batch_size", 1: "sequence_length"}, "attention_mask": {0: "batch_size", 1: TOTAL}}
-        return tokens | self._states("past_key_values", PAST)
+        tokens = {"input_ids": {0: BATCH, 1: SEQUENCE}, "attention_mask": {0: BATCH, 1: TOTAL}}
+        return tokens | {past_of(index, spec): _axes(spec, PAST) for index, spec in self._normalized_config.states()}
 
     @property
     def outputs(self) -> Axes:
-        return {"logits": {0: "batch_size", 1: "sequence_length"}} | self._states("present", TOTAL)
+        states = self._normalized_config.states()
+        present = {present_of(past_of(index, spec)): _axes(spec, TOTAL) for index, spec in states}
+        return {"logits": {0: BATCH, 1: SEQUENCE}} | present
 
-    def _states(self, prefix: str, length: str) -> Axes:
-        return {
-            f"{prefix}.{index}.{name}": {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
-            for index in range(self._jamba.num_hidden_layers)
-            for name, shape in state_shapes(self._jamba, index, length).items()
-        }
+
+def _axes(spec: StateSpec, length: str) -> dict[int, str]:
+    return {axis: size for axis, size in enumerate(dimensions(spec, length)) if isinstance(size, str)}
 
 
 def register() -> None:
-    """Adds Jamba to optimum's table for the `onnx` exporter; doing it twice changes nothing."""
-    TasksManager.create_register("onnx")("jamba", "text-generation", "text-generation-with-past")(JambaExporterConfig)
+    """Adds our families to optimum's table for the `onnx` exporter; doing it twice changes nothing."""
+    add = TasksManager.create_register("onnx")
+    for name in families.names():
+        add(name, "text-generation", "text-generation-with-past")(HybridExporterConfig)

@@ -1,45 +1,45 @@
 """config.json of a Jamba, validated."""
 
 import math
-from typing import Annotated, Literal
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from compress.model.config import MAX_COUNT, Config, size
+from compress.model.config import Config, Count, Positive, Size, SizeOrNone, Width
 
 
 class JambaConfig(Config):
     """The keys of config.json that decide shapes and arithmetic; defaults are those of transformers' JambaConfig."""
 
-    vocab_size: int = size(65536)
-    hidden_size: int = size(4096)
-    intermediate_size: int = size(14336)
-    num_hidden_layers: int = size(32, MAX_COUNT)
-    num_attention_heads: int = size(32)
-    num_key_value_heads: int = size(8)
-    head_dim: int | None = size(None)
-    num_experts: int = size(16, MAX_COUNT)
-    num_experts_per_tok: int = size(2, MAX_COUNT)
-    expert_layer_period: int = size(2)
-    expert_layer_offset: int = size(1, least=0)
-    attn_layer_period: int = size(8)
-    attn_layer_offset: int = size(4, least=0)
-    mamba_d_state: int = size(16)
-    mamba_d_conv: int = size(4, least=2)
-    mamba_expand: int = size(2)
-    mamba_dt_rank: Annotated[int, size(...)] | Literal["auto"] = "auto"
+    vocab_size: Size = 65536
+    hidden_size: Size = 4096
+    intermediate_size: Size = 14336
+    num_hidden_layers: Count = 32
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size = 8
+    head_dim: Size | None = None
+    num_experts: Count = 16
+    num_experts_per_tok: Count = 2
+    expert_layer_period: Size = 2
+    expert_layer_offset: SizeOrNone = 1
+    attn_layer_period: Size = 8
+    attn_layer_offset: SizeOrNone = 4
+    mamba_d_state: Size = 16
+    mamba_d_conv: Width = 4
+    mamba_expand: Size = 2
+    mamba_dt_rank: Size | Literal["auto"] = "auto"
     mamba_conv_bias: bool = True
     mamba_proj_bias: bool = False
-    rms_norm_eps: float = Field(1e-6, gt=0)
+    rms_norm_eps: Positive = 1e-6
     hidden_act: Literal["silu"] = "silu"
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = size(262144)
-    bos_token_id: int | None = size(1, least=0)
+    max_position_embeddings: Size = 262144
+    bos_token_id: SizeOrNone | None = 1
     eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = size(0, least=0)
+    pad_token_id: SizeOrNone | None = 0
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _consistent(self) -> Self:
         for kind in ("expert", "attn"):
             period, offset = getattr(self, f"{kind}_layer_period"), getattr(self, f"{kind}_layer_offset")
             if offset >= period:
@@ -53,7 +53,7 @@ class JambaConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _counts_fit(self):
+    def _counts_fit(self) -> Self:
         """Runs last: the counts are judged by `num_experts` and the top-k, which must be right."""
         period, offset, is_moe = self.expert_layer_period, self.expert_layer_offset, self.num_experts > 1
         moe = [is_moe and index % period == offset for index in range(self.num_hidden_layers)]

@@ -42,9 +42,10 @@ def fit(model: PreTrainedModel, path: str, router: str, key: str, experts: Exper
     config = copy.deepcopy(model.config)
     setattr(config, key, experts.count)
     block = type(model.get_submodule(path))(config).to(model.dtype)
-    block.experts.config = model.config  # where it looks up how experts are computed, which a user may set later
-    _choose_as_we(getattr(block, router), experts.router)
-    if any(matrix.shape[-1] % ALIGNED for matrix in block.experts.parameters()):
+    theirs = block.get_submodule("experts")
+    setattr(theirs, "config", model.config)  # noqa: B010 - where it looks up how experts are computed, which a user may set
+    _choose_as_we(block.get_submodule(router), experts.router)
+    if any(matrix.shape[-1] % ALIGNED for matrix in theirs.parameters()):
         model.set_experts_implementation("eager")
     model.set_submodule(path, block)
 
@@ -52,7 +53,9 @@ def fit(model: PreTrainedModel, path: str, router: str, key: str, experts: Exper
 def _choose_as_we(router: torch.nn.Module, ours: routing.Router) -> None:
     """It stays one of its class: transformers knows routers by that."""
     router.__class__ = type("Router", (_Choosing, type(router)), {})
-    router.ours = ours
-    router.weight = torch.nn.Parameter(router.weight.new_empty(ours.rows, router.weight.shape[1]))
+    weight = router.get_parameter("weight")
+    changed = {"ours": ours, "weight": torch.nn.Parameter(weight.new_empty(ours.rows, weight.shape[1]))}
     if ours.bias is not None:
-        router.e_score_correction_bias = router.e_score_correction_bias.float()
+        changed["e_score_correction_bias"] = router.get_buffer("e_score_correction_bias").float()
+    for name, value in changed.items():
+        setattr(router, name, value)

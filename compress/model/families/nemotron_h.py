@@ -13,10 +13,10 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from compress.model.architecture import Architecture, Place
 from compress.model.block import Block, Layer, Residual
@@ -24,9 +24,20 @@ from compress.model.blocks.attention import Attention
 from compress.model.blocks.mamba2 import Mamba2
 from compress.model.blocks.mlp import Mlp
 from compress.model.blocks.moe import Latent, Moe
-from compress.model.config import MAX_COUNT, MAX_SIZE, Config, named, refuse_unroutable, size
+from compress.model.config import (
+    MAX_COUNT,
+    Config,
+    CountOrNone,
+    Positive,
+    Size,
+    SizeOrNone,
+    Width,
+    named,
+    refuse_unroutable,
+)
 from compress.model.roles import Role
 from compress.model.routing import Router
+from compress.strict.json_text import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,47 +64,47 @@ INFINITE = {"Infinity": math.inf, "-Infinity": -math.inf}
 class NemotronHConfig(Config):
     """The keys of config.json that decide shapes and arithmetic; defaults are those of transformers' NemotronHConfig."""
 
-    vocab_size: int = size(131072)
-    hidden_size: int = size(4096)
+    vocab_size: Size = 131072
+    hidden_size: Size = 4096
     num_hidden_layers: int = 0  # judged below, beside the lists it must agree with
     layer_types: list[str] | None = None
     layers_block_type: list[str] | None = None
     hybrid_override_pattern: str | None = None
-    num_attention_heads: int = size(32, least=0)
-    num_key_value_heads: int = size(8, least=0)
+    num_attention_heads: SizeOrNone = 32
+    num_key_value_heads: SizeOrNone = 8
     # transformers knows the first name, older code the second
-    head_dim: int = named(128, "head_dim", "attention_head_dim", ge=0, le=MAX_SIZE)
-    intermediate_size: int = size(21504, least=0)
+    head_dim: SizeOrNone = named(128, "head_dim", "attention_head_dim")
+    intermediate_size: SizeOrNone = 21504
     mlp_hidden_act: Literal["relu2"] = "relu2"
     mlp_bias: bool = False
-    mamba_num_heads: int = size(128, least=0)
-    mamba_head_dim: int = size(64, least=0)
-    ssm_state_size: int = size(128, least=0)
-    n_groups: int = named(8, "mamba_n_groups", "n_groups", ge=0, le=MAX_SIZE)
-    conv_kernel: int = named(4, "mamba_d_conv", "conv_kernel", ge=2, le=MAX_SIZE)
+    mamba_num_heads: SizeOrNone = 128
+    mamba_head_dim: SizeOrNone = 64
+    ssm_state_size: SizeOrNone = 128
+    n_groups: SizeOrNone = named(8, "mamba_n_groups", "n_groups")
+    conv_kernel: Width = named(4, "mamba_d_conv", "conv_kernel")
     use_conv_bias: bool = named(True, "mamba_conv_bias", "use_conv_bias")
     mamba_hidden_act: Literal["silu", "swish"] = "silu"  # two names of one function
     use_bias: bool = False
     time_step_limit: tuple[float, float] = named((0.0, math.inf), "mamba_dt_limit", "time_step_limit")
-    n_routed_experts: int = named(8, "num_local_experts", "n_routed_experts", ge=0, le=MAX_COUNT)
-    num_experts_per_tok: int = size(2, MAX_COUNT, least=0)
-    moe_intermediate_size: int = size(7688, least=0)
-    moe_shared_expert_intermediate_size: int = size(7688, least=0)
-    moe_latent_size: int | None = size(None)
-    n_group: int = size(1, MAX_COUNT, least=0)
-    topk_group: int = size(1, MAX_COUNT, least=0)
+    n_routed_experts: CountOrNone = named(8, "num_local_experts", "n_routed_experts")
+    num_experts_per_tok: CountOrNone = 2
+    moe_intermediate_size: SizeOrNone = 7688
+    moe_shared_expert_intermediate_size: SizeOrNone = 7688
+    moe_latent_size: Size | None = None
+    n_group: CountOrNone = 1
+    topk_group: CountOrNone = 1
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = Field(1.0, gt=0)
-    num_nextn_predict_layers: int = size(0, MAX_COUNT, least=0)
-    rms_norm_eps: float = named(1e-5, "layer_norm_epsilon", gt=0)
+    routed_scaling_factor: Positive = 1.0
+    num_nextn_predict_layers: CountOrNone = 0
+    rms_norm_eps: Positive = named(1e-5, "layer_norm_epsilon")
     sliding_window: int | None = None
-    max_position_embeddings: int = size(4096)
-    bos_token_id: int | None = size(1, least=0)
+    max_position_embeddings: Size = 4096
+    bos_token_id: SizeOrNone | None = 1
     eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = size(0, least=0)
+    pad_token_id: SizeOrNone | None = 0
 
     @classmethod
-    def adapted(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def adapted(cls, values: JsonObject) -> JsonObject:
         """transformers saves no number of layers."""
         layers = next((values[key] for key in LISTS if values.get(key) is not None), DEFAULT_LAYERS)
         counted = {"num_hidden_layers": len(layers) if isinstance(layers, str | list | tuple) else 0}
@@ -101,7 +112,7 @@ class NemotronHConfig(Config):
 
     @field_validator("time_step_limit", mode="plain")
     @classmethod
-    def _unlimited(cls, value: Any) -> tuple[float, float]:
+    def _unlimited(cls, value: object) -> tuple[float, float]:
         """transformers ignores these limits and NVIDIA's own code obeys them: they agree where the limits do nothing.
         transformers writes infinity as {"__float__": "Infinity"} and reads the bare word too."""
         limits = [
@@ -201,7 +212,7 @@ class NemotronH(Architecture):
     FINAL_NORM: ClassVar[str] = "backbone.norm_f.weight"
     EXPERTS_KEYS: ClassVar[tuple[str, ...]] = ("n_routed_experts", "num_local_experts")
     TRAVELLING: ClassVar[tuple[str, ...]] = ("mtp.",)
-    WITHOUT_TRAVELLERS: ClassVar[dict[str, Any]] = {"num_nextn_predict_layers": 0}
+    WITHOUT_TRAVELLERS: ClassVar[JsonObject] = {"num_nextn_predict_layers": 0}
     config: NemotronHConfig
 
     def layer(self, index: int) -> Layer:
@@ -274,6 +285,6 @@ class NemotronH(Architecture):
                 _transformers_moe.fit(model, path, "gate", self.EXPERTS_KEYS[0], layer.experts)
             elif layer.kind == "mamba2":
                 mixer = model.get_submodule(path)
-                mixer.time_step_limit = (0.0, math.inf)
+                vars(mixer)["time_step_limit"] = (0.0, math.inf)
                 for name in ("A_log", "D", "dt_bias"):
                     setattr(mixer, name, torch.nn.Parameter(getattr(mixer, name).float()))

@@ -19,7 +19,7 @@ from compress.calibration.inputs import LayerInputs
 from compress.checkpoint.writer import ShardWriter
 from compress.model.weight import PLAIN_DTYPES, Unit, Weight, is_finite
 from compress.passes.pruning.reconstruction import factor
-from compress.passes.pruning.removal import expert_stem
+from compress.passes.pruning.removal import expert_stem, rows_of
 from compress.passes.pruning.statistics import TARGET, Statistics, given_states
 from compress.runtime.eager import Eager
 from compress.runtime.inference import HiddenStates
@@ -37,7 +37,7 @@ class Correction:
     gates: torch.Tensor
     stash: ShardWriter
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = (TARGET, "given", "candidate")
         self._target, self._given, self._candidate = (given_states(self.unit, self.inputs, name) for name in names)
         self._replay(self.unit, self._given)
@@ -115,7 +115,7 @@ class Correction:
         return _ridge(parallel.mirror(moments), cross, damping)
 
     def _written(self, weight: Weight, corrected: torch.Tensor) -> Unit:
-        new = weight.with_load(weight.format, lambda rows=None: corrected[rows or slice(None)])
+        new = weight.with_load(weight.format, rows_of(corrected))
         self.stash.write(new)
         return self.unit.replaced(self.stash.written(new))
 
@@ -145,14 +145,12 @@ class Correction:
 
     def _blocks(self, given: HiddenStates) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         ops = self.inputs.operators(self.unit)
+
+        def read(states: HiddenStates, number: int) -> torch.Tensor:
+            return self.inputs.experts.output(ops, states.read(number).to(self.inputs.device).flatten(0, 1))
+
         for number, span in enumerate(self._spans()):
-            yield (
-                span,
-                *(
-                    self.inputs.experts.output(ops, states.read(number).to(self.inputs.device).flatten(0, 1))
-                    for states in (self._target, given)
-                ),
-            )
+            yield span, read(self._target, number), read(given, number)
 
     def _spans(self) -> Iterator[slice]:
         """The place of every block among all tokens."""
@@ -180,5 +178,8 @@ def _ridge(moments: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.
 
 def _scaled(weight: Weight, scale: float) -> Weight:
     """A matrix times a factor, in its own number format."""
-    dtype = PLAIN_DTYPES[weight.format]
-    return weight.with_load(weight.format, lambda rows=None: (weight.dense(rows) * scale).to(dtype))
+
+    def load(rows: slice | None = None) -> torch.Tensor:
+        return (weight.dense(rows) * scale).to(PLAIN_DTYPES[weight.format])
+
+    return weight.with_load(weight.format, load)

@@ -12,9 +12,10 @@ from scipy.optimize import linear_sum_assignment
 
 from compress import parallel
 from compress.calibration.inputs import LayerInputs
+from compress.checkpoint.writer import ShardWriter
 from compress.model.weight import PLAIN_DTYPES, Unit
 from compress.passes.pruning.reconstruction import Kept
-from compress.passes.pruning.removal import expert_stem
+from compress.passes.pruning.removal import expert_stem, rows_of
 
 # by their names within an expert, in the order of `Experts.parts`: those on its input [F, H], at last the one that gives its
 # output [H, F]
@@ -30,7 +31,8 @@ def groups(similarity: torch.Tensor, kept: Kept) -> list[list[int]]:
     return members
 
 
-def merge(source: Unit, pruned: Unit, inputs: LayerInputs, members: list[list[int]], usage: list[float], stash) -> Unit:
+def merge(source: Unit, pruned: Unit, inputs: LayerInputs, members: list[list[int]], usage: list[float],
+          stash: ShardWriter) -> Unit:  # fmt: skip
     """`pruned` with every kept expert the average of its group; `usage` [E] are the weights, written by `stash`."""
     for position, group in enumerate(members):
         if len(group) == 1:
@@ -38,7 +40,7 @@ def merge(source: Unit, pruned: Unit, inputs: LayerInputs, members: list[list[in
         merged = average((_matrices(source, inputs, e) for e in group), [usage[e] for e in group])
         for part, tensor in merged.items():
             weight = pruned.weights[expert_stem(inputs, position) + part]
-            new = weight.with_load(weight.format, _rows_of(tensor.to(PLAIN_DTYPES[weight.format])))
+            new = weight.with_load(weight.format, rows_of(tensor.to(PLAIN_DTYPES[weight.format])))
             stash.write(new)
             pruned = pruned.replaced(stash.written(new))
     return pruned
@@ -72,12 +74,9 @@ def aligned(expert: Matrices, to: Matrices) -> Matrices:
 
 def _unit_norm(matrix: torch.Tensor) -> torch.Tensor:
     """Of Frobenius norm 1, so that all matrices count alike."""
-    return matrix / matrix.norm().clamp_min(1e-30)
+    norm: torch.Tensor = matrix.norm()
+    return matrix / norm.clamp_min(1e-30)
 
 
 def _matrices(unit: Unit, inputs: LayerInputs, expert: int) -> Matrices:
     return {part: unit.weights[expert_stem(inputs, expert) + part].dense() for part in inputs.experts.parts}
-
-
-def _rows_of(tensor: torch.Tensor):
-    return lambda rows=None: tensor[rows or slice(None)]

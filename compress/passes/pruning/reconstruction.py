@@ -7,7 +7,7 @@ are left out one by one, each time the one whose loss is least.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 import torch
@@ -21,9 +21,14 @@ Kept = tuple[int, ...]  # numbers of the experts that stay, ascending
 def gates_of(statistics: Statistics, logits: torch.Tensor, kept: Kept, *, keep_rows: bool) -> torch.Tensor:
     """logits [T, E] of all experts -> the gates [T, k] of those that stay; `keep_rows`: the others' logits stay in the
     denominator."""
-    order = list(kept) + ([e for e in range(logits.shape[1]) if e not in kept] if keep_rows else [])
+    order = router_order(kept, logits.shape[1], keep_rows=keep_rows)
     bias = None if statistics.bias is None else statistics.bias[list(kept)]
     return statistics.router.gates(logits[:, order], len(kept), bias)
+
+
+def router_order(kept: Sequence[int], experts: int, *, keep_rows: bool) -> list[int]:
+    """Which rows a router has, in order."""
+    return [*kept, *((expert for expert in range(experts) if expert not in kept) if keep_rows else ())]
 
 
 def factor(both: float, own: float) -> float:

@@ -113,7 +113,10 @@ class _Collector:
         self._experts, self._ops, self._target = inputs.experts, ops, target
         self._name, self._router = f"layer {inputs.index}", inputs.experts.router
         self._bias = None if self._router.bias is None else ops.weights(self._router.bias)
-        self._logits, self._norms, self._importance, self._gram = [], [], [], []
+        self._logits: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
+        self._importance: list[torch.Tensor] = []
+        self._gram: list[torch.Tensor] = []
 
     def add(self, number: int, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> None:
         """hidden [b, S, H], rows [b S, H] (what the experts see), sampled [b S]."""

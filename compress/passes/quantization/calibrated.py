@@ -4,22 +4,30 @@ Level by level: the matrices of a level are quantized from the inputs that the e
 written, and read back before anything runs through them.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from compress import formats
-from compress.calibration.inputs import UnitInputs, Wanted
+from compress.calibration.inputs import LayerInputs, UnitInputs, Wanted
 from compress.calibration.moments import Moments
 from compress.formats.activations import Activation, static_scale
 from compress.formats.base import NumberFormat, Quantized
 from compress.model.block import InputGroup
+from compress.model.records import Folded
+from compress.model.tensor_names import in_short
 from compress.model.weight import Unit, Weight
+from compress.passes import Note
 from compress.passes.quantization import equalization, gptq, rounding
+from compress.passes.quantize import Options
+from compress.strict.json_text import Json
 
 
-def quantize(options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit, dict]:
-    """The unit as the options of the `quantize` pass want it, and a note: tokens per expert, experts that had too few."""
+def quantize(options: Options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit, Note]:
+    """The unit as the options of the `quantize` pass want it, and a note: tokens per expert, experts that had too few, what
+    was done to its tensors."""
+    folds: list[Folded] = []
     if options.equalize is not None:
-        unit = equalization.equalize(unit, inputs, options.equalize)
+        unit, folds = equalization.equalize(unit, inputs, options.equalize)
     planned = unit.map(lambda weight: rounding.lazily(weight, options, device))
     # what this pass quantizes: not what it leaves plain, nor what an earlier pass has quantized
     mine = {n: weight for n, weight in planned.weights.items() if weight.is_quantized and weight is not unit.weights[n]}
@@ -27,10 +35,15 @@ def quantize(options, unit: Unit, inputs: UnitInputs, device: str) -> tuple[Unit
     for level in inputs.levels:
         unit = quantizer.level(unit, level)
     rest = {name: weight for name, weight in planned.weights.items() if not unit.weights[name].is_quantized}
-    return Unit(unit.name, unit.weights | rest), {key: values for key, values in quantizer.note.items() if values}
+    note: dict[str, Sequence[Json]] = {
+        **quantizer.note,
+        "folds": [fold.model_dump() for fold in folds],
+        "gptq": in_short(quantizer.compensated),
+    }
+    return Unit(unit.name, unit.weights | rest), {key: values for key, values in note.items() if values}
 
 
-def _wanted(options, weights: list[Weight]) -> Wanted:
+def _wanted(options: Options, weights: list[Weight]) -> Wanted:
     rotations = {weight.name: weight.rotation for weight in weights if weight.rotation}
     is_static = any(weight.activation and weight.activation.is_static for weight in weights)
     return Wanted(options.method == "gptq", is_static and options.activation_range != "minmax", rotations)
@@ -40,12 +53,15 @@ def _wanted(options, weights: list[Weight]) -> Wanted:
 class _Quantizer:
     """Quantizes the matrices in `planned` (by full name, rounded to nearest so far), level by level."""
 
-    options: object
+    options: Options
     planned: dict[str, Weight]
     inputs: UnitInputs
     wanted: Wanted
     device: str
-    note: dict[str, list] = field(default_factory=lambda: {"experts": [], "experts_from_every_token": []})
+    note: dict[str, list[dict[str, Json]]] = field(
+        default_factory=lambda: {"experts": [], "experts_from_every_token": []}
+    )
+    compensated: list[str] = field(default_factory=list)  # matrices whose errors were compensated for
 
     def level(self, unit: Unit, groups: tuple[InputGroup, ...]) -> Unit:
         """The unit with the matrices of one level quantized, written and read back."""
@@ -71,15 +87,15 @@ class _Quantizer:
 
     def _enough(self, unit: Unit, group: InputGroup, moments: Moments) -> Moments:
         """The moments, or, for an expert that saw fewer than `min_tokens`, those of every token of the layer."""
-        if group.expert is None:
+        if group.expert is None or not isinstance(self.inputs, LayerInputs):
             return moments
-        entry = {"layer": self.inputs.index, "expert": group.expert, "tokens": moments.tokens}
+        entry: dict[str, Json] = {"layer": self.inputs.index, "expert": group.expert, "tokens": moments.tokens}
         if entry not in self.note["experts"]:
             self.note["experts"].append(entry)
         if moments.tokens >= self.options.min_tokens:
             return moments
         pooled = self.inputs.moments_of_every_token(unit, group, self.wanted)
-        used = {"matrices": list(group.names), "tokens_used": pooled.tokens}
+        used: dict[str, Json] = {"matrices": list(group.names), "tokens_used": pooled.tokens}
         self.note["experts_from_every_token"].append(entry | used)
         return pooled
 
@@ -99,6 +115,7 @@ class _Quantizer:
         search = rounding.search_for(number_format, options.clip == "mse", moments.square)
         scales = number_format.join_scales([search(dense)])
         found = gptq.quantize(dense, factor, number_format, scales)
+        self.compensated.append(planned.name)
         return replace(planned, load=_rows_of(found, number_format), activation=activation)
 
     def _with_range(self, activation: Activation | None, moments: Moments) -> Activation | None:
@@ -110,7 +127,7 @@ class _Quantizer:
         return Activation(activation.format, lambda: scale)
 
 
-def _rows_of(quantized: Quantized, number_format: NumberFormat):
+def _rows_of(quantized: Quantized, number_format: NumberFormat) -> Callable[[slice | None], Quantized]:
     """A loader of blocks of rows of a matrix that is in memory."""
 
     def load(rows: slice | None = None) -> Quantized:

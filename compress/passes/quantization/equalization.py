@@ -12,6 +12,8 @@ import torch
 from compress.calibration.inputs import UnitInputs, Wanted
 from compress.errors import InputError
 from compress.model.block import Fold
+from compress.model.records import Folded, packed
+from compress.model.tensor_names import in_short
 from compress.model.weight import Unit, Weight
 
 MOST = 2.0**8  # no factor moves a channel further than this, either way
@@ -26,26 +28,35 @@ def factors(inputs: torch.Tensor, columns: torch.Tensor, strength: float) -> tor
     return torch.where(usable, powers, 1.0)
 
 
-def equalize(unit: Unit, inputs: UnitInputs, strength: float) -> Unit:
-    """The unit with every fold of its architecture applied; inputs are those of the unit as it is."""
+def equalize(unit: Unit, inputs: UnitInputs, strength: float) -> tuple[Unit, list[Folded]]:
+    """The unit with every fold of its architecture applied, and a record of each that changed it; inputs are those of the
+    unit as it is."""
     quantized = [weight.name for weight in unit.weights.values() if weight.is_quantized]
     if quantized:
         raise InputError(
             f"tensor '{quantized[0]}' is quantized by an earlier pass: equalize must be in the first that quantizes"
         )
-    magnitudes = _input_magnitudes(unit, inputs) if inputs.folds() else {}
+    magnitudes, records = _input_magnitudes(unit, inputs) if inputs.folds() else {}, []
     for fold in inputs.folds():
         names = [inputs.prefix + name for name in fold.targets]
         known = [magnitudes[name] for name in names if name in magnitudes]
         columns = torch.stack([_column_absmax(unit.weights[name]) for name in names]).amax(0)
         found = factors(torch.stack(known).amax(0).cpu(), columns, strength)
         unit = _folded(unit, fold, inputs.prefix, found)
-    return unit
+        records += _records(fold, inputs.prefix, found)
+    return unit, records
+
+
+def _records(fold: Fold, prefix: str, by: torch.Tensor) -> list[Folded]:
+    """None where every factor is 1."""
+    exponents = torch.log2(by).int().tolist()
+    targets = in_short(prefix + name for name in (*fold.targets, *fold.others))
+    return [Folded(source=prefix + fold.source, targets=targets, exponents=packed(exponents))] if any(exponents) else []
 
 
 def _input_magnitudes(unit: Unit, inputs: UnitInputs) -> dict[str, torch.Tensor]:
     """Largest magnitude of every input channel, by the full name of the matrices it reaches."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for level in inputs.levels:
         for group, moments in inputs.moments(unit, level, Wanted()):
             found |= dict.fromkeys(inputs.full_names(group), moments.absmax)
@@ -69,6 +80,7 @@ def scaled(weight: Weight, by: torch.Tensor, dim: int) -> Weight:
 
     def load(rows: slice | None = None) -> torch.Tensor:
         stored = weight.load(rows)
+        assert isinstance(stored, torch.Tensor), "a quantized matrix is refused before"
         factor = (by[rows] if rows else by).view(-1, *[1] * (stored.dim() - 1)) if dim == 0 else by
         return stored * factor.to(stored.dtype)
 

@@ -55,7 +55,9 @@ def quantize(weight: torch.Tensor, inputs: Factor, number_format: NumberFormat, 
     return Quantized(torch.cat(values), scales, number_format.name)
 
 
-def _quantize_rows(weight: torch.Tensor, inputs: Factor, number_format: NumberFormat, scales) -> torch.Tensor:
+def _quantize_rows(
+    weight: torch.Tensor, inputs: Factor, number_format: NumberFormat, scales: torch.Tensor
+) -> torch.Tensor:
     """The values of some rows, columns in the matrix's own order."""
     upper, order = inputs
     expanded = number_format.expand(scales, weight.shape).expand(weight.shape)[:, order]
@@ -68,7 +70,9 @@ def _quantize_rows(weight: torch.Tensor, inputs: Factor, number_format: NumberFo
     return torch.cat(rounded, 1)[:, torch.argsort(order)]
 
 
-def _round_block(weight: torch.Tensor, upper: torch.Tensor, scales: torch.Tensor, number_format: NumberFormat):
+def _round_block(
+    weight: torch.Tensor, upper: torch.Tensor, scales: torch.Tensor, number_format: NumberFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and scaled errors of a block of columns, [N, block] each."""
     weight, errors = weight.T.contiguous(), torch.empty_like(weight.T)
     scales, values = scales.T.contiguous(), []

@@ -13,12 +13,13 @@ from compress.formats.activations import Activation
 from compress.formats.base import NumberFormat, Quantized
 from compress.model.weight import PLAIN_DTYPES, Weight, is_finite
 from compress.passes.quantization import scales
+from compress.passes.quantize import Options
 
 LEAST_ROTATION = 8
 ScaleSearch = Callable[[torch.Tensor], torch.Tensor]
 
 
-def lazily(weight: Weight, options, device: str) -> Weight:
+def lazily(weight: Weight, options: Options, device: str) -> Weight:
     """The weight in the format the options of `quantize` give it; as it came where they leave it alone."""
     asked = options.format_for(weight)
     if asked == formats.AS_IT_CAME or len(weight.shape) != 2:  # biases of a projection stay as they came
@@ -28,7 +29,7 @@ def lazily(weight: Weight, options, device: str) -> Weight:
             f"tensor '{weight.name}' is quantized by an earlier pass already; leave its role out here: roles: {{{weight.role}: none}}"
         )
     if asked in PLAIN_DTYPES:
-        return weight.with_load(asked, lambda rows=None: cast(weight, rows, asked))
+        return as_plain(weight, asked)
     number_format = formats.get(formats.fitting(asked, weight.shape))
     activation = options.activation_of(weight.role)
     rotation = rotation_of(weight) if weight.role in options.rotate else None
@@ -38,6 +39,15 @@ def lazily(weight: Weight, options, device: str) -> Weight:
         activation=None if activation == formats.AS_IT_CAME else Activation(activation),
         rotation=rotation,
     )
+
+
+def as_plain(weight: Weight, format_name: str) -> Weight:
+    """The weight in a plain format."""
+
+    def load(rows: slice | None = None) -> torch.Tensor:
+        return cast(weight, rows, format_name)
+
+    return weight.with_load(format_name, load)
 
 
 def rotation_of(weight: Weight) -> int | None:

@@ -20,7 +20,9 @@ def search(weight: torch.Tensor, number_format: NumberFormat, moments: torch.Ten
     """float32 [n, K] (whole blocks), moments [K] or None -> scales, 0 for a block of zeros."""
     step = number_format.rows or weight.shape[0]
     rows = max(1, ROW_BLOCK_ELEMENTS // (step * weight.shape[1])) * step
-    return torch.cat(parallel.each(lambda block: _search_rows(block, number_format, moments), weight.split(rows)))
+    return torch.cat(
+        parallel.each(lambda block: _search_rows(block, number_format, moments), torch.split(weight, rows))
+    )
 
 
 def _search_rows(weight: torch.Tensor, number_format: NumberFormat, moments: torch.Tensor | None) -> torch.Tensor:
@@ -38,7 +40,9 @@ def _search_rows(weight: torch.Tensor, number_format: NumberFormat, moments: tor
     return best * absmax
 
 
-def _loss(weight: torch.Tensor, scales: torch.Tensor, number_format: NumberFormat, moments: torch.Tensor | None):
+def _loss(
+    weight: torch.Tensor, scales: torch.Tensor, number_format: NumberFormat, moments: torch.Tensor | None
+) -> torch.Tensor:
     """Summed (weighted) squared rounding error of every block."""
     expanded = number_format.expand(scales, weight.shape)
     error = (number_format.to_grid(weight / expanded).float() * expanded - weight).square()

@@ -10,12 +10,13 @@ from compress.passes.prune_experts import Options, Router
 from compress.passes.pruning import scores
 from compress.passes.pruning.reconstruction import Kept, Reconstruction
 from compress.passes.pruning.statistics import Statistics, collect
+from compress.studies.experts.findings import Layer, Loss, Predicted
 
 ROUTERS = get_args(Router)  # ways to treat the router that `prune_experts` knows
 DEFAULT_ROUTER = Options.model_fields["router"].default  # the one it takes unasked: sets of experts are chosen for it
 
 
-def survey(unit: Unit, inputs: LayerInputs) -> dict:
+def survey_layer(unit: Unit, inputs: LayerInputs) -> Layer:
     """The entry of one MoE layer."""
     statistics = collect(unit, inputs)
     tokens = statistics.tokens
@@ -32,7 +33,7 @@ def survey(unit: Unit, inputs: LayerInputs) -> dict:
     }
 
 
-def _predicted(statistics: Statistics) -> list[dict]:
+def _predicted(statistics: Statistics) -> list[Predicted]:
     """For every number of experts that can stay: which ones, and what the layer loses with each way to treat the router."""
     least = expert_counts.fewest(statistics.top_k)
     curve = Reconstruction(statistics, DEFAULT_ROUTER).curve(least)
@@ -50,7 +51,7 @@ def _losses(statistics: Statistics, router: str, sets: dict[int, Kept]) -> dict[
     return {count: max(0.0, reconstruction.loss(kept)) for count, kept in sets.items()}
 
 
-def total(layers: list[dict]) -> list[dict]:
+def total(layers: list[Layer]) -> list[Loss]:
     """Losses summed over layers, for every number of experts kept in each."""
     return [
         {

@@ -5,13 +5,14 @@ from pathlib import Path
 from compress.passes.pruning import scores
 from compress.studies import drawing, results
 from compress.studies.experts import facts, plots
+from compress.studies.experts.findings import Survey
 from compress.studies.experts.one_layer import ROUTERS
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
-def render(result: dict) -> str:
-    """The page for what `run` returned."""
+def render(result: Survey) -> str:
+    """The page of a survey."""
     layers, total = result["layers"], result["total"]
     svgs = {
         "load": plots.load(layers),

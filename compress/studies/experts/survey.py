@@ -15,7 +15,8 @@ from compress.recipe.calibration import Calibration
 from compress.recipe.source import Source
 from compress.runtime.artifacts import CheckpointArtifact
 from compress.studies import results
-from compress.studies.experts import one_layer as layer
+from compress.studies.experts import one_layer
+from compress.studies.experts.findings import Layer, Survey
 from compress.terminal import progress
 
 STATES = 4  # on disk: before a layer, between its halves, after it, and what its experts give
@@ -31,7 +32,7 @@ class Job:
     seed: int = 0
 
 
-def run(job: Job) -> dict:
+def survey(job: Job) -> Survey:
     """Refuses what can be refused, surveys, and returns what `--json` writes."""
     checkpoint = Checkpoint(job.source.folder)
     moe = expert_counts.refuse_unprunable(checkpoint.model, str(checkpoint.folder))
@@ -48,13 +49,13 @@ def run(job: Job) -> dict:
         "prompts": prompts.used(sets),
         "tokens": sum(map(len, windows)),
         "layers": layers,
-        "total": layer.total(layers),
+        "total": one_layer.total(layers),
     }
 
 
 @parallel.steady()
 @torch.inference_mode()
-def _surveyed(model: HybridModel, moe: Container[int], windows: list[torch.Tensor], device: str) -> list[dict]:
+def _surveyed(model: HybridModel, moe: Container[int], windows: list[torch.Tensor], device: str) -> list[Layer]:
     """What is found in every MoE layer, in order."""
     cache.refuse_full_disk(STATES * 4 * sum(map(len, windows)) * model.config.hidden_size, "hidden states")
     with (
@@ -62,7 +63,7 @@ def _surveyed(model: HybridModel, moe: Container[int], windows: list[torch.Tenso
         progress.task("experts", model.config.num_hidden_layers) as advance,
     ):
         return [
-            layer.survey(unit, inputs)
+            one_layer.survey_layer(unit, inputs)
             for unit, inputs in walk(model, windows, folder / "states", device, advance)
             if inputs.index in moe
         ]

@@ -1,9 +1,12 @@
 """The survey on the terminal: a row per layer, a column per number of experts kept, then what the figures mean."""
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from compress.studies import results
 from compress.studies.experts import facts
+from compress.studies.experts.findings import Layer, Loss, Survey
 from compress.studies.experts.one_layer import DEFAULT_ROUTER
 from compress.terminal import output
 
@@ -16,7 +19,7 @@ MEANING = (
 NOTHING = "no expert can be removed: a layer must keep two, and as many as a token goes to"
 
 
-def show(result: dict, *, stderr: bool) -> None:
+def show(result: Survey, *, stderr: bool) -> None:
     console = output.console(stderr=stderr)
     layer = result["layers"][0]
     console.print(f"{result['model']['name']}: its experts on {results.prompts_as_text(result['prompts'])};")
@@ -38,7 +41,7 @@ def shown(counts: list[int]) -> list[int]:
     return [counts[round(place * (len(counts) - 1) / (COLUMNS - 1))] for place in range(COLUMNS)]
 
 
-def _table(result: dict, counts: list[int]) -> Table:
+def _table(result: Survey, counts: list[int]) -> Table:
     table = Table("layer", "least used", "most used", "dead", "most alike", *(f"keep {count}" for count in counts))
     for layer in result["layers"]:
         table.add_row(*_facts(layer), *_losses(layer["predicted"], counts))
@@ -48,13 +51,13 @@ def _table(result: dict, counts: list[int]) -> Table:
     return table
 
 
-def _facts(layer: dict) -> list[str]:
+def _facts(layer: Layer) -> list[str]:
     least, *_, most = facts.by_load(layer)
     first, second, cosine = facts.most_similar(layer)
     used = [f"{expert}: {facts.percent(layer['share'][expert])}" for expert in (least, most)]
     return [str(layer["layer"]), *used, str(len(layer["dead"])), f"{first} and {second}: {cosine:.2f}"]
 
 
-def _losses(entries: list[dict], counts: list[int]) -> list[str]:
+def _losses(entries: Sequence[Loss], counts: list[int]) -> list[str]:
     by_count = {entry["kept"]: entry["loss"][DEFAULT_ROUTER] for entry in entries}
     return [f"{by_count[count]:.3g}" for count in counts]

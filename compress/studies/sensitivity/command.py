@@ -2,9 +2,10 @@
 
 from compress.studies import results
 from compress.studies.sensitivity import heatmap, table
+from compress.studies.sensitivity.findings import Study
 
 
-def write(result: dict, recipe: str, json_file: str | None, html_file: str | None) -> None:
+def write(result: Study, recipe: str, json_file: str | None, html_file: str | None) -> None:
     """Files appear whole or not at all; the table goes to stderr where JSON owns stdout."""
     results.put_json(result, json_file)
     table.show(result, stderr=json_file == results.STDOUT)

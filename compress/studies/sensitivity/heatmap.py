@@ -1,11 +1,18 @@
 """The heat map as one HTML file that needs nothing else: rows are layers, columns roles and formats, colour is log10 KL."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compress.studies import drawing
+from compress.studies.sensitivity.findings import CellFound, Study
 from compress.studies.sensitivity.table import replaced
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
 
 FLOOR = 1e-7  # nats: below it float32's own rounding shows
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -13,8 +20,8 @@ CELL_WIDTH, CELL_HEIGHT, ROLE_WIDTH = 0.62, 0.32, 1.15  # inches; a role's colum
 MARGIN_LEFT, MARGIN_BOTTOM, CHARACTER = 1.0, 0.9, 0.07  # inches; the last is the width of a letter
 
 
-def render(result: dict, recipe: str) -> str:
-    """The page for what `run` returned."""
+def render(result: Study, recipe: str) -> str:
+    """The page of a study."""
     cells = result["cells"]
     return drawing.render(TEMPLATE, result=result, recipe=recipe, svg=draw(cells), notes=replaced(cells))
 
@@ -22,26 +29,26 @@ def render(result: dict, recipe: str) -> str:
 class Grid:
     """Where each cell's figure stands: rows are units, columns are (role, format), a role's formats side by side."""
 
-    def __init__(self, cells: list[dict]):
-        roles, formats = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("role", "format"))
-        self.units, self.roles, self.formats = list(dict.fromkeys(cell["unit"] for cell in cells)), roles, formats
-        self.columns = [(role, name) for role in roles for name in formats]
+    def __init__(self, cells: list[CellFound]):
+        self.units = list(dict.fromkeys(cell["unit"] for cell in cells))
+        self.roles = list(dict.fromkeys(cell["role"] for cell in cells))
+        self.formats = list(dict.fromkeys(cell["format"] for cell in cells))
+        self.columns = [(role, name) for role in self.roles for name in self.formats]
 
-    def place(self, cell: dict) -> tuple[int, int]:
+    def place(self, cell: CellFound) -> tuple[int, int]:
         return self.units.index(cell["unit"]), self.columns.index((cell["role"], cell["format"]))
 
 
-def draw(cells: list[dict]) -> str:
+def draw(cells: list[CellFound]) -> str:
     """The map as an <svg> element."""
-    from matplotlib import rc_context  # heavy, and only this needs it
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # heavy, and only this needs it
 
     grid = Grid(cells)
     cell_width = max(CELL_WIDTH, ROLE_WIDTH / len(grid.formats))
     inner = cell_width * len(grid.columns), CELL_HEIGHT * len(grid.units)
     label_height = CHARACTER * max(map(len, grid.formats)) + 0.1
     width, height = MARGIN_LEFT + inner[0] + 0.2, MARGIN_BOTTOM + inner[1] + label_height + 0.3
-    with rc_context(drawing.STYLE):
+    with drawing.style():
         figure = Figure(figsize=(width, height))
         axes = figure.add_axes((MARGIN_LEFT / width, MARGIN_BOTTOM / height, inner[0] / width, inner[1] / height))
         image = _paint(axes, grid, cells)
@@ -50,7 +57,7 @@ def draw(cells: list[dict]) -> str:
         return drawing.svg(figure)
 
 
-def _paint(axes, grid: Grid, cells: list[dict]):
+def _paint(axes: "Axes", grid: Grid, cells: list[CellFound]) -> "QuadMesh":
     """Colours and figures; where a layer has no such role it stays grey."""
     logs = np.full((len(grid.units), len(grid.columns)), np.nan)
     for cell in cells:
@@ -75,7 +82,7 @@ def _figure(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def _label(axes, grid: Grid, label_height: float) -> None:
+def _label(axes: "Axes", grid: Grid, label_height: float) -> None:
     """Units on the left, formats on top and above them their role, a line between roles."""
     axes.set_yticks(range(len(grid.units)), grid.units)
     axes.set_xticks(range(len(grid.columns)), [name for _, name in grid.columns], rotation=90)
@@ -89,7 +96,7 @@ def _label(axes, grid: Grid, label_height: float) -> None:
         axes.axhline(row - 0.5, color="white", linewidth=1)
 
 
-def _legend(figure, image, width: float, height: float) -> None:
+def _legend(figure: "Figure", image: "QuadMesh", width: float, height: float) -> None:
     span = min(4.0, width - MARGIN_LEFT - 0.2)
     axes = figure.add_axes((MARGIN_LEFT / width, 0.5 / height, span / width, 0.15 / height))
     figure.colorbar(image, cax=axes, orientation="horizontal", label="log10 of the mean KL divergence, nats per token")

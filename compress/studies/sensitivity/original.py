@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from compress.check import baseline
-from compress.check.runners import ROWS, Piece
 from compress.model.hybrid import HybridModel
 from compress.prompts import PromptSet
+from compress.runtime.candidates import ROWS, Piece
 from compress.runtime.inference import Advance, Head, HiddenStates, embed_windows, layer_weights, run_layer
 from compress.terminal import progress
 

@@ -1,13 +1,13 @@
 """One measurement from start to end: what the recipe asks, the original, every cell, the worst tensors."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from compress import prompts
 from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache
 from compress.errors import InputError
 from compress.model.hybrid import HybridModel
-from compress.passes import quantize
+from compress.passes.quantize import Options, Quantize
 from compress.prompts import PromptSet
 from compress.recipe.check import Check
 from compress.recipe.recipe import LoadedRecipe
@@ -16,6 +16,7 @@ from compress.runtime.artifacts import CheckpointArtifact
 from compress.studies import results
 from compress.studies.sensitivity import cells, original, worst
 from compress.studies.sensitivity.cells import Cell
+from compress.studies.sensitivity.findings import CellFound, Measured, Study
 from compress.studies.sensitivity.measure import Measure
 
 
@@ -32,11 +33,12 @@ class Job:
     seed: int = 0
 
 
-def run(job: Job) -> dict:
+def study(job: Job) -> Study:
     """Refuses what can be refused, measures, and returns what `--json` writes."""
     checkpoint = Checkpoint(job.source.folder)
-    options, _ = quantize.fitted(quantize_options(job.recipe), checkpoint.model)
-    quantize.requires(options, checkpoint.model)
+    step, _ = Quantize(quantize_options(job.recipe)).fitted(checkpoint.model)
+    step.requires(checkpoint.model)
+    options = step.options
     check = check_settings(job)
     for name in check.prompts:
         prompts.refuse_unusable(name, job.source.folder, job.recipe.folder, length=check.length)
@@ -55,9 +57,9 @@ def run(job: Job) -> dict:
     }
 
 
-def quantize_options(recipe: LoadedRecipe) -> quantize.Options:
+def quantize_options(recipe: LoadedRecipe) -> Options:
     """The options of the recipe's one quantize pass."""
-    found = [step.options for step in recipe.recipe.passes if step.name == "quantize"]
+    found = [step.options for step in recipe.recipe.passes if isinstance(step.options, Options)]
     if not found:
         raise InputError(f"{recipe.path}: has no quantize pass, whose cost could be measured")
     if len(found) > 1:
@@ -74,7 +76,7 @@ def check_settings(job: Job) -> Check:
 
 
 def _measured(model: HybridModel, model_sha256: str, sets: list[PromptSet], tried: list[Cell], stored: list[Cell],
-              device: str) -> dict:  # fmt: skip
+              device: str) -> Measured:  # fmt: skip
     """The figures of all tried cells, and the worst tensors of those that the recipe stores."""
     cache.refuse_full_disk(original.bytes_needed(model, sets), "hidden states and the baseline's log-probabilities")
     with cache.scratch("sensitivity") as scratch:
@@ -86,11 +88,11 @@ def _measured(model: HybridModel, model_sha256: str, sets: list[PromptSet], trie
         divergences = measure.all(tried, "sensitivity")
         return {
             "cells": [_row(model, cell, value) for cell, value in zip(tried, divergences, strict=True)],
-            "worst_tensors": [asdict(tensor) for tensor in worst.find(stored, measure)],
+            "worst_tensors": worst.find(stored, measure),
         }
 
 
-def _row(model: HybridModel, cell: Cell, divergence: float) -> dict:
+def _row(model: HybridModel, cell: Cell, divergence: float) -> CellFound:
     layer = cell.layer
     return {
         "layer": layer,

@@ -3,10 +3,11 @@
 from rich.table import Table
 
 from compress.studies import results
+from compress.studies.sensitivity.findings import CellFound, Study, WorstTensor
 from compress.terminal import output
 
 
-def show(result: dict, *, stderr: bool) -> None:
+def show(result: Study, *, stderr: bool) -> None:
     console = output.console(stderr=stderr)
     used = results.prompts_as_text(result["prompts"])
     console.print(f"{result['model']['name']}: mean KL divergence, nats per token, of quantizing one part at a time")
@@ -17,7 +18,7 @@ def show(result: dict, *, stderr: bool) -> None:
     console.print(_worst(result["worst_tensors"]))
 
 
-def _cells(cells: list[dict]) -> Table:
+def _cells(cells: list[CellFound]) -> Table:
     formats = list(dict.fromkeys(cell["format"] for cell in cells))
     table = Table("kind", "role", *formats)
     for kind, role in dict.fromkeys((cell["kind"], cell["role"]) for cell in cells):
@@ -26,7 +27,7 @@ def _cells(cells: list[dict]) -> Table:
     return table
 
 
-def _summed(cells: list[dict]) -> str:
+def _summed(cells: list[CellFound]) -> str:
     """`0.00123 (4)`; a star where another format was stored in place of that asked for."""
     total = sum(cell["kl_divergence_mean"] for cell in cells)
     worst = max(cells, key=lambda cell: cell["kl_divergence_mean"])
@@ -34,7 +35,7 @@ def _summed(cells: list[dict]) -> str:
     return f"{total:.3g}{where}{'*' if any(cell['stored'] != cell['format'] for cell in cells) else ''}"
 
 
-def replaced(cells: list[dict]) -> list[str]:
+def replaced(cells: list[CellFound]) -> list[str]:
     """A sentence for every format that did not fit somewhere, and what was measured in its place."""
     found: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
@@ -46,7 +47,7 @@ def replaced(cells: list[dict]) -> list[str]:
     ]
 
 
-def _worst(tensors: list[dict]) -> Table:
+def _worst(tensors: list[WorstTensor]) -> Table:
     table = Table("worst tensors, in the recipe's formats", "format", "KL divergence", "parameters")
     for tensor in tensors:
         figure = f"{tensor['kl_divergence_mean']:.3g}"

@@ -1,19 +1,10 @@
 """The tensors whose own quantization costs most, found without measuring all of them."""
 
-from dataclasses import dataclass
-
 from compress.studies.sensitivity.cells import Cell
+from compress.studies.sensitivity.findings import WorstTensor
 from compress.studies.sensitivity.measure import Measure
 
 COUNT = 10
-
-
-@dataclass(frozen=True)
-class WorstTensor:
-    name: str
-    format: str  # as stored
-    kl_divergence_mean: float  # nats per token
-    parameters: int
 
 
 def find(cells: list[Cell], measure: Measure, count: int = COUNT) -> list[WorstTensor]:
@@ -25,9 +16,9 @@ def find(cells: list[Cell], measure: Measure, count: int = COUNT) -> list[WorstT
     divergences = measure.all(cells, "cells in the recipe's formats")
     found: list[WorstTensor] = []
     for divergence, cell in sorted(zip(divergences, cells, strict=True), key=lambda pair: -pair[0]):
-        if len(found) == count and divergence < found[-1].kl_divergence_mean:
+        if len(found) == count and divergence < found[-1]["kl_divergence_mean"]:
             break
-        found = sorted(found + _tensors(cell, measure), key=lambda tensor: -tensor.kl_divergence_mean)[:count]
+        found = sorted(found + _tensors(cell, measure), key=lambda tensor: -tensor["kl_divergence_mean"])[:count]
     return found
 
 
@@ -35,6 +26,6 @@ def _tensors(cell: Cell, measure: Measure) -> list[WorstTensor]:
     alone = list(cell.tensors())
     values = measure.all(alone, f"tensors: {cell.unit.name} {cell.role}")
     return [
-        WorstTensor(one.weights[0].name, one.stored, value, one.parameters)
+        WorstTensor(name=one.weights[0].name, format=one.stored, kl_divergence_mean=value, parameters=one.parameters)
         for one, value in zip(alone, values, strict=True)
     ]

@@ -3,19 +3,18 @@
 from pathlib import Path
 
 from compress import prompts
-from compress.check import genai, tokenizers
-from compress.check import judge as check_run
+from compress.check import genai, judge, tokenizers
 from compress.check.compare import verdict
 from compress.disk.paths import as_text
 from compress.errors import InputError
-from compress.output_folder import integrity
+from compress.output_folder import integrity, onnx_layouts
 from compress.output_folder.manifest import versions
 from compress.recipe import source
 from compress.recipe.check import Check
 from compress.report import terminal
-from compress.runtime import onnx_layouts
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
+from compress.strict.json_text import JsonObject
 from compress.strict.models import from_flags, no_truth_value
 from compress.terminal import output
 
@@ -32,12 +31,15 @@ def _limit(text: str) -> tuple[str, float]:
     """Numbers mean what they mean in a file of limits."""
     metric, _, value = text.partition("=")
     try:
-        return metric, float(no_truth_value(yaml_text.parse_scalar(value, f"--limit {metric}")))
+        number = no_truth_value(yaml_text.parse_scalar(value, f"--limit {metric}"))
+        if isinstance(number, int | float | str):
+            return metric, float(number)
+        raise TypeError(number)
     except (TypeError, ValueError):
         raise InputError(f"--limit {text}: expected METRIC=VALUE, such as kl_divergence_mean=0.01") from None
 
 
-def _file_limits(path: Path | None) -> dict:
+def _file_limits(path: Path | None) -> JsonObject:
     if path is None:
         return {}
     values = yaml_text.load(path).data
@@ -50,7 +52,7 @@ def _file_limits(path: Path | None) -> dict:
     return values
 
 
-def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict:
+def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict[str, object]:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, original_path = find_artifact(candidate), _baseline_path(baseline)
     for artifact in (original_path, path):
@@ -61,19 +63,20 @@ def check(baseline: str, candidate: Path, checks: Check, *, seed: int, device: s
     for artifact in (original_path, path):  # last: it reads everything
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
-    rows, used = check_run.run(original, {_kind(path): path}, checks, seed=seed, device=device)
-    result = {
+    rows, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
+    figures = [row.to_json() for row in rows]
+    result: dict[str, object] = {
         "schema": 1,
         "verdict": verdict(rows),
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
         "candidate": as_text(str(candidate)),
         "prompts": used,
-        "checks": [row.to_json() for row in rows],
+        "checks": figures,
         "versions": versions(),
     }
     console = output.console(stderr=True)
-    terminal.show_rows(result["checks"], console)
-    console.print(f"verdict: {terminal.verdict_words(result)}")
+    terminal.show_rows(figures, console)
+    console.print(f"verdict: {terminal.verdict_words(verdict(rows), figures)}")
     return result
 
 

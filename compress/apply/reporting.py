@@ -1,30 +1,40 @@
 """report.json: schema 1 of the contract."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.checkpoint import config_dtype
 from compress.checkpoint.companions import left_behind
-from compress.model import expert_counts, sizes
+from compress.model import sizes
 from compress.output_folder.manifest import versions
-from compress.passes.prune_experts import FEW_TOKENS
+from compress.passes import Coverage
+from compress.report.schema import ArtifactFacts, CalibrationFacts, CoverageFacts, Report
 from compress.runtime import runtimes
+
+if TYPE_CHECKING:
+    from compress.apply.pipeline import Outcome
+    from compress.apply.plan import Plan
+    from compress.plugins import Exported
+    from compress.recipe.source import Source
 
 # of a checkpoint: what it needs to run but the tokenizer
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
-def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
+def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdict: str) -> Report:
     """Assembles the report from the plan, what was done and the files as written."""
     model, result = planned.model, planned.result
     artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
-    notes = expert_counts.changes(model, result) + config_dtype.changes(model, result) + sizes.travelling(result)
+    notes = [fact.text for fact in planned.changes] + config_dtype.changes(model, result) + sizes.travelling(result)
     if notes := notes + left_behind(planned.source.folder):
         artifacts[0]["notes"] = notes
     artifacts += [
         _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported
     ]
     smallest = min(artifacts, key=lambda artifact: artifact["weight_bytes"])
-    return {
+    found: Report = {
         "schema": 1,
         "verdict": verdict,
         "model": {
@@ -36,66 +46,63 @@ def report(source, planned, outcome, folder: Path, verdict: str) -> dict:
             "active_parameters": sizes.active_parameters(model.architecture, model.units),
         },
         "size": {
-            "baseline_bytes": planned.checkpoint.files.bytes,
+            "baseline_bytes": planned.opened.files.bytes,
             "baseline_float32_bytes": 4 * model.parameters,
             "candidate_bytes": smallest["weight_bytes"],
             "bits_per_weight": smallest["bits_per_weight"],
             "candidate_parameters": planned.result.parameters,
         },
-        "passes": outcome.passes,
-        **({"calibration": _calibration(outcome)} if outcome.calibration else {}),
+        "passes": [step.to_json() for step in outcome.passes],
         "artifacts": artifacts,
         "runtimes": [runtime.to_json() for runtime in runtimes.of(result, planned.recipe.export)],
         "prompts": outcome.prompts,
         "checks": [row.to_json() for row in outcome.rows],
         "versions": versions(),
     }
+    if outcome.calibration:
+        found["calibration"] = _calibration(outcome)
+    return found
 
 
-def _calibration(outcome) -> dict:
+def _calibration(outcome: Outcome) -> CalibrationFacts:
     """What was used, and how many tokens reached each expert."""
-    found = {
+    found: CalibrationFacts = {
         "tokens": sum(entry["tokens"] for entry in outcome.calibration),
         "prompts": [entry["name"] for entry in outcome.calibration],
         "windows": sum(entry["windows"] for entry in outcome.calibration),
     }
     if warnings := [f"{entry['name']}: {entry['warning']}" for entry in outcome.calibration if "warning" in entry]:
         found["warnings"] = warnings
-    counted = [step["details"] for step in outcome.passes if step["details"].get("experts")]
-    return found | ({"expert_coverage": _coverage(counted[-1])} if counted else {})
+    covered = [coverage for step in outcome.passes if (coverage := step.step.coverage(step.details))]
+    if covered:
+        found["expert_coverage"] = _coverage(covered[-1])
+    return found
 
 
-# what a pass did about experts that too few tokens reached, by the key under which its details list them
-FEW = {
-    "experts_from_every_token": "saw fewer tokens than min_tokens, and were calibrated on all of their layer",
-    "experts_judged_on_few": f"saw fewer than {FEW_TOKENS} tokens, and were judged on those",
-}
-
-
-def _coverage(details: dict) -> dict:
+def _coverage(coverage: Coverage) -> CoverageFacts:
     """Of the last pass that counted: an earlier one may have removed experts, and numbered the others anew."""
-    below = [(key, entry) for key in FEW for entry in details.get(key, [])]
-    found = {
-        "min_tokens": min(entry["tokens"] for entry in details["experts"]),
-        "experts_below_threshold": sorted({f"layer {e['layer']} expert {e['expert']}" for _, e in below}),
-    }
-    return found | ({"below_threshold": FEW[below[0][0]]} if below else {})
+    found: CoverageFacts = {"min_tokens": coverage.min_tokens, "experts_below_threshold": list(coverage.below)}
+    if coverage.below:
+        found["below_threshold"] = coverage.sentence
+    return found
 
 
-def _checkpoint_artifact(planned, folder: Path) -> dict:
+def _checkpoint_artifact(planned: Plan, folder: Path) -> ArtifactFacts:
     shards = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     total = shards + sum((folder / name).stat().st_size for name in CHECKPOINT_FILES if (folder / name).is_file())
     return _artifact("checkpoint", "checkpoint", total, planned.checkpoint_bytes, planned.model.parameters)
 
 
-def _exported_artifact(exported, folder: Path, parameters: int) -> dict:
+def _exported_artifact(exported: Exported, folder: Path, parameters: int) -> ArtifactFacts:
     artifact = _artifact(
         exported.kind, f"{exported.kind}/{exported.main}", exported.bytes(folder), exported.weight_bytes, parameters
     )
-    return artifact | ({"notes": list(exported.notes)} if exported.notes else {})
+    if exported.notes:
+        artifact["notes"] = list(exported.notes)
+    return artifact
 
 
-def _artifact(kind: str, path: str, total: int, weight_bytes: int, parameters: int) -> dict:
+def _artifact(kind: str, path: str, total: int, weight_bytes: int, parameters: int) -> ArtifactFacts:
     return {
         "kind": kind,
         "path": path,

@@ -8,11 +8,11 @@ import torch
 from compress.checkpoint.end_tokens import end_tokens
 from compress.disk.paths import as_text
 from compress.errors import InputError
-from compress.output_folder import integrity
+from compress.output_folder import integrity, onnx_layouts
 from compress.prompts.text import refuse_surrogates
 from compress.prompts.windows import encode, refuse_foreign_tokens, too_long
 from compress.recipe.source import load_tokenizer
-from compress.runtime import onnx_layouts
+from compress.recipe.tokenizer import Tokenizer
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.runtime.inference import sample
 from compress.terminal import progress
@@ -64,7 +64,7 @@ def _announced(tokens: Iterator[int], what: str) -> Iterator[int]:
 def _what(artifact: Artifact) -> str:
     """`int4-g32, int8, onnxruntime`: the formats of all but a few parameters, the widest spread first, and the runtime."""
     total = sum(artifact.formats.values())
-    ordered = sorted(artifact.formats, key=artifact.formats.get, reverse=True)
+    ordered = sorted(artifact.formats, key=artifact.formats.__getitem__, reverse=True)
     return ", ".join([*(name for name in ordered if artifact.formats[name] >= FEW * total), artifact.runtime])
 
 
@@ -75,7 +75,7 @@ def _until(tokens: Iterator[int], ends: set[int]) -> Iterator[int]:
         yield token
 
 
-def _readable(tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+def _readable(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
     """Text as it becomes whole: a character made of several tokens appears with the last of them.
 
     A token's text depends on its neighbours (leading spaces), so each step decodes what follows the last but one text.

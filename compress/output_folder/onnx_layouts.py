@@ -1,10 +1,7 @@
-"""Where the files of an ONNX artifact lie and what its states are called, for onnxruntime-genai and for Transformers.js.
+"""Where the files of an ONNX artifact lie, for onnxruntime-genai and for Transformers.js.
 
 genai             model.onnx, model.onnx.data, tokenizer and configuration beside them
 transformers.js   onnx/model.onnx, onnx/model.onnx_data, tokenizer and configuration one folder up
-
-genai             past_key_values.N.key  .value  .conv_state  .recurrent_state   ->  present.N. ...
-transformers.js   past_key_values.N.key  .value  past_conv.N  past_ssm.N         ->  present.N. ...  present_conv.N ...
 """
 
 from dataclasses import dataclass
@@ -22,8 +19,6 @@ class Layout:
 
 GENAI = Layout("model.onnx", "model.onnx.data", "genai_config.json")
 TRANSFORMERS_JS = Layout("onnx/model.onnx", "onnx/model.onnx_data", "config.json")
-JS = {"conv_state": "conv", "recurrent_state": "ssm"}
-KINDS = {short: kind for kind, short in JS.items()}
 
 
 def of(folder: Path) -> Layout | None:
@@ -37,7 +32,7 @@ def of(folder: Path) -> Layout | None:
 def find(folder: Path) -> Path | None:
     """The graph of an artifact's folder, in either layout."""
     layout = of(folder)
-    return layout and folder / layout.model
+    return folder / layout.model if layout else None
 
 
 def data_files(model: Path) -> tuple[Path, Path]:
@@ -51,25 +46,3 @@ def folder_of(artifact: Path) -> Path:
         return artifact
     folder = artifact.parent
     return folder.parent if find(folder.parent) == artifact else folder
-
-
-def is_past(name: str) -> bool:
-    return name.startswith("past_")
-
-
-def present_of(past: str) -> str:
-    """The output that is fed back as this input."""
-    return past.replace("past_key_values", "present").replace("past_", "present_")
-
-
-def kind_of(past: str) -> str:
-    """key, value, conv_state or recurrent_state."""
-    first, _, last = past.partition(".")
-    return KINDS.get(first.removeprefix("past_")) or last.rpartition(".")[2]
-
-
-def in_transformers_js(name: str) -> str:
-    """An input's or output's name in that layout, from the one in genai's."""
-    first, _, rest = name.partition(".")
-    index, _, kind = rest.partition(".")
-    return f"{first.partition('_')[0]}_{JS[kind]}.{index}" if kind in JS else name

@@ -1,0 +1,81 @@
+"""What a file brings under the name users type for it: one class, bound to its options, whose hooks are known by name."""
+
+import inspect
+from abc import ABC
+from types import FunctionType
+from typing import ClassVar, Generic, TypeVar, get_args
+
+from compress.errors import nearest
+from compress.strict.models import Strict
+
+OptionsT = TypeVar("OptionsT", bound=Strict, covariant=True)
+NO_OPTIONS = "{name} names no options: expected class {name}({contract}[Options]), Options being a Strict model"
+
+
+class ContractError(TypeError):
+    """A class that is not what its contract asks for, in a sentence for whoever wrote it."""
+
+
+class Plugin(ABC, Generic[OptionsT]):
+    """A class that inherits from this directly is a contract: its public names are the hooks. What inherits from the
+    contract may define those, as what they are there, and names of its own that begin with an underscore."""
+
+    Options: ClassVar[type[Strict]]  # of `Pass[Options]`: the block in a recipe
+
+    def __init__(self, options: OptionsT) -> None:
+        self._options = options
+
+    @property
+    def options(self) -> OptionsT:
+        return self._options
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if Plugin in cls.__bases__:
+            return
+        contract = next(base for base in cls.__mro__ if Plugin in base.__bases__)
+        for name in vars(cls):
+            if not name.startswith("_"):
+                _refuse_other_hook(cls, name, contract)
+        _find_options(cls, contract)
+
+    @classmethod
+    def _defines(cls, hook: str) -> bool:
+        """Whether a hook is other than the contract's own."""
+        contract = next(base for base in cls.__mro__ if Plugin in base.__bases__)
+        return getattr(cls, hook) is not getattr(contract, hook)
+
+
+def _find_options(cls: type[Plugin[Strict]], contract: type) -> None:
+    """The `Options` in `class Cast(Pass[Options])`."""
+    for base in vars(cls).get("__orig_bases__", ()):
+        for argument in get_args(base):
+            if isinstance(argument, type):
+                cls.Options = argument
+    options = getattr(cls, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, Strict)):
+        raise ContractError(NO_OPTIONS.format(name=cls.__name__, contract=contract.__name__))
+
+
+def _refuse_other_hook(cls: type, name: str, contract: type) -> None:
+    """A name that is no hook would never be looked at; nor may a hook be something else than it is in the contract."""
+    if name == "Options":
+        return
+    hooks = sorted(hook for hook in dir(contract) if not hook.startswith("_"))
+    if name not in hooks:
+        raise ContractError(f"{cls.__name__}.{name} is no hook of {contract.__name__}{nearest(name, hooks)}")
+    theirs, asked = vars(cls)[name], inspect.getattr_static(contract, name)
+    if isinstance(theirs, FunctionType) != isinstance(asked, FunctionType):
+        kind = "a method" if isinstance(asked, FunctionType) else "a property or a value, not a method"
+        raise ContractError(f"{cls.__name__}.{name} must be {kind}")
+    if isinstance(theirs, FunctionType):
+        _refuse_other_arguments(cls, name, theirs, asked)
+
+
+def _refuse_other_arguments(cls: type, name: str, theirs: FunctionType, asked: FunctionType) -> None:
+    expected = inspect.signature(asked)
+    try:
+        inspect.signature(theirs).bind(*expected.parameters)
+    except TypeError:
+        takes, given = (", ".join(inspect.signature(function).parameters) for function in (theirs, asked))
+        raise ContractError(f"{cls.__name__}.{name} takes ({takes}), but is given ({given})") from None

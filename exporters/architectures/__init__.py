@@ -1,1 +1,0 @@
-"""How each model family is wired from graph blocks. A file is named by its `model_type` and defines `build(...)`."""

@@ -1,0 +1,1 @@
+"""How the operators of blocks are spelled in ONNX, one file a dialect."""

@@ -1,0 +1,59 @@
+"""What a dialect is beyond the operators of blocks: which operators it may use, the type of hidden states, and the two ends of
+a model."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import onnx_ir as ir
+
+from compress.model.operators import Operators
+from compress.model.weight import Weight
+from exporters.graph.builder import Graph, WeightFile
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a graph is given: the new tokens, [B, S] or [B, S, H], and the mask [B, T]. `is_one`: S is 1, and the token is no
+    padding."""
+
+    given: ir.Value
+    mask: ir.Value
+    is_one: bool = False
+
+
+class Dialect(Operators[ir.Value]):
+    """Adds operators to a graph. `of` binds it to the weights of a layer; what is shared between layers is kept in the graph
+    (`Graph.once`)."""
+
+    opset: ClassVar[int] = 21
+    domains: ClassVar[Mapping[str, int]] = {}  # versions of operators beyond the standard's
+    body_type: ClassVar[ir.DataType] = ir.DataType.FLOAT  # of hidden states, and of weights beside them
+
+    def __init__(self, graph: Graph, tokens: Tokens):
+        self.graph, self.tokens = graph, tokens
+        self._weights: Mapping[str, Weight] = {}
+        self._prefix = ""
+
+    @classmethod
+    def new_graph(cls, weights: WeightFile) -> Graph:
+        return Graph(weights, cls.opset, cls.domains, cls.body_type)
+
+    def of(self, weights: Mapping[str, Weight], prefix: str = "") -> Self:
+        """The same dialect on other weights, whose names begin with `prefix`."""
+        bound = copy.copy(self)
+        bound._weights, bound._prefix = weights, prefix
+        return bound
+
+    def weight(self, name: str) -> Weight:
+        return self._weights[self._prefix + name]
+
+    @abstractmethod
+    def lookup(self, name: str, ids: ir.Value) -> ir.Value:
+        """Rows of the embedding: ids [B, S] -> [B, S, H]."""
+
+    @abstractmethod
+    def tied_head(self, name: str, x: ir.Value) -> ir.Value:
+        """The embedding that was looked up in, once more as the output matrix: x [B, S, H] -> [B, S, V]."""

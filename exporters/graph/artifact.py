@@ -1,0 +1,57 @@
+"""An ONNX artifact on disk: saved with the model's configuration in its metadata, checked, and described from its file."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+import compress
+from compress import formats
+from compress.checkpoint.companions import without_code
+from compress.disk.paths import with_text_name
+from compress.model.roles import Role
+from compress.model.weight import Unit, Weight
+from compress.output_folder.onnx_layouts import Layout
+from compress.strict.json_text import JsonObject
+from exporters import Exported
+from exporters.graph import reading
+
+IR_VERSION = 10  # the one that came with opset 21
+
+
+def save(graph: ir.Graph, config_json: JsonObject, path: Path) -> None:
+    """Writes model.onnx beside its weights, with the checkpoint's config.json in its metadata, and has it checked."""
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="compress", producer_version=compress.__version__)
+    model.metadata_props[reading.CONFIG_KEY] = json.dumps(without_code(config_json), sort_keys=True)
+    ir.save(model, path)
+    with with_text_name(path.parent) as named:
+        onnx.checker.check_model(named / path.name, full_check=True)
+
+
+def describe(folder: Path, kind: str, layout: Layout) -> Exported:
+    """What an exported folder holds, read from model.onnx itself."""
+    tensors = reading.external_tensors(reading.load(folder / layout.model))
+    weight_bytes = sum(tensor.nbytes for tensor in tensors)
+    files = (layout.model, layout.data, layout.config)
+    return Exported(kind, layout.model, files, weight_bytes, reading.stored_formats(tensors))
+
+
+def predict_bytes(units: Iterable[Unit]) -> int:
+    """Bytes of weights, before any is read."""
+    weights = (weight for unit in units for weight in unit.weights.values())
+    return sum(_predict_bytes(weight) for weight in weights if weight.role != Role.MTP)  # no graph has those
+
+
+def _predict_bytes(weight: Weight) -> int:
+    """A weight in its own format; a narrow scale in a byte (it takes two in the few matrices where a byte is too few)."""
+    if not weight.is_quantized:
+        return weight.stored_bytes()
+    number_format = formats.get(weight.format)
+    parts = number_format.layout(weight.shape, packed=False)
+    values: int = sum(part.bytes for suffix, part in parts.items() if suffix in ("weight", "weight_packed"))
+    scale_bytes = 1 if number_format.is_narrow else number_format.scale_dtype.itemsize
+    scales: int = math.prod(number_format.scales_shape(weight.shape))
+    return values + scale_bytes * scales
