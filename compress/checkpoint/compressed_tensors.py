@@ -83,7 +83,7 @@ def _bits(scheme: Scheme) -> int:
     return bits
 
 
-def _for_plain_experts(weights: list[Weight]) -> list[dict]:
+def _for_plain_experts(weights: list[Weight]) -> list[JsonObject]:
     """A group of no module, for transformers where experts are not quantized. Among integers it looks for packed values in all
     experts and leaves those random that have none, with no more than a warning. Of fp8 experts it passes on what has no
     scales; at a format it does not know it stops.
