@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jamba_models import make_jamba
+from nemotron_h_models import VARIANTS, make_nemotron_h
 
 from compress.apply import exporting
 from compress.recipe import resources
@@ -136,6 +137,17 @@ def test_genai_runs_every_pattern_of_layers(tmp_path, changes):
     source = make_jamba(tmp_path / "source", spread=0.7, eos_token_id=66, **changes)
     out = exporting.export_checkpoint(source, "onnx", tmp_path / "onnx")
     prompts = np.random.default_rng(1).integers(3, 66, (1, 12))
+    ours, theirs = own_greedy(out / "model.onnx", prompts, 8), genai_greedy(genai.Model(str(out)), prompts, 8)
+    assert_same_text(theirs, ours, end=66)
+    assert len(until(theirs[0], 66)) > 1
+
+
+@pytest.mark.parametrize("variant", ["awkward", "no attention", "attention first", "no Mamba"])
+def test_genai_runs_nemotron_h(tmp_path, variant):
+    """A prompt of two chunks; layers without any state, and the first state of either kind in another place."""
+    source = make_nemotron_h(tmp_path / "source", **VARIANTS[variant], eos_token_id=66)
+    out = exporting.export_checkpoint(source, "onnx", tmp_path / "onnx")
+    prompts = np.random.default_rng(1).integers(3, 66, (1, 70))
     ours, theirs = own_greedy(out / "model.onnx", prompts, 8), genai_greedy(genai.Model(str(out)), prompts, 8)
     assert_same_text(theirs, ours, end=66)
     assert len(until(theirs[0], 66)) > 1
