@@ -107,7 +107,7 @@ class Plan:
         return self.recipe.calibration or Calibration()
 
     def calibration_bytes(self) -> int:
-        """Hidden states on disk: before a layer, between its halves and after it, and what passes keep while they work on
+        """Hidden states on disk: before a layer, between its blocks and after it, and what passes keep while they work on
         a layer: more states, and the layer as they leave it."""
         if not self.needs_calibration:
             return 0
