@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from compress.runtime.onnx_session import OnnxSession
 
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
 EXPERTS, KEPT = 5, 3
+GPTQ = {"quantize": {"weights": "int8", "method": "gptq", "equalize": 0.5}}
 FAMILY = '''
 from typing import ClassVar
 from compress.model.architecture import Architecture
@@ -151,7 +153,7 @@ def test_experts_are_found_wherever_they_stand_in_a_layer(compress_cli, make, la
     facts = json.loads(compress_cli("inspect", source, "--json").stdout)
     assert [layer["experts"] for layer in facts["layers"]] == [EXPERTS, EXPERTS]
     assert facts["parameters"] - facts["active_parameters"] == 2 * 3 * (EXPERTS - 2) * 16 * 40
-    passes = [{"prune_experts": {"keep": KEPT}}, {"quantize": {"weights": "int8", "method": "gptq", "equalize": 0.5}}]
+    passes = [{"prune_experts": {"keep": KEPT}}, GPTQ]
     check = {"prompts": ["self"], "samples": 2, "length": 32}
     out = applied(source, passes, export=[{"onnx": {}}], check=check)
     assert json.loads((out / "checkpoint" / "config.json").read_text())["num_experts"] == KEPT
@@ -162,6 +164,30 @@ def test_experts_are_found_wherever_they_stand_in_a_layer(compress_cli, make, la
     np.testing.assert_allclose(given, own_logits(model, ids, [9]).numpy(), rtol=0, atol=1e-4)
     decoder = json.loads((out / "onnx" / "genai_config.json").read_text())["model"]["decoder"]
     assert [decoder[key] for key in ("num_attention_heads", "num_key_value_heads", "head_size")] == [5, 1, 6]
+
+
+def test_layers_that_keep_their_states_narrower_are_calibrated_as_others(make, monkeypatch):
+    """Windows begin with an empty past, which is the same in every type."""
+    before = applied(make("before"), [GPTQ])
+    monkeypatch.setattr(Mamba2, "states", in_bf16(Mamba2.states))
+    monkeypatch.setattr(Attention, "states", in_bf16(Attention.states))
+    after = applied(
+        make("after"), [GPTQ], export=[{"onnx": {}}], check={"prompts": ["self"], "samples": 1, "length": 32}
+    )
+    first, second = (
+        {
+            name: tensor
+            for path in (out / "checkpoint").glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        for out in (before, after)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
+def in_bf16(states):
+    return lambda block: tuple(replace(spec, format="bf16") for spec in states(block))
 
 
 @pytest.mark.parametrize("layers", ["after", "before", "beside"])
