@@ -1,8 +1,9 @@
 """What calibration tells of the experts of one layer.
 
 Every fourth stretch of STRETCH tokens is withheld: scores and corrections are made from the others, and judged on these.
-Errors of a token count relative to |h|^2, h [H] being what the layer leaves of it: the norms that follow divide by it, so
-that an error of the layer means the same for every token and in every layer.
+Errors of a token count relative to |h|^2, h [H] being what the layer leaves of it, and times m^2, m being the factor that what
+the experts give is added with: the norms that follow divide by |h|, so that an error of the layer means the same for every
+token and in every layer.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Statistics:
     bias: torch.Tensor | None  # [E], the router's correction of scores
     logits: torch.Tensor  # [T, E], of the router
     norms: torch.Tensor  # [T, E], of an expert's output, where the token is routed to it
-    importance: torch.Tensor  # [T], 1 / |h|^2
+    importance: torch.Tensor  # [T], m^2 / |h|^2
     withheld: torch.Tensor  # [T], bool
     sample: torch.Tensor  # [n], which tokens
     gram: torch.Tensor  # [n, E, E], inner products of the experts' outputs
@@ -112,6 +113,7 @@ class _Collector:
     def __init__(self, inputs: LayerInputs, ops: Eager, target: HiddenStates):
         self._experts, self._ops, self._target = inputs.experts, ops, target
         self._name, self._router = f"layer {inputs.index}", inputs.experts.router
+        self._factor = inputs.layer.experts_factor
         self._bias = None if self._router.bias is None else ops.weights(self._router.bias)
         self._logits: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
@@ -136,14 +138,15 @@ class _Collector:
         self._target.write(number, given.view(self._target.shapes[number]))
         self._logits.append(logits)
         self._norms.append(norms)
-        self._importance.append(1 / self._left(hidden, rows, given).square().sum(1).clamp_min(1e-30))
+        left = self._left(hidden, rows, given).square().sum(1).clamp_min(1e-30)
+        self._importance.append(self._factor**2 / left)
         self._gram.append(outputs @ outputs.transpose(1, 2))
 
     def _left(self, hidden: torch.Tensor, rows: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """What the layer leaves of the tokens, [b S, H]."""
-        left = hidden.flatten(0, 1) + self._experts.output(self._ops, given)
+        """What the layer leaves of the tokens, [b S, H], but for what stands beside the whole block or follows it."""
+        left = hidden.flatten(0, 1) + self._factor * self._experts.output(self._ops, given)
         beside = self._experts.beside(self._ops, rows)
-        return left if beside is None else left + beside
+        return left if beside is None else left + self._factor * beside
 
     def statistics(self, withheld: torch.Tensor, sampled: torch.Tensor) -> Statistics:
         logits, norms, importance, gram = map(torch.cat, (self._logits, self._norms, self._importance, self._gram))
