@@ -56,6 +56,7 @@ def test_a_recipe_leaves_them_out(source, added, tmp_path):
     run, kept = apply(source, tmp_path / "run", LEFT_OUT, PRUNED), apply(source, tmp_path / "kept", PRUNED)
     assert_same_tensors(run.stored, {name: tensor for name, tensor in kept.stored.items() if name not in added})
     assert run.config["num_nextn_predict_layers"] == 0
+    assert run.config["compress"]["passes"][0] == {"name": "leave_out", "changes": []}
     assert run.details["notes"] == ["5 tensors of 'mtp' are left out, 6,606 parameters"]
     assert not any("travel" in note for note in run.report["artifacts"][0].get("notes", []))
 
