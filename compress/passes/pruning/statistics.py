@@ -8,6 +8,7 @@ token and in every layer.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -21,6 +22,7 @@ from compress.runtime.inference import HiddenStates
 STRETCH, WITHHELD_OF = 64, 4
 SAMPLE_TOKENS = 8192  # withheld tokens that every expert is run on, at most
 GRAM_ELEMENTS = 1 << 25  # of inner products between experts' outputs that are kept: 128 MiB
+OUTPUT_ELEMENTS = 1 << 26  # of all experts' outputs on sampled tokens that are in memory together: 256 MiB
 TARGET = "target"  # scratch states: what the layer's experts give together
 
 
@@ -107,6 +109,13 @@ def _sampled(withheld: torch.Tensor, experts: int) -> torch.Tensor:
     return chosen
 
 
+def _parts(sampled: torch.Tensor, most: int) -> list[slice]:
+    """A block of tokens in parts that hold so many sampled ones at most."""
+    places = sampled.nonzero()[:, 0].tolist()
+    cuts = [0, *places[most::most], len(sampled)]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+
 class _Collector:
     """Adds up the statistics block by block, one expert's weights at a time."""
 
@@ -122,6 +131,13 @@ class _Collector:
 
     def add(self, number: int, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> None:
         """hidden [b, S, H], rows [b S, H] (what the experts see), sampled [b S]."""
+        most = max(1, OUTPUT_ELEMENTS // (self._experts.count * rows.shape[1]))
+        left = hidden.flatten(0, 1)
+        given = [self._add_some(left[part], rows[part], sampled[part]) for part in _parts(sampled, most)]
+        self._target.write(number, torch.cat(given).view(self._target.shapes[number]))
+
+    def _add_some(self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """Some tokens of a block, [n, H] each; returns what the experts give them together, in their own space."""
         experts, ops = self._experts, self._ops
         logits = ops.router_logits(rows, self._router)
         gates = self._router.gates(logits, experts.count, self._bias)
@@ -135,16 +151,16 @@ class _Collector:
             output = experts.output(ops, output)
             norms[wanted, e] = output.norm(dim=1) * (gates[wanted, e] > 0)
             outputs[:, e] = output[sampled[wanted]]
-        self._target.write(number, given.view(self._target.shapes[number]))
         self._logits.append(logits)
         self._norms.append(norms)
         left = self._left(hidden, rows, given).square().sum(1).clamp_min(1e-30)
         self._importance.append(self._factor**2 / left)
         self._gram.append(outputs @ outputs.transpose(1, 2))
+        return given
 
     def _left(self, hidden: torch.Tensor, rows: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """What the layer leaves of the tokens, [b S, H], but for what stands beside the whole block or follows it."""
-        left = hidden.flatten(0, 1) + self._factor * self._experts.output(self._ops, given)
+        """What the layer leaves of the tokens, [n, H], but for what stands beside the whole block or follows it."""
+        left = hidden + self._factor * self._experts.output(self._ops, given)
         beside = self._experts.beside(self._ops, rows)
         return left if beside is None else left + self._factor * beside
 
