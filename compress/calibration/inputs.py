@@ -193,7 +193,8 @@ class LayerInputs:
     def _run(self, ops: Eager, place: int, hidden: torch.Tensor) -> torch.Tensor:
         """One residual block on hidden states [b, S, H], from an empty past."""
         residual = self.layer.residuals[place]
-        past = {spec.name: spec.empty(len(hidden), self.device) for spec in residual.block.states()}
+        empty = {spec: spec.empty(len(hidden), self.device) for spec in residual.block.states()}
+        past = {spec.name: ops.state_in(spec, state) for spec, state in empty.items()}
         return residual.run(ops, hidden, past)[0]
 
 

@@ -24,9 +24,9 @@ ACTIVATION_KEYS = ("num_bits", "type", "symmetric", "strategy", "dynamic")
 MARKS = (".weight_scale", ".weight_packed")  # either tells a quantized matrix: the one that is missing is then named
 CLASSES = ("Linear", "Embedding")
 EXPERTS = r"re:.*\.experts\.\d+\..*"
+NO_EXPERT = r"re:(?!)\.experts\."  # speaks of experts, as transformers sees it, and matches no module
 MIXED = "mixed-precision"
-# After the format of a group, for what stock transformers would take for something else: a name it does not know stops it
-ROTATED, PLAIN_EXPERTS = "-rotated", "-plain-experts"
+ROTATED = "-rotated"
 
 
 class Scheme(NamedTuple):
@@ -47,11 +47,12 @@ def quantization_config(weights: Iterable[Weight]) -> JsonObject | None:
     quantized = [weight for weight in weights if weight.is_quantized]
     if not quantized:
         return None
-    mark = PLAIN_EXPERTS if has_plain_experts_beside_integers(weights) else ""
-    groups = [_group(scheme, targets, mark) for scheme, targets in _grouped(quantized)]
+    groups = [_group(scheme, targets) for scheme, targets in _grouped(quantized)]
+    stored = {group["format"] for group in groups}
+    groups = [*_for_plain_experts(weights), *groups]
     return {
         "quant_method": "compressed-tensors",
-        "format": groups[0]["format"] if len({group["format"] for group in groups}) == 1 else MIXED,
+        "format": next(iter(stored)) if len(stored) == 1 else MIXED,
         "quantization_status": "compressed",
         "dequantize": True,  # a plain from_pretrained then loads it, packed embedding included
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
@@ -59,13 +60,6 @@ def quantization_config(weights: Iterable[Weight]) -> JsonObject | None:
         "kv_cache_scheme": None,
         **_transforms(quantized),
     }
-
-
-def has_plain_experts_beside_integers(weights: Iterable[Weight]) -> bool:
-    """Stock transformers looks for packed experts then: it stops at a Jamba, and of a Nemotron-H gives random ones."""
-    weights = list(weights)
-    experts = [weight for weight in weights if weight.role == Role.EXPERTS]
-    return bool(experts) and not experts[0].is_quantized and any(weight.format.startswith("int") for weight in weights)
 
 
 def _grouped(quantized: list[Weight]) -> list[tuple[Scheme, list[str]]]:
@@ -87,6 +81,24 @@ def _bits(scheme: Scheme) -> int:
     bits = formats.get(scheme.format).scheme()["num_bits"]
     assert isinstance(bits, int)
     return bits
+
+
+def _for_plain_experts(weights: list[Weight]) -> list[JsonObject]:
+    """A group of no module, for transformers where experts are not quantized. Among integers it looks for packed values in all
+    experts and leaves those random that have none, with no more than a warning. Of fp8 experts it passes on what has no
+    scales; at a format it does not know it stops.
+    """
+    experts = [weight for weight in weights if weight.role == Role.EXPERTS]
+    formats_of = {weight.format for weight in experts if weight.is_quantized}
+    asks_for_packed = any(map(is_integer, formats_of or {weight.format for weight in weights}))
+    if all(weight.is_quantized for weight in experts) or not asks_for_packed:
+        return []
+    group = _group(Scheme("fp8-e4m3", None), [NO_EXPERT])
+    return [group | {"format": "partly-quantized"} if formats_of else group]
+
+
+def is_integer(format_name: str) -> bool:
+    return format_name.startswith("int")
 
 
 def _by_scheme(weights: Iterable[Weight]) -> dict[Scheme, list[str]]:
@@ -122,10 +134,11 @@ def _transforms(weights: Iterable[Weight]) -> JsonObject:
     return {"transform_config": {"config_groups": groups}} if groups else {}
 
 
-def _group(scheme: Scheme, targets: Iterable[str], mark: str) -> JsonObject:
+def _group(scheme: Scheme, targets: Iterable[str]) -> JsonObject:
     return {
         "targets": list(targets),
-        "format": _storage(scheme) + mark + (ROTATED if scheme.rotation else ""),
+        # transformers passes over `transform_config`: a name it does not know stops it, where it would load rotated weights
+        "format": _storage(scheme) + (ROTATED if scheme.rotation else ""),
         "weights": formats.get(scheme.format).scheme(),
         "input_activations": Activation(scheme.activation).scheme() if scheme.activation else None,
         "output_activations": None,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypedDict
 
-from compress.checkpoint.compressed_tensors import Scheme, has_plain_experts_beside_integers
+from compress.checkpoint.compressed_tensors import Scheme, is_integer
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.states import StateKind
@@ -88,9 +88,9 @@ def why_not_stock(model: HybridModel) -> str | None:
         (_experts_differ(model), "layers have different numbers of experts, or routers rows of removed ones"),
         (any(w.rotation for w in quantized), "matrices are stored rotated"),
         (any(w.activation and _is_integer(w) for w in quantized), "it has no int8 matrices beside rounded inputs"),
-        (len(_schemes(experts)) > 1, "experts have more than one format"),
+        (len(_schemes(w for w in experts if w.is_quantized)) > 1, "experts have more than one format"),
+        (_are_partly_integers(experts), "some experts are quantized to integers and some are not"),
         (len(_schemes(w for w in quantized if w.role != Role.EXPERTS)) > 1, "matrices other than experts have more than one format"),
-        (has_plain_experts_beside_integers(model.weights), "experts are not quantized beside integers"),
         (any(map(_has_several_blocks, experts)), "experts have scales in more than one block of 128x128"),
     )  # fmt: skip
     return next((why for holds, why in reasons if holds), None)
@@ -103,7 +103,11 @@ def _experts_differ(model: HybridModel) -> bool:
 
 
 def _is_integer(weight: Weight) -> bool:
-    return weight.format.startswith("int")
+    return is_integer(weight.format)
+
+
+def _are_partly_integers(experts: list[Weight]) -> bool:
+    return any(map(_is_integer, experts)) and not all(weight.is_quantized for weight in experts)
 
 
 def _schemes(weights: Iterable[Weight]) -> set[tuple[str, str | None]]:

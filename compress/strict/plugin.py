@@ -34,9 +34,7 @@ class Plugin(ABC, Generic[OptionsT]):
         if Plugin in cls.__bases__:
             return
         contract = next(base for base in cls.__mro__ if Plugin in base.__bases__)
-        for name in vars(cls):
-            if not name.startswith("_"):
-                _refuse_other_hook(cls, name, contract)
+        refuse_other_hooks(cls, contract)
         _find_options(cls, contract)
 
     @classmethod
@@ -57,14 +55,19 @@ def _find_options(cls: type[Plugin[Strict]], contract: type) -> None:
         raise ContractError(NO_OPTIONS.format(name=cls.__name__, contract=contract.__name__))
 
 
+def refuse_other_hooks(cls: type, contract: type) -> None:
+    """Raises ContractError for a public name that is no hook of the contract, which would never be looked at, and for a hook
+    that is something else than it is there."""
+    for name in vars(cls):
+        if not name.startswith("_") and name != "Options":
+            _refuse_other_hook(cls, name, contract)
+
+
 def _refuse_other_hook(cls: type, name: str, contract: type) -> None:
-    """A name that is no hook would never be looked at; nor may a hook be something else than it is in the contract."""
-    if name == "Options":
-        return
-    hooks = sorted(hook for hook in dir(contract) if not hook.startswith("_"))
+    hooks = sorted(hook for hook in {*dir(contract), *contract.__annotations__} if not hook.startswith("_"))
     if name not in hooks:
         raise ContractError(f"{cls.__name__}.{name} is no hook of {contract.__name__}{nearest(name, hooks)}")
-    theirs, asked = vars(cls)[name], inspect.getattr_static(contract, name)
+    theirs, asked = vars(cls)[name], inspect.getattr_static(contract, name, None)
     if isinstance(theirs, FunctionType) != isinstance(asked, FunctionType):
         kind = "a method" if isinstance(asked, FunctionType) else "a property or a value, not a method"
         raise ContractError(f"{cls.__name__}.{name} must be {kind}")
