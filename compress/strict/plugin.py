@@ -1,14 +1,18 @@
 """What a file brings under the name users type for it: one class, bound to its options, whose hooks are known by name."""
 
+import functools
 import inspect
 from abc import ABC
+from collections.abc import Callable
 from types import FunctionType
-from typing import ClassVar, Generic, TypeVar, get_args
+from typing import ClassVar, Generic, ParamSpec, TypeVar, get_args
 
 from compress.errors import nearest
 from compress.strict.models import Strict
 
 OptionsT = TypeVar("OptionsT", bound=Strict, covariant=True)
+P = ParamSpec("P")
+T = TypeVar("T")
 NO_OPTIONS = "{name} names no options: expected class {name}({contract}[Options]), Options being a Strict model"
 
 
@@ -36,12 +40,29 @@ class Plugin(ABC, Generic[OptionsT]):
         contract = next(base for base in cls.__mro__ if Plugin in base.__bases__)
         refuse_other_hooks(cls, contract)
         _find_options(cls, contract)
+        for name, hook in [*vars(cls).items()]:
+            if isinstance(hook, FunctionType) and not name.startswith("_"):
+                setattr(cls, name, _naming_itself(hook))
 
     @classmethod
     def _defines(cls, hook: str) -> bool:
         """Whether a hook is other than the contract's own."""
         contract = next(base for base in cls.__mro__ if Plugin in base.__bases__)
         return getattr(cls, hook) is not getattr(contract, hook)
+
+
+def _naming_itself(hook: Callable[P, T]) -> Callable[P, T]:
+    """The hook; an error in it is noted with its name and its file, since whoever sees it need not know them."""
+
+    @functools.wraps(hook)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return hook(*arguments, **named)
+        except Exception as error:
+            error.add_note(f"in {hook.__qualname__} ({inspect.getsourcefile(hook)})")
+            raise
+
+    return call
 
 
 def _find_options(cls: type[Plugin[Strict]], contract: type) -> None:
