@@ -28,6 +28,7 @@ SOURCES = {
     "wide": FIT | {"moe_intermediate_size": 160},
     "odd": FIT | {"moe_intermediate_size": 40},
 }
+BRIEF = {"prompts": ["self"], "samples": 4, "length": 32}
 ONE_LAYER = {"role": "experts", "layers": [1], "weights": "none"}
 
 # source, then the block of `quantize`
@@ -102,11 +103,12 @@ def sources(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=CASES)
 def out(request, sources, tmp_path_factory) -> Path:
     source, options = CASES[request.param]
-    overrides = ["check=null", "export=[]", f"passes.0.quantize={json.dumps(options)}"]
-    if "static" in json.dumps(options):
-        overrides.append("calibration={prompts: [self], samples: 4, length: 32}")
-    folder = tmp_path_factory.mktemp("out") / "out"
-    pipeline.apply(pipeline.Job(load_recipe("tiny-int8", tuple(overrides)), resolve(str(sources[source])), folder))
+    return apply(sources[source], tmp_path_factory.mktemp("out") / "out", {"quantize": options})
+
+
+def apply(source: Path, folder: Path, step: dict) -> Path:
+    overrides = ("check=null", "export=[]", f"passes={json.dumps([step])}", f"calibration={json.dumps(BRIEF)}")
+    pipeline.apply(pipeline.Job(load_recipe("tiny-int8", overrides), resolve(str(source)), folder))
     return folder
 
 
@@ -128,6 +130,16 @@ def test_what_is_loaded_is_what_our_reader_gives(out):
 
 
 def test_stock_transformers_loads_what_the_report_says_it_does_and_stops_at_the_rest(out):
+    assert_loaded_or_stopped_as_said(out)
+
+
+@pytest.mark.parametrize(("pruned", "loads"), [({"keep": 4}, True), ({"budget": 0.25}, False)])
+def test_stock_transformers_loads_a_pruned_one_where_all_layers_keep_as_many(sources, tmp_path, pruned, loads):
+    assert assert_loaded_or_stopped_as_said(apply(sources["fit"], tmp_path / "out", {"prune_experts": pruned})) is loads
+
+
+def assert_loaded_or_stopped_as_said(out) -> bool:
+    """Whether it loads."""
     said = json.loads((out / "report.json").read_text())["runtimes"][0]
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -135,6 +147,7 @@ def test_stock_transformers_loads_what_the_report_says_it_does_and_stops_at_the_
         )  # may leave weights random
     except Exception as error:  # of many types
         assert not said["loads"], error
-        return
+        return False
     assert said["loads"], said["why"]
     assert_same_weights(model, out / "checkpoint", rounded=True)
+    return True

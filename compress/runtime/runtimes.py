@@ -11,6 +11,7 @@ from typing import TypedDict
 from compress.checkpoint.compressed_tensors import Scheme, is_integer
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
+from compress.model.states import StateKind
 from compress.model.weight import Weight
 from compress.recipe.recipe import ExportStep
 
@@ -18,6 +19,7 @@ OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
 INT4_TABLE = "1.23"  # the first that casts to int4, as an int4 embedding is when it is the output matrix too
 BLOCKS = "it wants inputs that blocks of 128 divide"
+SIDE_BY_SIDE = "it has no word for a layer with a key-value cache and Mamba states side by side"
 SAME_SCALES = {"int8-tensor": "int8", "fp8-e4m3-tensor": "fp8-e4m3"}  # transformers reads either for the other
 
 
@@ -128,11 +130,15 @@ def of_onnx(model: HybridModel, artifact: str, layout: str) -> list[Runtime]:
     why = BLOCKS if any(map(_ends_in_a_block, weights)) else None
     return [
         Runtime(artifact, "onnxruntime", INT4_TABLE if takes_int4_table else ONNXRUNTIME),
-        Runtime(
-            artifact, *(("onnxruntime-genai", GENAI) if layout == "genai" else ("transformers.js", TRANSFORMERS_JS))
-        ),
+        Runtime(artifact, "onnxruntime-genai", GENAI) if layout == "genai" else _transformers_js(model, artifact),
         Runtime(artifact, "openvino", OPENVINO, why is None, why),
     ]
+
+
+def _transformers_js(model: HybridModel, artifact: str) -> Runtime:
+    kinds = [{spec.kind for spec in layer.states} for layer in model.layers]
+    why = SIDE_BY_SIDE if any(StateKind.KV in one and len(one) > 1 for one in kinds) else None
+    return Runtime(artifact, "transformers.js", TRANSFORMERS_JS, why is None, why)
 
 
 def _ends_in_a_block(weight: Weight) -> bool:
