@@ -1,4 +1,4 @@
-"""What each algorithm and each number format costs or brings on the reference model: `python benchmarks/ablation.py [--text FILE]...`
+"""What each algorithm and each number format costs or brings on a reference model: `python benchmarks/ablation.py [--text FILE]...`
 
 Every variant is a `quantize` block; its checkpoint is written by `apply` and judged by mean KL on the second half of
 chunks of 512 tokens (benchmarks/quality.py), on the shipped held-out prompts and on every text given. `--only` picks
@@ -116,9 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", action="append", default=[], help="A text file to judge on as well.")
     parser.add_argument("--only", action="append", default=[], help="The beginning of a section's name.")
+    parser.add_argument("-m", "--model", type=Path, default=resources.folder("models") / "tiny-jamba")
     arguments = parser.parse_args()
-    model = resources.folder("models") / "tiny-jamba"
-    prepared = {name: prepare(name, model) for name in ["heldout", *arguments.text]}
+    prepared = {name: prepare(name, arguments.model) for name in ["heldout", *arguments.text]}
     titles = ["heldout", *(f"text {i + 1}" for i in range(len(arguments.text)))]
     with tempfile.TemporaryDirectory() as temporary:
         for section, variants in SECTIONS.items():
@@ -127,7 +127,7 @@ def main() -> None:
             print(f"\n{section}\n\n| variant | weight bytes | {' | '.join('KL ' + t for t in titles)} |")
             print("|---" * (2 + len(titles)) + "|")
             for name, block in variants.items():
-                checkpoint = run(block, Path(temporary), model)
+                checkpoint = run(block, Path(temporary), arguments.model)
                 found = [measure(checkpoint, *prepared[key]) for key in prepared]
                 values = [f"{result['runs']['checkpoint']['kl_divergence_mean']:.5f}" for result in found]
                 print(f"| {name} | {found[0]['weight_bytes']:,} | {' | '.join(values)} |", flush=True)

@@ -1,9 +1,10 @@
-"""Every way of pruning experts, at every count, on the reference model: `python benchmarks/expert_pruning.py RESULTS.jsonl`
+"""Every way of pruning experts, at every count, on a reference model: `python benchmarks/expert_pruning.py RESULTS.jsonl`
 
 Each variant is a `prune_experts` block; its checkpoint is written by `apply`, from SAMPLES windows of the shipped prose
 drawn with each of three seeds, and judged by KL and perplexity over every position of the shipped held-out prompts (or of
 a text: `--text FILE`, which is how the defaults were chosen). Results are appended to the file as they come, and what is
-in it is not run again. `--only` picks sections by the beginning of their name; `--table` prints what the file holds.
+in it is not run again. `--only` picks sections by the beginning of their name, `--count` numbers of experts; `--model`
+takes another folder, a file of results for each; `--table` prints what the file holds.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +34,18 @@ from compress.recipe.source import resolve
 from compress.runtime.artifacts import CheckpointArtifact
 from compress.runtime.candidates import CheckpointCandidate
 
-MODEL = resources.folder("models") / "tiny-jamba"
 COUNTS, SEEDS, SAMPLES = (7, 6, 5, 4), (0, 1, 2), 24
 DEFAULT = "default: reconstruction, rescale, least squares"
 PLAIN = {"router": "slice", "recovery": "none"}
+METHODS = {
+    **{name: {"method": name} for name in ("frequency", "mean_gate", "ean", "reap", "reconstruction", "merge")},
+    "merge by gate": {"method": "merge", "merge_weights": "mean_gate"},
+}
+OTHERS = {name: block for name, block in METHODS.items() if name != "reconstruction"}
 SECTIONS = {
     "methods: plain slicing, no recovery": {
-        **{name: {"method": name, **PLAIN} for name in ("frequency", "mean_gate", "ean", "reap", "reconstruction", "merge")},
-        "merge by gate": {"method": "merge", "merge_weights": "mean_gate", **PLAIN},
+        name: block | PLAIN
+        for name, block in METHODS.items()
     },
     "router: reconstruction, no recovery": {
         "rescale": {"router": "rescale", "recovery": "none"},
@@ -49,12 +55,24 @@ SECTIONS = {
         DEFAULT: {},
         "slice, least squares": {"router": "slice"},
         "keep_rows, least squares": {"router": "keep_rows"},
-        "frequency, rescale, least squares": {"method": "frequency"},
-        "reap, rescale, least squares": {"method": "reap"},
-        "merge, rescale, least squares": {"method": "merge"},
+    },
+    "others: every method with every correction": {
+        **{f"{name}, rescale": block | {"recovery": "none"} for name, block in OTHERS.items()},
+        **{f"{name}, slice, least squares": block | {"router": "slice"} for name, block in OTHERS.items()},
+        **{f"{name}, rescale, least squares": block for name, block in OTHERS.items()},
     },
     "damping: default with another": {f"damping {value:g}": {"damping": value} for value in (0.01, 0.1, 10.0)},
 }  # fmt: skip
+COMPARED = (  # better, worse
+    (DEFAULT, "reap"),
+    (DEFAULT, "frequency"),
+    ("reconstruction", "reap"),
+    ("rescale", "reap, rescale"),
+    ("slice, least squares", "reap, slice, least squares"),
+    (DEFAULT, "reap, rescale, least squares"),
+    ("reconstruction", "frequency"),
+    (DEFAULT, "frequency, rescale, least squares"),
+)
 QUANTIZED = ("int8", "mixed", "int4-gptq")  # shipped recipes whose passes follow, for one seed; 8 is without pruning
 BUDGETS = {7: 0.125, 6: 0.25, 5: 0.375, 4: 0.5}  # as many experts removed as by the uniform count
 
@@ -62,13 +80,13 @@ BUDGETS = {7: 0.125, 6: 0.25, 5: 0.375, 4: 0.5}  # as many experts removed as by
 class Judge:
     """The original's log-probabilities on a text, and what a checkpoint differs from them window by window."""
 
-    def __init__(self, text: str):
-        original = CheckpointArtifact(Checkpoint(MODEL))
+    def __init__(self, text: str, folder: Path):
+        original = CheckpointArtifact(Checkpoint(folder))
         if text == "heldout":
             settings = Check(prompts=("heldout",), samples=48, length=512)
             self._set = prompts.load_all(original, original.sha256(), settings, purpose="check", seed=0, folder=None)[0]
         else:
-            self._set = PromptSet("text", chunks(source.load_tokenizer(MODEL), load_text(text))[:24])
+            self._set = PromptSet("text", chunks(source.load_tokenizer(folder), load_text(text))[:24])
         self._baseline = baseline.compute(original.candidate(), original.sha256(), self._set)
 
     def __call__(self, checkpoint: Path) -> dict[str, list[float]]:
@@ -88,28 +106,29 @@ class Judge:
         return found | {"weight_bytes": sizes.stored_bytes(model.units)}
 
 
-def run(passes: list[dict], seed: int, folder: Path, samples: int) -> Path:
+def run(passes: list[dict], seed: int, folder: Path, samples: int, model: Path) -> Path:
     """The checkpoint of one variant."""
     recipe = folder / "variant.yaml"
     calibration = {"prompts": ["prose"], "samples": samples, "length": 512}
     recipe.write_text(yaml.safe_dump({"version": 1, "calibration": calibration, "passes": passes}))
-    job = pipeline.Job(load_recipe(str(recipe)), resolve(str(MODEL)), folder / "out", seed=seed, overwrite=True)
+    job = pipeline.Job(load_recipe(str(recipe)), resolve(str(model)), folder / "out", seed=seed, overwrite=True)
     pipeline.apply(job)
     return folder / "out" / "checkpoint"
 
 
-def jobs(only: list[str]):
-    """(variant, count, seed, passes) of everything that is asked for."""
+def jobs(only: list[str], counts: Sequence[int], inflates: bool):
+    """(variant, count, seed, passes) of everything that is asked for; rows are kept only where others' gates grow."""
     for section, variants in SECTIONS.items():
         if _is_asked(section, only):
-            for count, seed in itertools.product(COUNTS, SEEDS):
+            for count, seed in itertools.product(counts, SEEDS):
                 for name, block in variants.items():
-                    yield name, count, seed, [{"prune_experts": {"keep": count, **block}}]
+                    if inflates or block.get("router") != "keep_rows":
+                        yield name, count, seed, [{"prune_experts": {"keep": count, **block}}]
     if _is_asked("budget: shared among layers", only):
-        for count, seed in itertools.product(COUNTS, SEEDS):
+        for count, seed in itertools.product(counts, SEEDS):
             yield "budget", count, seed, [{"prune_experts": {"budget": BUDGETS[count]}}]
     if _is_asked("quantized: as shipped recipes do", only):
-        for recipe, count in itertools.product(QUANTIZED, (8, *COUNTS)):
+        for recipe, count in itertools.product(QUANTIZED, (8, *counts)):
             pruning = [{"prune_experts": {"keep": count}}] if count < 8 else []
             yield recipe, count, 0, pruning + yaml.safe_load(load_recipe(recipe).text)["passes"]
 
@@ -129,53 +148,69 @@ def kl(result: dict) -> np.ndarray:
 
 
 def table(results: dict[tuple, dict]) -> str:
-    """Mean over seeds with the lowest and highest seed, perplexity ratio, and the default's advantage with its interval."""
+    """Mean over seeds with the lowest and highest seed, perplexity ratio, and what methods have less than others."""
     names = list(dict.fromkeys(name for name, _, _ in results if name not in QUANTIZED))
-    lines = ["| variant | " + " | ".join(f"8 -> {c}: mean KL (seeds) / ppl ratio" for c in COUNTS) + " |"]
-    lines.append("|---" * (1 + len(COUNTS)) + "|")
+    counts = [count for count in COUNTS if any(c == count for _, c, _ in results)]
+    lines = ["| variant | " + " | ".join(f"8 -> {c}: mean KL (seeds) / ppl ratio" for c in counts) + " |"]
+    lines.append("|---" * (1 + len(counts)) + "|")
     for name in names:
-        cells = []
-        for count in COUNTS:
-            found = [results[name, count, seed] for seed in SEEDS if (name, count, seed) in results]
-            if not found:
-                cells.append("")
-                continue
-            means = [kl(result).sum() for result in found]
-            ratio = np.mean([np.exp(sum(r["nll"]) / sum(r["positions"])) for r in found])
-            cells.append(f"{np.mean(means):.5f} ({min(means):.5f}-{max(means):.5f}) / {ratio:.4f}")
+        cells = [_cell([results[name, c, seed] for seed in SEEDS if (name, c, seed) in results]) for c in counts]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_advantages(results), "", *_quantized(results)])
+    return "\n".join([*lines, "", *_advantages(results, counts), "", *_quantized(results, counts)])
 
 
-def _advantages(results: dict[tuple, dict]) -> list[str]:
-    """How much less KL the default has than plain REAP and frequency: mean over seeds, 95 % bootstrap over windows."""
-    lines = ["| default's KL less than | " + " | ".join(f"8 -> {c}" for c in COUNTS) + " |"]
-    lines.append("|---" * (1 + len(COUNTS)) + "|")
-    for other in ("reap", "frequency"):
-        cells = []
-        for count in COUNTS:
-            pairs = [(results.get((other, count, s)), results.get((DEFAULT, count, s))) for s in SEEDS]
-            pairs = [(a, b) for a, b in pairs if a and b]
-            if not pairs:
-                cells.append("")
-                continue
-            windows = np.mean([kl(a) - kl(b) for a, b in pairs], axis=0)
-            picks = np.random.default_rng(0).integers(0, len(windows), (10_000, len(windows)))
-            low, high = np.percentile(windows[picks].sum(1), [2.5, 97.5])
-            cells.append(f"{windows.sum():.5f} ({low:.5f} to {high:.5f})")
-        lines.append(f"| plain {other} | {' | '.join(cells)} |")
+def _cell(seeds: list[dict]) -> str:
+    if not seeds:
+        return ""
+    means = [kl(result).sum() for result in seeds]
+    ratio = np.mean([np.exp(sum(r["nll"]) / sum(r["positions"])) for r in seeds])
+    return f"{np.mean(means):.5f} ({min(means):.5f}-{max(means):.5f}) / {ratio:.4f}"
+
+
+def _advantages(results: dict[tuple, dict], counts: list[int]) -> list[str]:
+    """How much less KL one variant has than another: mean over seeds, 95 % bootstrap over windows."""
+    lines = ["| less KL than | " + " | ".join(f"8 -> {c}" for c in counts) + " |"]
+    lines.append("|---" * (1 + len(counts)) + "|")
+    for better, worse in COMPARED:
+        cells = [_difference(results, better, worse, count) for count in counts]
+        if any(cells):
+            lines.append(f"| {better}, than {worse} | {' | '.join(cells)} |")
     return lines
 
 
-def _quantized(results: dict[tuple, dict]) -> list[str]:
+def _difference(results: dict[tuple, dict], better: str, worse: str, count: int) -> str:
+    pairs = [(results.get((worse, count, s)), results.get((better, count, s))) for s in SEEDS]
+    pairs = [(a, b) for a, b in pairs if a and b]
+    if not pairs:
+        return ""
+    windows = np.mean([kl(a) - kl(b) for a, b in pairs], axis=0)
+    picks = np.random.default_rng(0).integers(0, len(windows), (10_000, len(windows)))
+    low, high = np.percentile(windows[picks].sum(1), [2.5, 97.5])
+    return f"{windows.sum():.5f} ({low:.5f} to {high:.5f})"
+
+
+def _quantized(results: dict[tuple, dict], counts: list[int]) -> list[str]:
     """Bytes of the checkpoint's weights and mean KL, pruned to so many experts and then quantized."""
-    lines = ["| then as | " + " | ".join(f"{c} experts: bytes / mean KL" for c in (8, *COUNTS)) + " |"]
-    lines.append("|---" * (2 + len(COUNTS)) + "|")
+    lines = ["| then as | " + " | ".join(f"{c} experts: bytes / mean KL" for c in (8, *counts)) + " |"]
+    lines.append("|---" * (2 + len(counts)) + "|")
     for recipe in QUANTIZED:
-        found = [results.get((recipe, count, 0)) for count in (8, *COUNTS)]
+        found = [results.get((recipe, count, 0)) for count in (8, *counts)]
         cells = [f"{r['weight_bytes']:,} / {kl(r).sum():.5f}" if r else "" for r in found]
         lines.append(f"| {recipe} | {' | '.join(cells)} |")
     return lines
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Appends what is asked for and not yet in the file."""
+    judge, known = Judge(arguments.text, arguments.model), read(arguments.results)
+    inflates = any(layer.experts.router.inflates for layer in Checkpoint(arguments.model).model.layers if layer.experts)
+    with tempfile.TemporaryDirectory() as temporary, open(arguments.results, "a") as file:
+        for name, count, seed, passes in jobs(arguments.only, arguments.count or COUNTS, inflates):
+            if (name, count, seed) in known:
+                continue
+            found = judge(run(passes, seed, Path(temporary), arguments.samples, arguments.model))
+            file.write(json.dumps({"variant": name, "count": count, "seed": seed, **found}) + "\n")
+            file.flush()
 
 
 def main() -> None:
@@ -184,17 +219,12 @@ def main() -> None:
     parser.add_argument("--text", default="heldout", help="A text file, or heldout.")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="Windows of calibration, at most.")
     parser.add_argument("--only", action="append", default=[], help="The beginning of a section's name.")
+    parser.add_argument("--count", action="append", type=int, choices=COUNTS, help="Experts that stay.")
+    parser.add_argument("-m", "--model", type=Path, default=resources.folder("models") / "tiny-jamba")
     parser.add_argument("--table", action="store_true", help="Run nothing.")
     arguments = parser.parse_args()
     if not arguments.table:
-        judge, known = Judge(arguments.text), read(arguments.results)
-        with tempfile.TemporaryDirectory() as temporary, open(arguments.results, "a") as file:
-            for name, count, seed, passes in jobs(arguments.only):
-                if (name, count, seed) in known:
-                    continue
-                found = judge(run(passes, seed, Path(temporary), arguments.samples))
-                file.write(json.dumps({"variant": name, "count": count, "seed": seed, **found}) + "\n")
-                file.flush()
+        measure(arguments)
     print(table(read(arguments.results)))
     print(json.dumps(describe_machine()), file=sys.stderr)
 

@@ -29,6 +29,7 @@ def measure(source: Path, out: Path, recipe: str, overrides: list[str]) -> dict:
     return {
         "recipe": [recipe, *overrides],
         "seconds": _elapsed(run.stderr),
+        "processor_seconds": float(re.search(r"User time \(seconds\): ([\d.]+)", run.stderr)[1]),
         "peak_rss_gib": int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", run.stderr)[1]) / 2**20,
         "reported_peak_gib": report["passes"][0]["peak_rss_bytes"] / 2**30,
         "pass_seconds": report["passes"][0]["seconds"],

@@ -2,8 +2,8 @@
 
 On a text, scores what `llama-perplexity --kl-divergence` scores: chunks of 512 tokens, each begun with BOS, the second half
 of each. `--text heldout` takes the shipped held-out prompts in the same way. An ONNX artifact is run twice: with its
-int8 products in float32 (accuracy level 1), and as onnxruntime runs it by default. llama.cpp's figures are those of the
-reference model's card, measured with llama.cpp on the text the model's training left out.
+int8 products in float32 (accuracy level 1), and as onnxruntime runs it by default. llama.cpp's figures are those of
+tiny-jamba's card, measured with llama.cpp on the text the model's training left out, and are printed for that model only.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from compress.recipe import resources, source
 from compress.runtime.artifacts import CheckpointArtifact, find_artifact
 from compress.runtime.candidates import CheckpointCandidate, OnnxCandidate
 
+JAMBA = "tiny-jamba"
 LENGTH, CHUNKS = 512, 48
 FIRST = LENGTH // 2  # positions from here on are scored
 LEVEL_1 = {"session.qdq_matmulnbits_accuracy_level": "1"}
-# type: (bytes of the file, mean KL), llama.cpp as of llama-cpp-python 0.3.36, on 48 chunks of the model's held-out books
+# of tiny-jamba; type: (bytes of the file, mean KL), llama.cpp as of llama-cpp-python 0.3.36, on 48 chunks of the model's held-out books
 LLAMA_CPP = {
     "Q8_0": (8_067_232, 0.00046),
     "Q5_1": (5_891_488, 0.0040),
@@ -76,7 +77,7 @@ def measure(path: Path, prompt_set: PromptSet, base: baseline.Baseline) -> dict:
     return {"weight_bytes": described.weight_bytes, "graph_bytes": total - described.weight_bytes, "runs": runs}
 
 
-def table(results: dict[str, dict]) -> str:
+def table(results: dict[str, dict], llama_cpp: dict[str, tuple[int, float]]) -> str:
     lines = ["| artifact | run | weight bytes | graph bytes | mean KL | KL p99 | same top-1 | perplexity ratio |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for name, result in results.items():
@@ -86,7 +87,7 @@ def table(results: dict[str, dict]) -> str:
                 f"{m['kl_divergence_mean']:.5f} | {m['kl_divergence_p99']:.4f} | {m['top1_agreement']:.4f} | "
                 f"{m['perplexity_ratio']:.4f} |"
             )
-    lines += [f"| llama.cpp {name} | | {size:,} (file) | | {kl} | | | |" for name, (size, kl) in LLAMA_CPP.items()]
+    lines += [f"| llama.cpp {name} | | {size:,} (file) | | {kl} | | | |" for name, (size, kl) in llama_cpp.items()]
     return "\n".join(lines)
 
 
@@ -107,11 +108,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifacts", nargs="+", type=Path)
     parser.add_argument("--text", required=True, help="A text file, or heldout.")
-    parser.add_argument("-m", "--model", type=Path, default=resources.folder("models") / "tiny-jamba")
+    parser.add_argument("-m", "--model", type=Path, default=resources.folder("models") / JAMBA)
     arguments = parser.parse_args()
     prompt_set, base = prepare(arguments.text, arguments.model)
     results = {str(path): measure(path, prompt_set, base) for path in arguments.artifacts}
-    print(table(results))
+    print(table(results, LLAMA_CPP if arguments.model.name == JAMBA else {}))
     print(json.dumps({"machine": describe_machine(), "chunks": len(prompt_set.windows)}), file=sys.stderr)
 
 

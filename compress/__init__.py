@@ -6,7 +6,7 @@ The rooms, from the ground up. None imports one that stands after it:
     runtime  prompts  calibration  passes  check  report  apply  studies
 
 A room says in its first line what is in it. `plugins` is the one door upwards: by the names that users type it loads
-passes, model families and exporters, of which nothing else here knows.
+passes and exporters, of which nothing else here knows.
 """
 
 from typing import TYPE_CHECKING

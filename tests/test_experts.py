@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from jamba_models import load_reference, make_jamba
+from nemotron_h_models import make_nemotron_h
 from pages import Page, assert_needs_nothing_else
 from refusals import refusal_of_command as refusal
 from safetensors.torch import load_file, save_file
@@ -284,10 +285,15 @@ def test_text_prompts_work_on_the_shipped_model(compress_cli, tiny):
     assert not numbers
 
 
-def test_where_no_expert_can_be_removed_the_rest_is_still_shown(compress_cli, tmp_path):
-    two = make_jamba(tmp_path / "two", num_experts=2, num_hidden_layers=2, spread=1.2)
+@pytest.mark.parametrize(
+    "make",
+    [lambda folder: make_jamba(folder, num_experts=2, num_hidden_layers=2, spread=1.2),
+     lambda folder: make_nemotron_h(folder, layers_block_type="ME", n_group=3, topk_group=2)],
+    ids=["two experts", "experts in groups"],
+)  # fmt: skip
+def test_where_no_expert_can_be_removed_the_rest_is_still_shown(compress_cli, tmp_path, make):
     arguments = ("--prompts", "self", "--samples", 4, "--length", 16, "--html", tmp_path / "e.html")
-    result = compress_cli("experts", two, *arguments, "--json", tmp_path / "e.json")
+    result = compress_cli("experts", make(tmp_path / "model"), *arguments, "--json", tmp_path / "e.json")
     assert result.exit_code == DONE, result.output
     assert "no expert can be removed" in result.stdout
     found = json.loads((tmp_path / "e.json").read_text())

@@ -17,6 +17,7 @@ from compress.apply import exporting
 from compress.checkpoint.reader import Checkpoint
 from compress.model import families
 from compress.recipe import resources
+from compress.runtime import runtimes
 from compress.runtime.onnx_session import OnnxSession
 
 HIDDEN, HEADS, KV_HEADS, INNER, STATES, RANK = 48, 6, 2, 96, 5, 7
@@ -131,3 +132,9 @@ def test_its_graph_needs_no_file_and_gives_the_same(folder, tmp_path):
     actual = np.concatenate([generation.step(*piece).copy() for piece in pieces], 1)
     expected = own_logits(model, torch.from_numpy(ids), [13], torch.from_numpy(mask)).numpy()
     np.testing.assert_allclose(actual[mask == 1], expected[mask == 1], rtol=0, atol=AGREEMENT)
+
+
+def test_a_layer_with_both_kinds_of_states_is_told_beforehand_of_transformers_js(folder):
+    rows = {row.name: row for row in runtimes.of_onnx(Checkpoint(folder).model, "onnx", "transformers.js")}
+    assert not rows["transformers.js"].loads and "side by side" in rows["transformers.js"].why
+    assert rows["onnxruntime"].loads and rows["openvino"].loads

@@ -2,11 +2,13 @@
 them. That it runs there is tested in tests/compilers."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import onnx
 import pytest
+from nemotron_h_models import make_nemotron_h
 
 from compress.apply import exporting
 from compress.recipe.source import load_tokenizer
@@ -38,6 +40,20 @@ def test_the_configuration_poses_as_a_model_it_knows_and_says_which_layers_are_w
     assert "quantization_config" not in posed
     for key in ("vocab_size", "hidden_size", "num_key_value_heads", "eos_token_id"):
         assert posed[key] == true[key]
+
+
+@pytest.mark.parametrize("layers", ["MEM*-E", "M-M", "*E"])
+def test_transformers_reads_the_tokenizer_beside_the_configuration_of_another_family(tmp_path, nemotron, layers):
+    """It checks the configuration as one of the type it poses as."""
+    source = make_nemotron_h(tmp_path / "source", layers_block_type=layers)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(nemotron / name, source)
+    values = json.loads((source / "config.json").read_text()) | {"time_step_limit": [0.0, math.inf], "expand": 3}
+    (source / "config.json").write_text(json.dumps(values))
+    folder = exporting.export_checkpoint(source, "onnx", tmp_path / "out", [JS])
+    assert load_tokenizer(folder)("Once").input_ids
+    kinds = json.loads((folder / "config.json").read_text())["layer_types"]
+    assert kinds == [{"M": "mamba", "*": "attention"}.get(letter, "moe") for letter in layers]
 
 
 def test_states_have_its_names_and_nothing_else_changes(folder, applied):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from jamba_models import make_jamba
+from nemotron_h_models import make_nemotron_h
 
 from compress import parallel
 from compress.apply import pipeline
@@ -38,6 +39,13 @@ CALIBRATED = [
 TO_NEAREST = [{"quantize": {"weights": "int8-tensor", "roles": {"mlp": "int4-g32"}, "clip": "mse"}}]
 
 
+NEMOTRON_H = {
+    "layers_block_type": "ME*", "hidden_size": 160, "intermediate_size": 224, "mamba_num_heads": 10, "mamba_head_dim": 32,
+    "n_groups": 2, "ssm_state_size": 16, "moe_intermediate_size": 224, "moe_shared_expert_intermediate_size": 192,
+    "moe_latent_size": 96, "n_routed_experts": 4, "vocab_size": 320,
+}  # fmt: skip
+
+
 @pytest.fixture
 def threads():
     """Sets how many threads torch has; as before afterwards."""
@@ -54,9 +62,11 @@ def many_pieces(monkeypatch):
     monkeypatch.setattr(model, "BLOCK_BYTES", 1 << 14)
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory) -> Path:
-    """A random float32 Jamba whose matrices are wide enough for torch to give every thread a part."""
+@pytest.fixture(scope="module", params=["jamba", "nemotron_h"])
+def wide(request, tmp_path_factory) -> Path:
+    """A random float32 model whose matrices are wide enough for torch to give every thread a part."""
+    if request.param == "nemotron_h":
+        return make_nemotron_h(tmp_path_factory.mktemp("wide"), torch.float32, **NEMOTRON_H)
     shape = {"hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": 1, "intermediate_size": 224}
     moe = {"num_hidden_layers": 2, "num_experts": 4, "expert_layer_period": 2, "mamba_d_state": 16}
     return make_jamba(tmp_path_factory.mktemp("wide"), torch.float32, **shape, **moe, vocab_size=320)

@@ -223,6 +223,30 @@ def test_details_of_any_shape_reach_the_report(plugged, run, small):
     assert "## Versions" in shown
 
 
+@pytest.mark.parametrize(
+    ("hook", "shown"),
+    [
+        ("details(self, units, notes):\n        return [3, 'of them']", "  details:\n  - 3\n  - of them\n"),
+        ("details(self, units, notes):\n        return None", "MiB.\n"),
+        ("sentences(self, details):\n        return 'It is done.'", "MiB. It is done.\n"),
+        ("sentences(self, details):\n        return None", "MiB.\n"),
+    ],
+)
+def test_what_a_pass_says_in_another_form_is_not_lost(plugged, run, small, hook, shown):
+    plugged.add("passes", "mine", f"{PASS}\n    def {hook}\n")
+    assert shown in (run(small, "mine: {}") / "report.md").read_text()
+
+
+def test_an_error_in_a_hook_names_it_and_its_file(compress_cli, plugged, recipe, tmp_path, small):
+    file = plugged.add("passes", "mine", f"{PASS}\n    def details(self, units, notes):\n        return notes[7]\n")
+    result = compress_cli("apply", recipe("mine: {}"), "-m", small, "-o", tmp_path / "out")
+    said = refusal_of_command(result, code=3)
+    assert said.startswith(f"compress: internal error in Mine.details ({file}), IndexError: ")
+    plugged.remove()
+    file.write_text(PASS)
+    assert compress_cli("apply", recipe("mine: {}"), "-m", small, "-o", tmp_path / "out", "--resume").exit_code == 0
+
+
 def test_what_a_pass_speaks_for_is_not_shown_twice(plugged, run, small):
     plugged.add("passes", "mine", PASS + """
     spoken_for = frozenset({"said"})

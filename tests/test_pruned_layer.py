@@ -248,12 +248,12 @@ def test_the_stored_loss_is_that_of_the_weights_as_they_are_stored(moe, router, 
     )
     inputs = moe.inputs()
     unit, note = layer.prune(options, moe.unit, inputs, 3)
-    kept, block = note["layers"][0]["kept"], moe.block
+    kept, block = note["kept"], moe.block
     experts = [[unit.weights[f"model.layers.1.feed_forward.experts.{position}.{part}"].dense().double().numpy()
                 for part in PARTS] for position in range(3)]  # fmt: skip
     gates = gates_of(block.logits, kept, block.top_k, rows_stay=router == "keep_rows")[:, kept]
     given = np.einsum("te,teh->th", gates, outputs_of(moe.x, experts))
-    losses = note["layers"][0]["loss"]
+    losses = note["loss"]
     assert losses["stored"] == pytest.approx(block.loss(given), rel=1e-3)
     assert losses["pruned"] == pytest.approx(block.loss(block.left_of(kept, router)), rel=1e-3)
     assert ("rescaled" in losses) == (router == "rescale")
@@ -267,7 +267,7 @@ def test_the_stored_loss_counts_the_rounding_to_the_type_in_which_weights_are_st
     options = SimpleNamespace(method="reconstruction", router="rescale", recovery=recovery, damping=3.0)
     rounded = moe.unit.map(lambda w: w.with_load("bf16", lambda rows=None: w.load(rows).bfloat16()))
     unit, note = layer.prune(options, rounded, moe.inputs(), 3)
-    inputs, entry = moe.inputs(), note["layers"][0]
+    inputs, entry = moe.inputs(), note
     found = collect(rounded, inputs)
     gates = reconstruction.gates_of(found, found.logits, tuple(entry["kept"]), keep_rows=False)
     again = Correction(unit, inputs, found, gates, None).loss

@@ -21,6 +21,7 @@ from compress.apply import pipeline
 from compress.apply.plan import describe
 from compress.calibration.inputs import LayerInputs
 from compress.checkpoint.reader import Checkpoint
+from compress.model.tensor_names import written_out
 from compress.passes.pruning import prune as layer
 from compress.passes.pruning import scores, statistics
 from compress.passes.pruning.statistics import Statistics, collect
@@ -170,8 +171,7 @@ def test_scores_are_those_of_what_reaches_the_residual_stream(moe, name):
 @pytest.mark.parametrize(("router", "recovery"), [("slice", "none"), ("rescale", "none"), ("rescale", "least_squares")])
 def test_the_set_of_least_loss_stays_and_losses_are_those_of_what_is_stored(moe, router, recovery):
     options = SimpleNamespace(method="reconstruction", router=router, recovery=recovery, damping=3.0)
-    unit, note = layer.prune(options, moe.unit, moe.inputs(), 4)
-    [entry], truth = note["layers"], moe.truth
+    (unit, entry), truth = layer.prune(options, moe.unit, moe.inputs(), 4), moe.truth
     kept, loss = tuple(entry["kept"]), entry["loss"]
 
     def loss_of(sets) -> float:
@@ -214,6 +214,11 @@ def plain(source, tmp_path_factory) -> Run:
     return apply(source, tmp_path_factory.mktemp("plain"), {"keep": 4, **PLAIN})
 
 
+def of_kind(run: Run, kind: str) -> list[dict]:
+    """What config.json says was done to tensors."""
+    return [change for change in run.config["compress"]["passes"][0]["changes"] if change["kind"] == kind]
+
+
 def by_hand(source: Path, kept: dict[int, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     tensors = load_file(source / "model.safetensors")
     for layer_index, experts in kept.items():
@@ -230,8 +235,16 @@ def by_hand(source: Path, kept: dict[int, tuple[int, ...]]) -> dict[str, torch.T
 def test_what_is_stored_is_the_model_pruned_by_hand_and_every_key_says_how_many_stay(source, plain):
     assert list(plain.kept) == [1, 5]
     assert_same_tensors(plain.stored, by_hand(source, plain.kept))
+    by_layer = {change["stem"]: change["sources"] for change in of_kind(plain, "kept")}
+    assert by_layer == {f"backbone.layers.{i}.mixer.experts.": list(kept) for i, kept in plain.kept.items()}
+    named = {
+        name: tuple(change["rows"]) for change in of_kind(plain, "rows") for name in written_out(change["tensors"])
+    }
+    for i, kept in plain.kept.items():
+        stem = f"backbone.layers.{i}.mixer.gate."
+        assert named[f"{stem}weight"] == named[f"{stem}e_score_correction_bias"] == kept
     assert (plain.config["n_routed_experts"], plain.config["num_local_experts"]) == (4, 4)
-    assert "compress" not in plain.config
+    assert plain.config["compress"].keys() == {"passes"}
 
 
 def test_stock_transformers_and_compress_load_run_it_as_we_do(plain):
@@ -268,7 +281,7 @@ def test_layers_that_differ_run_here_and_in_what_is_loaded_and_stop_stock_transf
     run = apply(quiet(source, tmp_path / "quiet"), tmp_path / "run", {"budget": 0.26, **PLAIN})
     counts = {layer: len(kept) for layer, kept in run.kept.items()}
     assert counts == {1: 6, 5: 3}
-    assert run.config["compress"] == {"num_experts_per_layer": [1, 6, 1, 1, 1, 3, 1, 1]}
+    assert run.config["compress"]["num_experts_per_layer"] == [1, 6, 1, 1, 1, 3, 1, 1]
     assert run.config["n_routed_experts"] == 6
     model = Checkpoint(run.checkpoint).model
     assert [layer.num_experts for layer in model.layers] == [1, 6, 1, 1, 1, 3, 1, 1]

@@ -161,3 +161,23 @@ def test_a_recipe_holds_its_limits_as_shipped(compress_cli, tmp_path, name):
     formats = json.loads((tmp_path / "out" / "manifest.json").read_text())["tensors"]["checkpoint"]
     held = Checkpoint(tmp_path / "out" / "checkpoint", allow_quantized=True).model.weights
     assert {weight.name: weight.format for weight in held} == formats
+
+
+# Nemotron-H
+
+EVENLY_USED = 0.2  # most divergence of a quarter of experts removed, each of which sees a quarter of the tokens
+
+
+@pytest.mark.parametrize("name", ["int4-gptq", "int8-w8a8", "prune-experts"])
+def test_a_recipe_calibrated_on_little_text_runs_on_nemotron_h(compress_cli, nemotron, tmp_path, name):
+    limits = load_recipe(name).recipe.check.limits
+    report = apply(compress_cli, name, tmp_path / "out", *BRIEF, *TWO_WINDOWS, "check.limits={}", model=nemotron)
+    most = EVENLY_USED if name == "prune-experts" else 2 * limits["kl_divergence_mean"]
+    assert most_divergence(report) < most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "prune-experts"])
+def test_a_recipe_holds_its_limits_on_nemotron_h(compress_cli, nemotron, tmp_path, name):
+    """But for the one that prunes: experts that training kept evenly used are not spared so cheaply."""
+    assert apply(compress_cli, name, tmp_path / "out", model=nemotron)["verdict"] == "pass"

@@ -52,11 +52,16 @@ def test_what_has_them_runs_and_is_loaded_as_without_them(source, added, tmp_pat
         assert torch.equal(*logits)
 
 
-def test_a_recipe_leaves_them_out(source, added, tmp_path):
-    run, kept = apply(source, tmp_path / "run", LEFT_OUT, PRUNED), apply(source, tmp_path / "kept", PRUNED)
+@pytest.mark.parametrize("steps", [(LEFT_OUT, PRUNED), (PRUNED, LEFT_OUT), ({"budget": 0.25}, LEFT_OUT)])
+def test_a_recipe_leaves_them_out(source, added, tmp_path, steps):
+    pruning = next(step for step in steps if step != LEFT_OUT)
+    run, kept = apply(source, tmp_path / "run", *steps), apply(source, tmp_path / "kept", pruning)
     assert_same_tensors(run.stored, {name: tensor for name, tensor in kept.stored.items() if name not in added})
     assert run.config["num_nextn_predict_layers"] == 0
-    assert run.details["notes"] == ["5 tensors of 'mtp' are left out, 6,606 parameters"]
+    assert run.config["compress"]["passes"][steps.index(LEFT_OUT)] == {"name": "leave_out", "changes": []}
+    assert run.report["passes"][steps.index(LEFT_OUT)]["details"]["notes"] == [
+        "5 tensors of 'mtp' are left out, 6,606 parameters"
+    ]
     assert not any("travel" in note for note in run.report["artifacts"][0].get("notes", []))
 
 

@@ -14,7 +14,6 @@ PACKAGE = ROOT / "compress"
 FACE = {"__init__", "__main__"}  # of the package, for its users: `compress.load`, `python -m compress`
 DOOR = "plugins"
 EXPORTERS = re.compile(r"exporters(\.\w+)*")
-# rooms that still name exporters themselves, until they ask `plugins`
 
 
 ROOMS = [room for line in compress.__doc__.splitlines() if line.startswith("    ") for room in line.split()]

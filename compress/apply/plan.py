@@ -109,7 +109,7 @@ class Plan:
         return self.recipe.calibration or Calibration()
 
     def calibration_bytes(self) -> int:
-        """Hidden states on disk: before a layer, between its halves and after it, and what passes keep while they work on
+        """Hidden states on disk: before a layer, between its blocks and after it, and what passes keep while they work on
         a layer: more states, and the layer as they leave it."""
         if not self.needs_calibration:
             return 0
@@ -164,11 +164,13 @@ def with_found(plan: Plan, found: dict[int, Found], context: PassContext) -> Pla
 
 
 def _refuse_order(plan: Plan, number: int) -> None:
-    """A survey is of the model as it came, and what it will find is not known to passes that need the exact tensors."""
+    """A survey is of the model as it came. What it will find is not known before the run to a pass that changes which tensors
+    there are by calibration too."""
     name, step = plan.recipe.passes[number].name, plan.passes[number]
     if number and step.needs_survey:
         raise InputError(f"passes.{number}.{name} surveys the model as it came: it must be the first pass")
-    if step.restructures and not step.follows_surveys and any(earlier.needs_survey for earlier in plan.passes[:number]):
+    decides = step.restructures and step.needs_calibration and not step.follows_surveys
+    if decides and any(earlier.needs_survey for earlier in plan.passes[:number]):
         raise InputError(f"passes.{number}.{name} cannot follow a pass that shares a budget among layers")
 
 

@@ -8,7 +8,7 @@ written, from the bytes that were written, so that the next one sees the errors 
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from compress.disk import json_files
 from compress.model.records import Record
 from compress.model.weight import Unit, Weight
 from compress.output_folder.workspace import CALIBRATION, Workspace
-from compress.passes import Note, PassContext
+from compress.passes import Details, Note, PassContext
 from compress.report.passes import PassDone
 from compress.runtime.inference import HiddenStates, embed_windows
 from compress.strict.plain import plain
@@ -83,12 +83,19 @@ def done(planned: Plan, swept: Swept) -> list[PassDone]:
             step=step,
             seconds=swept.pass_seconds.get(number, swept.seconds),
             peak_rss_bytes=swept.peak_rss_bytes,
-            details=step.details(planned.units, swept.notes[number]) or {},
+            details=_as_mapping(step.details(planned.units, swept.notes[number])),
             notes=planned.notes[number],
             layers_reused=swept.reused,
         )
         for number, step in enumerate(planned.passes)
     ]
+
+
+def _as_mapping(details: object) -> Details:
+    """What a pass says of itself, whatever it is: nothing of it is lost."""
+    if isinstance(details, Mapping):
+        return details
+    return {} if details is None else {"details": plain(details)}
 
 
 def records(planned: Plan, swept: Swept) -> list[Record]:

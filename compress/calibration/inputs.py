@@ -125,10 +125,10 @@ class LayerInputs:
     def expert_blocks(self, unit: Unit) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Block of windows by block: its number, the states [b, S, H] that enter the part of the layer with experts, and what
         its router sees of them."""
-        place = next(n for n, residual in enumerate(self.layer.residuals) if residual.block.experts)
+        block = next(n for n, residual in enumerate(self.layer.residuals) if residual.block.experts)
         ops = self.operators(unit)
-        for number, hidden in self._states(unit, place):
-            yield number, hidden, self.layer.residuals[place].normed(ops, hidden)
+        for number, hidden in self._states(unit, block):
+            yield number, hidden, self.layer.residuals[block].normed(ops, hidden)
 
     def remembered(self, unit: Unit, names: Container[str]) -> Iterator[dict[str, torch.Tensor]]:
         """What the layer remembers, unrounded, after every token of each block of windows: those states [B, ...] of one of its
@@ -174,44 +174,45 @@ class LayerInputs:
         weights = LayerWeights(unit, self.prefix, self.device, tap=tap if found else None)
         return Eager(weights, only={g.expert for g in groups if g.expert is not None} or None)
 
-    def _replay(self, unit: Unit, place: int, found: dict[InputGroup, Moments]) -> None:
+    def _replay(self, unit: Unit, block: int, found: dict[InputGroup, Moments]) -> None:
         ops = self.operators(unit, found)
-        for _, hidden in self._states(unit, place):
+        for _, hidden in self._states(unit, block):
             with contextlib.suppress(_Seen):
-                self._run(ops, place, hidden)
+                self._run(ops, block, hidden)
 
-    def _states(self, unit: Unit, place: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def _states(self, unit: Unit, block: int) -> Iterator[tuple[int, torch.Tensor]]:
         """The states that enter a residual block, by block of windows."""
-        self._compute(unit, place)
-        for number in range(len(self._entering[place])):
-            yield number, self._entering[place].read(number).to(self.device)
+        self._compute(unit, block)
+        for number in range(len(self._entering[block])):
+            yield number, self._entering[block].read(number).to(self.device)
 
-    def _compute(self, unit: Unit, place: int) -> None:
+    def _compute(self, unit: Unit, block: int) -> None:
         """Writes the states that enter a residual block, where weights before it are others than last time."""
-        if place == 0:
+        if block == 0:
             return
-        used = self._weights_before(unit, place)
-        made_with = self._made_with[place] or []
+        used = self._weights_before(unit, block)
+        made_with = self._made_with[block] or []
         if len(used) == len(made_with) and all(map(operator.is_, used, made_with)):
             return
         ops = self.operators(unit)
-        for number, hidden in self._states(unit, place - 1):
-            self._entering[place].write(number, self._run(ops, place - 1, hidden))
-        self._made_with[place] = used
+        for number, hidden in self._states(unit, block - 1):
+            self._entering[block].write(number, self._run(ops, block - 1, hidden))
+        self._made_with[block] = used
 
-    def _weights_before(self, unit: Unit, place: int) -> list[Weight]:
+    def _weights_before(self, unit: Unit, block: int) -> list[Weight]:
         """The matrices of the residual blocks before one: what calibration may have changed."""
-        names = (name for number, level in self._levels if number < place for group in level for name in group.names)
+        names = (name for number, level in self._levels if number < block for group in level for name in group.names)
         return [unit.weights[self.prefix + name] for name in names]
 
-    def _run(self, ops: Eager, place: int, hidden: torch.Tensor) -> torch.Tensor:
+    def _run(self, ops: Eager, block: int, hidden: torch.Tensor) -> torch.Tensor:
         """One residual block on hidden states [b, S, H], from an empty past."""
-        residual = self.layer.residuals[place]
+        residual = self.layer.residuals[block]
         return residual.run(ops, hidden, self._empty_past(residual, len(hidden)))[0]
 
     def _empty_past(self, residual: Residual, batch: int) -> dict[str, torch.Tensor]:
         """In float32: where inputs are looked at, states are not rounded."""
-        return {spec.name: spec.empty(batch, self.device) for spec in residual.block.states()}
+        specs = residual.block.states()
+        return {spec.name: spec.restored(spec.empty(batch, self.device)) for spec in specs}
 
 
 def expert_of(group: InputGroup) -> int:

@@ -24,6 +24,7 @@ ACTIVATION_KEYS = ("num_bits", "type", "symmetric", "strategy", "dynamic")
 MARKS = (".weight_scale", ".weight_packed")  # either tells a quantized matrix: the one that is missing is then named
 CLASSES = ("Linear", "Embedding")
 EXPERTS = r"re:.*\.experts\.\d+\..*"
+NO_EXPERT = r"re:(?!)\.experts\."  # speaks of experts, as transformers sees it, and matches no module
 MIXED = "mixed-precision"
 ROTATED = "-rotated"
 
@@ -47,9 +48,11 @@ def quantization_config(weights: Iterable[Weight]) -> JsonObject | None:
     if not quantized:
         return None
     groups = [_group(scheme, targets) for scheme, targets in _grouped(quantized)]
+    stored = {group["format"] for group in groups}
+    groups = [*_for_plain_experts(weights), *groups]
     return {
         "quant_method": "compressed-tensors",
-        "format": groups[0]["format"] if len({group["format"] for group in groups}) == 1 else MIXED,
+        "format": next(iter(stored)) if len(stored) == 1 else MIXED,
         "quantization_status": "compressed",
         "dequantize": True,  # a plain from_pretrained then loads it, packed embedding included
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
@@ -82,6 +85,24 @@ def _bits(scheme: Scheme) -> int:
     bits = formats.get(scheme.format).scheme()["num_bits"]
     assert isinstance(bits, int)
     return bits
+
+
+def _for_plain_experts(weights: list[Weight]) -> list[JsonObject]:
+    """A group of no module, for transformers where experts are not quantized. Among integers it looks for packed values in all
+    experts and leaves those random that have none, with no more than a warning. Of fp8 experts it passes on what has no
+    scales; at a format it does not know it stops.
+    """
+    experts = [weight for weight in weights if weight.role == Role.EXPERTS]
+    formats_of = {weight.format for weight in experts if weight.is_quantized}
+    asks_for_packed = any(map(is_integer, formats_of or {weight.format for weight in weights}))
+    if all(weight.is_quantized for weight in experts) or not asks_for_packed:
+        return []
+    group = _group(Scheme("fp8-e4m3", None), [NO_EXPERT])
+    return [group | {"format": "partly-quantized"} if formats_of else group]
+
+
+def is_integer(format_name: str) -> bool:
+    return format_name.startswith("int")
 
 
 def _by_scheme(weights: Iterable[Weight]) -> dict[Scheme, list[str]]:

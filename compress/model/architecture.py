@@ -15,9 +15,12 @@ from compress.model.roles import Role
 from compress.model.states import SCALE_AXES, StateKind
 from compress.model.weight import Spec, UnitSpec
 from compress.strict.json_text import JsonObject
+from compress.strict.plugin import ContractError, refuse_other_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+REQUIRED = ("CONFIG", "EMBEDDING", "FINAL_NORM")  # of a family
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,19 @@ class Architecture(ABC):
     EMBEDDING: ClassVar[str]
     FINAL_NORM: ClassVar[str]
     LM_HEAD: ClassVar[str] = "lm_head.weight"
-    EXPERTS_KEYS: ClassVar[
-        tuple[str, ...]
-    ]  # of config.json: how many experts a layer has; the first where none is there
+    # of config.json: how many experts a layer has; the first where none is there
+    EXPERTS_KEYS: ClassVar[tuple[str, ...]] = ()
     TRAVELLING: ClassVar[tuple[str, ...]] = ()  # what names of tensors begin with that nothing here uses
     WITHOUT_TRAVELLERS: ClassVar[JsonObject] = {}  # what config.json says where those were left out
 
     def __init__(self, config: Config):
         self.config = config
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        refuse_other_hooks(cls, Architecture)
+        if lacking := [name for name in REQUIRED if name not in dir(cls)]:
+            raise ContractError(f"{cls.__name__} lacks {', '.join(lacking)}")
 
     @classmethod
     def parse(cls, values: JsonObject, source: str) -> Self:

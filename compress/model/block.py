@@ -5,11 +5,13 @@ an input, and its arithmetic in `Operators`.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple, TypeVar
 
+from compress.errors import InputError
 from compress.formats.remembered import Precision
 from compress.model.experts import Experts
 from compress.model.operators import Operators
@@ -72,6 +74,10 @@ class Block(ABC):
         """Where tokens are routed to experts: what pruning and surveys speak to."""
         return None
 
+    def members(self) -> tuple[tuple["Block", float], ...]:
+        """The blocks that do the work, and what the output of each counts: itself, or those it puts side by side."""
+        return ((self, 1.0),)
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -102,6 +108,15 @@ class Layer:
     residuals: tuple[Residual, ...]
     precisions: Mapping[str, Precision] = field(default_factory=dict)  # of states that are not kept in float32, by name
 
+    def __post_init__(self) -> None:
+        """Raises InputError for what would be run or stored wrong without a word: it names the layer."""
+        with_experts = [block for block in self.blocks if block.experts]
+        if len(with_experts) > 1:
+            raise InputError(f"layer {self.index} has {len(with_experts)} blocks with experts, expected one at most")
+        names = Counter(spec.name for spec in self.states)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise InputError(f"layer {self.index} has several states '{twice[0]}'; expected another name for each")
+
     @property
     def kind(self) -> str:
         """Of its first block: the mixer, where it has one."""
@@ -112,10 +127,21 @@ class Layer:
         specs = (spec for residual in self.residuals for spec in residual.block.states())
         return tuple(replace(spec, precision=self.precisions.get(spec.name, spec.precision)) for spec in specs)
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Those that do the work, in order."""
+        return tuple(block for residual in self.residuals for block, _ in residual.block.members())
+
     @cached_property
     def experts(self) -> Experts | None:
         """Of its block that has them."""
-        return next((r.block.experts for r in self.residuals if r.block.experts is not None), None)
+        return next((block.experts for block in self.blocks if block.experts is not None), None)
+
+    @property
+    def experts_factor(self) -> float:
+        """What the output of the block with experts counts in the hidden states; 1 where there is none."""
+        members = ((r, block, share) for r in self.residuals for block, share in r.block.members())
+        return next((r.multiplier * share for r, block, share in members if block.experts is not None), 1.0)
 
     @property
     def num_experts(self) -> int:

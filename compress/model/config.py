@@ -37,7 +37,7 @@ class Config(BaseModel):
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
-    num_experts_per_tok: int
+    num_experts_per_tok: int = 1
     rms_norm_eps: float
     tie_word_embeddings: bool = False
     max_position_embeddings: int
@@ -69,8 +69,8 @@ class Config(BaseModel):
 
     @property
     def total_experts(self) -> int:
-        """Experts of a layer that has them, the most where layers differ."""
-        raise NotImplementedError(type(self).__name__)
+        """Experts of a layer that has them, the most where layers differ; 1 in a family without experts."""
+        return 1
 
     def refuse_rest(self, many: str, few: str) -> None:
         """Raises ValueError where one number is no multiple of another."""

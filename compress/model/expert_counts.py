@@ -93,6 +93,8 @@ def refuse_unprunable(model: HybridModel, what: str) -> dict[int, int]:
     counts = of_model(model)
     if not counts:
         raise InputError(f"{what}: the model has no experts")
+    if not model.architecture.EXPERTS_KEYS:
+        raise InputError(f"{what}: EXPERTS_KEYS of {model.model_type} names no key of config.json that counts experts")
     if not model.config.compress.is_uniform:
         raise InputError(
             f"{what}: the model was pruned before, by an earlier pass or run, to layers that differ or keep router rows; "

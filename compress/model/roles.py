@@ -36,5 +36,8 @@ KEPT_BY_DEFAULT = frozenset(
 QUANTIZABLE = frozenset(Role) - KEPT_BY_DEFAULT
 
 # Roles whose inputs a recipe's `activations` applies to. The inputs of the scan's own matrices (its input, time step and
-# output) are amplified by the recurrence: they are rounded only where `activation_roles` asks. An embedding has no input.
-ACTIVATED_BY_DEFAULT = QUANTIZABLE - {Role.EMBEDDING, Role.SSM_X_PROJ, Role.SSM_DT_PROJ, Role.SSM_OUT}
+# output) are amplified by the recurrence, and what the experts' sum is projected by sees no norm: they are rounded only
+# where `activation_roles` asks. An embedding has no input.
+ACTIVATED_BY_DEFAULT = QUANTIZABLE - {
+    Role.EMBEDDING, Role.SSM_X_PROJ, Role.SSM_DT_PROJ, Role.SSM_OUT, Role.MOE_LATENT,
+}  # fmt: skip

@@ -14,6 +14,7 @@ from compress.strict.models import Strict
 
 if TYPE_CHECKING:
     from compress.model.hybrid import HybridModel
+    from compress.model.records import Change
     from compress.model.weight import Unit
 
 TRAVELLING = frozenset({Role.MTP})  # roles that no forward needs
@@ -54,6 +55,10 @@ class LeaveOut(Pass[Options]):
         values = model.config_json | model.architecture.WITHOUT_TRAVELLERS
         architecture = type(model.architecture).parse(values, "config.json after leave_out")
         return replace(model, architecture=architecture, units=units, config_json=values)
+
+    def records(self, before: HybridModel, after: HybridModel, notes: Sequence[Note]) -> Sequence[Change]:
+        """What stays is as it came."""
+        return ()
 
     def details(self, units: Sequence[Unit], notes: Sequence[Note]) -> Details:
         """The notes say it all."""

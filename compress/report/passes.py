@@ -38,10 +38,11 @@ class PassDone:
 
     def lines(self) -> list[str]:
         """For report.md, as items of a list: what the pass says, and of its details what it does not."""
-        first, *others = self.step.sentences(self.details) or [""]
+        said = self.step.sentences(self.details)
+        first, *others = [said] if isinstance(said, str) else said or [""]
         notes = [f"Note: {markdown(note)}." for note in self.notes]
-        said = " ".join(part for part in (first, *notes) if part)
-        head = f"- {self.name}: {self.seconds:.1f} s, peak {self.peak_rss_bytes / 2**20:.0f} MiB. {said}".rstrip()
+        beside = " ".join(part for part in (first, *notes) if part)
+        head = f"- {self.name}: {self.seconds:.1f} s, peak {self.peak_rss_bytes / 2**20:.0f} MiB. {beside}".rstrip()
         return [head, *(f"  - {line}" for line in others), *self._unsaid()]
 
     def _unsaid(self) -> list[str]:

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypedDict
 
-from compress.checkpoint.compressed_tensors import Scheme
+from compress.checkpoint.compressed_tensors import Scheme, is_integer
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
+from compress.model.states import StateKind
 from compress.model.weight import Weight
 from compress.recipe.recipe import ExportStep
 from compress.runtime.state_support import why_not_genai, why_not_transformers_js
@@ -21,6 +22,7 @@ INT4_TABLE = "1.23"  # the first that casts to int4, as an int4 embedding is whe
 IGNORES_STATES = "its cache does not round states"
 NARROW_STATES = "1.20"  # the first whose Python interface hands over bf16 and fp8
 BLOCKS = "it wants inputs that blocks of 128 divide"
+SIDE_BY_SIDE = "it has no word for a layer with a key-value cache and Mamba states side by side"
 SAME_SCALES = {"int8-tensor": "int8", "fp8-e4m3-tensor": "fp8-e4m3"}  # transformers reads either for the other
 
 
@@ -91,9 +93,9 @@ def why_not_stock(model: HybridModel) -> str | None:
         (_experts_differ(model), "layers have different numbers of experts, or routers rows of removed ones"),
         (any(w.rotation for w in quantized), "matrices are stored rotated"),
         (any(w.activation and _is_integer(w) for w in quantized), "it has no int8 matrices beside rounded inputs"),
-        (len(_schemes(experts)) > 1, "experts have more than one format"),
+        (len(_schemes(w for w in experts if w.is_quantized)) > 1, "experts have more than one format"),
+        (_are_partly_integers(experts), "some experts are quantized to integers and some are not"),
         (len(_schemes(w for w in quantized if w.role != Role.EXPERTS)) > 1, "matrices other than experts have more than one format"),
-        (experts and not experts[0].is_quantized and any(map(_is_integer, quantized)), "experts are not quantized beside integers"),
         (any(map(_has_several_blocks, experts)), "experts have scales in more than one block of 128x128"),
     )  # fmt: skip
     return next((why for holds, why in reasons if holds), None)
@@ -106,7 +108,11 @@ def _experts_differ(model: HybridModel) -> bool:
 
 
 def _is_integer(weight: Weight) -> bool:
-    return weight.format.startswith("int")
+    return is_integer(weight.format)
+
+
+def _are_partly_integers(experts: list[Weight]) -> bool:
+    return any(map(_is_integer, experts)) and not all(weight.is_quantized for weight in experts)
 
 
 def _schemes(weights: Iterable[Weight]) -> set[tuple[str, str | None]]:
@@ -144,7 +150,9 @@ def _of_layout(model: HybridModel, artifact: str, layout: str) -> Runtime:
     if layout == "genai":
         why = why_not_genai(model.layers)
         return Runtime(artifact, "onnxruntime-genai", GENAI, why is None, why)
-    why = why_not_transformers_js(model.layers)
+    kinds = [{spec.kind for spec in layer.states} for layer in model.layers]
+    is_mixed = any(StateKind.KV in one and len(one) > 1 for one in kinds)
+    why = why_not_transformers_js(model.layers) or (SIDE_BY_SIDE if is_mixed else None)
     return Runtime(artifact, "transformers.js", TRANSFORMERS_JS, why is None, why)
 
 

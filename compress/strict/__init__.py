@@ -1,1 +1,1 @@
-"""JSON, YAML and pydantic models that refuse what was not meant, with the file, the line and the key."""
+"""JSON, YAML, pydantic models and plugin files that refuse what was not meant, with the file, the line and the key."""

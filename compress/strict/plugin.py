@@ -1,14 +1,18 @@
 """What a file brings under the name users type for it: one class, bound to its options, whose hooks are known by name."""
 
+import functools
 import inspect
 from abc import ABC
+from collections.abc import Callable
 from types import FunctionType
-from typing import ClassVar, Generic, TypeVar, get_args
+from typing import ClassVar, Generic, ParamSpec, TypeVar, get_args
 
 from compress.errors import nearest
 from compress.strict.models import Strict
 
 OptionsT = TypeVar("OptionsT", bound=Strict, covariant=True)
+P = ParamSpec("P")
+T = TypeVar("T")
 NO_OPTIONS = "{name} names no options: expected class {name}({contract}[Options]), Options being a Strict model"
 
 
@@ -34,16 +38,31 @@ class Plugin(ABC, Generic[OptionsT]):
         if Plugin in cls.__bases__:
             return
         contract = next(base for base in cls.__mro__ if Plugin in base.__bases__)
-        for name in vars(cls):
-            if not name.startswith("_"):
-                _refuse_other_hook(cls, name, contract)
+        refuse_other_hooks(cls, contract)
         _find_options(cls, contract)
+        for name, hook in [*vars(cls).items()]:
+            if isinstance(hook, FunctionType) and not name.startswith("_"):
+                setattr(cls, name, _naming_itself(hook))
 
     @classmethod
     def _defines(cls, hook: str) -> bool:
         """Whether a hook is other than the contract's own."""
         contract = next(base for base in cls.__mro__ if Plugin in base.__bases__)
         return getattr(cls, hook) is not getattr(contract, hook)
+
+
+def _naming_itself(hook: Callable[P, T]) -> Callable[P, T]:
+    """The hook; an error in it is noted with its name and its file, since whoever sees it need not know them."""
+
+    @functools.wraps(hook)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return hook(*arguments, **named)
+        except Exception as error:
+            error.add_note(f"in {hook.__qualname__} ({inspect.getsourcefile(hook)})")
+            raise
+
+    return call
 
 
 def _find_options(cls: type[Plugin[Strict]], contract: type) -> None:
@@ -57,14 +76,19 @@ def _find_options(cls: type[Plugin[Strict]], contract: type) -> None:
         raise ContractError(NO_OPTIONS.format(name=cls.__name__, contract=contract.__name__))
 
 
+def refuse_other_hooks(cls: type, contract: type) -> None:
+    """Raises ContractError for a public name that is no hook of the contract, which would never be looked at, and for a hook
+    that is something else than it is there."""
+    for name in vars(cls):
+        if not name.startswith("_") and name != "Options":
+            _refuse_other_hook(cls, name, contract)
+
+
 def _refuse_other_hook(cls: type, name: str, contract: type) -> None:
-    """A name that is no hook would never be looked at; nor may a hook be something else than it is in the contract."""
-    if name == "Options":
-        return
-    hooks = sorted(hook for hook in dir(contract) if not hook.startswith("_"))
+    hooks = sorted(hook for hook in {*dir(contract), *contract.__annotations__} if not hook.startswith("_"))
     if name not in hooks:
         raise ContractError(f"{cls.__name__}.{name} is no hook of {contract.__name__}{nearest(name, hooks)}")
-    theirs, asked = vars(cls)[name], inspect.getattr_static(contract, name)
+    theirs, asked = vars(cls)[name], inspect.getattr_static(contract, name, None)
     if isinstance(theirs, FunctionType) != isinstance(asked, FunctionType):
         kind = "a method" if isinstance(asked, FunctionType) else "a property or a value, not a method"
         raise ContractError(f"{cls.__name__}.{name} must be {kind}")

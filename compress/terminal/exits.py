@@ -53,8 +53,12 @@ class Commands(usage.Helpful):
         except Exception as error:  # a defect of ours must not look like a missed limit, which is exit code 1
             if os.environ.get("COMPRESS_TRACEBACK"):
                 raise
-            where = f"{type(error).__name__}: {first_line(error)}"
-            stop(f"internal error, {where}; COMPRESS_TRACEBACK=1 shows where, please report it", FAILED)
+            what = f"{type(error).__name__}: {first_line(error)}"
+            where = " ".join(getattr(error, "__notes__", [])[:1])  # a plugin's hook, where it is in one
+            stop(
+                f"internal error{where and ' '}{where}, {what}; COMPRESS_TRACEBACK=1 shows where, please report it",
+                FAILED,
+            )
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ class Heads(NamedTuple):
 
 def heads_of(architecture: Architecture) -> Heads:
     """Of the first attention block; of a model without any, a single head, which no runtime makes a cache for."""
-    blocks = (residual.block for layer in architecture.layers for residual in layer.residuals)
+    blocks = (block for layer in architecture.layers for block in layer.blocks)
     first = next((block for block in blocks if isinstance(block, Attention)), None)
     if first is None:
         return Heads(1, 1, architecture.config.hidden_size)

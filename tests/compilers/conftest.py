@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import with_onnxruntime
-from exported_models import RECIPES, Exported, exported, settings
+from exported_models import NEMOTRON_H, RECIPES, Exported, exported, settings
 from jamba_models import make_jamba
+from nemotron_h_models import make_nemotron_h
 from test_onnx_formats import SHAPES, SPREAD
 
+from compress.recipe import resources
 from compress.recipe.recipe import load_recipe
 
 BRIEF = ("calibration.samples=4", "calibration.length=128", "calibration.prompts=[prose]")
@@ -40,12 +42,13 @@ def from_environment():
 
 
 @pytest.fixture(scope="session")
-def recipes(tiny, tmp_path_factory) -> dict[str, Exported]:
-    """Every shipped recipe on the reference model, calibrated briefly."""
-    root = tmp_path_factory.mktemp("recipes")
-    brief = {name: () if name == "tiny-int8" else BRIEF for name in RECIPES}
-    loaded = {name: load_recipe(name, ("check=null", *brief[name])) for name in RECIPES}
-    return {name: exported(recipe, tiny, root / name) for name, recipe in loaded.items()}
+def recipes(tmp_path_factory) -> dict[str, Exported]:
+    """Every shipped recipe on both reference models, calibrated briefly."""
+    root, found = tmp_path_factory.mktemp("recipes"), {}
+    for name, (recipe, model) in RECIPES.items():
+        loaded = load_recipe(recipe, ("check=null", *(() if recipe == "tiny-int8" else BRIEF)))
+        found[name] = exported(loaded, resources.folder("models") / model, root / name)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +58,7 @@ def variants(tmp_path_factory) -> dict[str, Exported]:
     sources = {
         name: make_jamba(root / name, spread=SPREAD, **{"num_hidden_layers": 4, **changes})
         for name, changes in SHAPES.items()
-    }
+    } | {name: make_nemotron_h(root / name, spread=SPREAD, **changes) for name, changes in NEMOTRON_H.items()}
     for number, (name, (shape, options)) in enumerate(settings().items()):
         text = {"version": 1, "calibration": SELF, "passes": [{"quantize": options}], "export": [{"onnx": {}}]}
         (root / f"{number}.yaml").write_text(json.dumps(text))

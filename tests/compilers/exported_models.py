@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import with_onnxruntime
+from nemotron_h_models import VARIANTS
 from test_onnx_formats import FORMATS, ROUNDED, SHAPES
 
 from compress.apply import pipeline
@@ -14,7 +15,13 @@ from compress.recipe import resources
 from compress.recipe.source import resolve
 from compress.runtime.runtimes import Runtime, of_onnx
 
-RECIPES = sorted(resources.shipped_recipes())
+MODELS = ("tiny-jamba", "tiny-nemotron-h")
+OTHERS = (
+    "awkward", "every head its own group", "convolution without bias", "groups of experts", "latent projections with biases",
+    "no Mamba", "Mamba alone",
+)  # fmt: skip
+NEMOTRON_H = {f"{name}, nemotron_h": VARIANTS[name] for name in OTHERS}
+RECIPES = {f"{recipe}, {model}": (recipe, model) for model in MODELS for recipe in sorted(resources.shipped_recipes())}
 
 
 class Exported(NamedTuple):
@@ -44,7 +51,8 @@ def exported(recipe, source: Path, out: Path) -> Exported:
 
 
 def settings() -> dict[str, tuple[str, dict]]:
-    """Every format, every rounding of inputs and rotations: name -> shape and options of `quantize`."""
+    """Every format, every rounding of inputs and rotations: name -> shape and options of `quantize`. Nemotron-H, whose
+    products are spelled as Jamba's, in one format for every shape."""
     named = {
         f"{number_format}, {shape}": (shape, {"weights": number_format})
         for number_format in FORMATS
@@ -53,7 +61,8 @@ def settings() -> dict[str, tuple[str, dict]]:
     for weights, activation in ROUNDED:
         named[f"{weights}, {activation}"] = ("awkward", {"weights": weights, "activations": activation})
     rotated = {"weights": "int8", "activations": "dynamic-int8", "rotate": ["mlp", "experts"]}
-    return named | {"int8, dynamic-int8, rotated": ("fitting tied", rotated)}
+    others = {f"int8, {shape}": (shape, {"weights": "int8"}) for shape in NEMOTRON_H}
+    return named | {"int8, dynamic-int8, rotated": ("fitting tied", rotated)} | others
 
 
 def rounds_inputs(name: str) -> bool:

@@ -1,9 +1,10 @@
-"""What every runtime is fed: a prefill and steps, tokens one by one from nothing (most experts get no row), and a batch of
-three padded on the left. Numpy only: the interpreter with the oldest onnxruntime runs it too."""
+"""What every runtime is fed: a prefill and steps, one of several chunks (of Mamba-2's recurrence), tokens one by one from
+nothing (most experts get no row), and a batch of three padded on the left. Numpy only: the interpreter with the oldest
+onnxruntime runs it too."""
 
 import numpy as np
 
-CUTS = {"alone": [30] + [1] * 6, "one by one": [1] * 5, "padded": [24] + [1] * 4}
+CUTS = {"alone": [30] + [1] * 6, "two chunks": [70, 1], "one by one": [1] * 5, "padded": [24] + [1] * 4}
 LENGTHS = [28, 15, 2]  # of the padded rows
 
 

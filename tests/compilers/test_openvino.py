@@ -50,6 +50,6 @@ def test_every_format_gives_onnxruntimes_logits_or_is_said_to_be_refused(variant
 
 
 def test_its_own_settings_round_inputs_and_stay_close(recipes):
-    one = recipes["tiny-int8"]
+    one = recipes["tiny-int8, tiny-jamba"]
     found = logits(one, {})
     assert max(divergence(expected, found[name]) for name, expected in one.logits.items()) <= 0.05

@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import ClassVar, TypeVar
 
 from compress.model.block import Block, Fold, Level
+from compress.model.experts import Experts
 from compress.model.operators import Operators
 from compress.model.states import StateSpec
 from compress.model.weight import Spec
@@ -20,6 +21,14 @@ class Parallel(Block):
     kind: ClassVar[str] = "parallel"
 
     branches: tuple[tuple[Block, float], ...]
+
+    @property
+    def experts(self) -> Experts | None:
+        """Of the branch that has them."""
+        return next((block.experts for block in self._blocks if block.experts is not None), None)
+
+    def members(self) -> tuple[tuple[Block, float], ...]:
+        return tuple((block, factor * inner) for branch, factor in self.branches for block, inner in branch.members())
 
     @property
     def _blocks(self) -> list[Block]:

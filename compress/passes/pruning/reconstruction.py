@@ -9,6 +9,7 @@ are left out one by one, each time the one whose loss is least.
 import math
 from collections.abc import Iterable, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 
@@ -18,12 +19,26 @@ EXHAUSTIVE = 256  # sets of experts that are all tried
 Kept = tuple[int, ...]  # numbers of the experts that stay, ascending
 
 
+class Combination(NamedTuple):
+    """Of the experts' outputs, for n tokens: the few experts that count for a token, and how much; [n, k] each."""
+
+    weights: torch.Tensor
+    experts: torch.Tensor
+
+
 def gates_of(statistics: Statistics, logits: torch.Tensor, kept: Kept, *, keep_rows: bool) -> torch.Tensor:
     """logits [T, E] of all experts -> the gates [T, k] of those that stay; `keep_rows`: the others' logits stay in the
     denominator."""
+    logits, bias = _left_of_router(statistics, logits, kept, keep_rows=keep_rows)
+    return statistics.router.gates(logits, len(kept), bias)
+
+
+def _left_of_router(
+    statistics: Statistics, logits: torch.Tensor, kept: Kept, *, keep_rows: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a router without the other experts goes by."""
     order = router_order(kept, logits.shape[1], keep_rows=keep_rows)
-    bias = None if statistics.bias is None else statistics.bias[list(kept)]
-    return statistics.router.gates(logits[:, order], len(kept), bias)
+    return logits[:, order], None if statistics.bias is None else statistics.bias[list(kept)]
 
 
 def router_order(kept: Sequence[int], experts: int, *, keep_rows: bool) -> list[int]:
@@ -41,22 +56,22 @@ class Reconstruction:
 
     def __init__(self, statistics: Statistics, router: str):
         self._statistics, self._logits = statistics, statistics.logits[statistics.sample]
-        self._router, self._full = router, statistics.gates[statistics.sample]
-        self._gram = statistics.gram * statistics.importance[statistics.sample, None, None] / len(statistics.sample)
-        self._experts = statistics.experts
+        self._router, self._experts = router, statistics.experts
+        self._gram = statistics.gram.flatten(1)
+        self._shares = statistics.importance[statistics.sample].double() / len(statistics.sample)
+        self._full = self._combination(tuple(range(self._experts)))
+        self._whole = self._inner(self._full, self._full)
 
     def loss(self, kept: Kept) -> float:
         """Of the layer with these experts only; with `rescale`, at the factor that is best for the sample."""
-        gates = torch.zeros_like(self._full)
-        gates[:, list(kept)] = gates_of(self._statistics, self._logits, kept, keep_rows=self._router == "keep_rows")
-        if self._router == "rescale":
-            both, own = self._inner(self._full, gates), self._inner(gates, gates)
-            gates = gates * factor(both, own)
-        return self._inner(self._full - gates, self._full - gates)
+        left = self._combination(kept)
+        both, own = self._inner(self._full, left), self._inner(left, left)
+        scale = factor(both, own) if self._router == "rescale" else 1.0
+        return max(0.0, self._whole - 2 * scale * both + scale**2 * own)
 
     def share(self, loss: float) -> float:
         """A loss as a share of what the experts give: 1 where nothing is left of it."""
-        return loss / max(self._inner(self._full, self._full), 1e-30)
+        return loss / max(self._whole, 1e-30)
 
     def best(self, count: int) -> tuple[Kept, float]:
         """The `count` experts whose loss is least, and that loss."""
@@ -74,6 +89,16 @@ class Reconstruction:
             found[count] = (kept, loss)
         return found
 
-    def _inner(self, a: torch.Tensor, b: torch.Tensor) -> float:
-        """Weighted mean over the sample of the inner product of two combinations [n, E] of outputs."""
-        return float(((a[:, None] @ self._gram)[:, 0] * b).sum())
+    def _combination(self, kept: Kept) -> Combination:
+        """What a layer with these experts gives the sampled tokens."""
+        keep_rows = self._router == "keep_rows"
+        logits, bias = _left_of_router(self._statistics, self._logits, kept, keep_rows=keep_rows)
+        weights, chosen = self._statistics.router.choice(logits, len(kept), bias)
+        return Combination(weights, torch.tensor(kept, device=chosen.device)[chosen])
+
+    def _inner(self, a: Combination, b: Combination) -> float:
+        """Weighted mean over the sample of the inner product of two combinations of outputs. Of a token's E x E products only
+        those of the experts it goes to are touched; in float64, since losses are small differences of such sums."""
+        pairs = (a.experts[:, :, None] * self._experts + b.experts[:, None]).flatten(1)
+        weights = (a.weights[:, :, None].double() * b.weights[:, None]).flatten(1)
+        return float((self._gram.gather(1, pairs) * weights).sum(1) @ self._shares)

@@ -1,12 +1,14 @@
 """What calibration tells of the experts of one layer.
 
 Every fourth stretch of STRETCH tokens is withheld: scores and corrections are made from the others, and judged on these.
-Errors of a token count relative to |h|^2, h [H] being what the layer leaves of it: the norms that follow divide by it, so
-that an error of the layer means the same for every token and in every layer.
+Errors of a token count relative to |h|^2, h [H] being what the layer leaves of it, and times m^2, m being the factor that what
+the experts give is added with: the norms that follow divide by |h|, so that an error of the layer means the same for every
+token and in every layer.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -20,6 +22,7 @@ from compress.runtime.inference import HiddenStates
 STRETCH, WITHHELD_OF = 64, 4
 SAMPLE_TOKENS = 8192  # withheld tokens that every expert is run on, at most
 GRAM_ELEMENTS = 1 << 25  # of inner products between experts' outputs that are kept: 128 MiB
+OUTPUT_ELEMENTS = 1 << 26  # of all experts' outputs on sampled tokens that are in memory together: 256 MiB
 TARGET = "target"  # scratch states: what the layer's experts give together
 
 
@@ -31,7 +34,7 @@ class Statistics:
     bias: torch.Tensor | None  # [E], the router's correction of scores
     logits: torch.Tensor  # [T, E], of the router
     norms: torch.Tensor  # [T, E], of an expert's output, where the token is routed to it
-    importance: torch.Tensor  # [T], 1 / |h|^2
+    importance: torch.Tensor  # [T], m^2 / |h|^2
     withheld: torch.Tensor  # [T], bool
     sample: torch.Tensor  # [n], which tokens
     gram: torch.Tensor  # [n, E, E], inner products of the experts' outputs
@@ -106,12 +109,20 @@ def _sampled(withheld: torch.Tensor, experts: int) -> torch.Tensor:
     return chosen
 
 
+def _parts(sampled: torch.Tensor, most: int) -> list[slice]:
+    """A block of tokens in parts that hold so many sampled ones at most."""
+    places = sampled.nonzero()[:, 0].tolist()
+    cuts = [0, *places[most::most], len(sampled)]
+    return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+
 class _Collector:
     """Adds up the statistics block by block, one expert's weights at a time."""
 
     def __init__(self, inputs: LayerInputs, ops: Eager, target: HiddenStates):
         self._experts, self._ops, self._target = inputs.experts, ops, target
         self._name, self._router = f"layer {inputs.index}", inputs.experts.router
+        self._factor = inputs.layer.experts_factor
         self._bias = None if self._router.bias is None else ops.weights(self._router.bias)
         self._logits: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
@@ -120,6 +131,13 @@ class _Collector:
 
     def add(self, number: int, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> None:
         """hidden [b, S, H], rows [b S, H] (what the experts see), sampled [b S]."""
+        most = max(1, OUTPUT_ELEMENTS // (self._experts.count * rows.shape[1]))
+        left = hidden.flatten(0, 1)
+        given = [self._add_some(left[part], rows[part], sampled[part]) for part in _parts(sampled, most)]
+        self._target.write(number, torch.cat(given).view(self._target.shapes[number]))
+
+    def _add_some(self, hidden: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """Some tokens of a block, [n, H] each; returns what the experts give them together, in their own space."""
         experts, ops = self._experts, self._ops
         logits = ops.router_logits(rows, self._router)
         gates = self._router.gates(logits, experts.count, self._bias)
@@ -133,17 +151,18 @@ class _Collector:
             output = experts.output(ops, output)
             norms[wanted, e] = output.norm(dim=1) * (gates[wanted, e] > 0)
             outputs[:, e] = output[sampled[wanted]]
-        self._target.write(number, given.view(self._target.shapes[number]))
         self._logits.append(logits)
         self._norms.append(norms)
-        self._importance.append(1 / self._left(hidden, rows, given).square().sum(1).clamp_min(1e-30))
+        left = self._left(hidden, rows, given).square().sum(1).clamp_min(1e-30)
+        self._importance.append(self._factor**2 / left)
         self._gram.append(outputs @ outputs.transpose(1, 2))
+        return given
 
     def _left(self, hidden: torch.Tensor, rows: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """What the layer leaves of the tokens, [b S, H]."""
-        left = hidden.flatten(0, 1) + self._experts.output(self._ops, given)
+        """What the layer leaves of the tokens, [n, H], but for what stands beside the whole block or follows it."""
+        left = hidden + self._factor * self._experts.output(self._ops, given)
         beside = self._experts.beside(self._ops, rows)
-        return left if beside is None else left + beside
+        return left if beside is None else left + self._factor * beside
 
     def statistics(self, withheld: torch.Tensor, sampled: torch.Tensor) -> Statistics:
         logits, norms, importance, gram = map(torch.cat, (self._logits, self._norms, self._importance, self._gram))

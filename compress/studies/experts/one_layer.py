@@ -34,7 +34,10 @@ def survey_layer(unit: Unit, inputs: LayerInputs) -> Layer:
 
 
 def _predicted(statistics: Statistics) -> list[Predicted]:
-    """For every number of experts that can stay: which ones, and what the layer loses with each way to treat the router."""
+    """For every number of experts that can stay: which ones, and what the layer loses with each way to treat the router.
+    Of groups of equal size all stay."""
+    if statistics.router.groups > 1:
+        return []
     least = expert_counts.fewest(statistics.top_k)
     curve = Reconstruction(statistics, DEFAULT_ROUTER).curve(least)
     sets = {count: kept for count, (kept, _) in curve.items()}

@@ -19,7 +19,7 @@ from compress.studies.experts import one_layer
 from compress.studies.experts.findings import Layer, Survey
 from compress.terminal import progress
 
-STATES = 4  # on disk: before a layer, between its halves, after it, and what its experts give
+STATES = 4  # on disk: before a layer, between its blocks, after it, and what its experts give
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ MEANING = (
     "It is the squared change relative to the hidden state the layer leaves, |change|^2 / |h|^2, averaged over tokens:\n"
     "0.01 is a hundredth. Least squares, which prune_experts adds unless told otherwise, makes it smaller."
 )
-NOTHING = "no expert can be removed: a layer must keep two, and as many as a token goes to"
+NOTHING = (
+    "no expert can be removed: a layer must keep two, and as many as a token goes to,\n"
+    "and all where they are chosen from groups of equal size"
+)
 
 
 def show(result: Survey, *, stderr: bool) -> None:
