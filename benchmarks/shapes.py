@@ -111,7 +111,7 @@ def _loader(spec: Spec):
 
 
 def _values(spec: Spec, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    if spec.role == Role.SSM_A:  # Mamba's start, A_log[d, n] = log(n + 1); Mamba-2 draws those of its heads from 1 to 16
+    if spec.role == Role.SSM_A:  # Mamba's start, A_log[d, n] = log(n + 1); Mamba-2's heads are spread over 1 to 16
         return torch.log(torch.arange(shape[-1], dtype=torch.float32) % 16 + 1).expand(shape)
     if spec.role in (Role.NORM, Role.SSM_D):
         return torch.ones(shape)
