@@ -38,7 +38,7 @@ NEMOTRON_3_NANO = {
     "model_type": "nemotron_h",
     "architectures": ["NemotronHForCausalLM"],
     "dtype": "bfloat16",
-    "hybrid_override_pattern": "ME*E",
+    "hybrid_override_pattern": "ME*",
     "vocab_size": 16384,
     "hidden_size": 2688,
     "mamba_num_heads": 64,
@@ -71,7 +71,8 @@ SHAPES = {
         "num_key_value_heads": 4, "attn_layer_period": 8, "attn_layer_offset": 4, "num_experts": 16, "num_experts_per_tok": 2,
         "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 64, "tie_word_embeddings": False,
     },
-    # NVIDIA Nemotron-3-Nano-30B-A3B cut to 4 of 52 layers and 16,384 of 131,072 tokens: 2.74B parameters, 2.59 GB a mixture
+    # NVIDIA Nemotron-3-Nano-30B-A3B cut to 3 of 52 layers and 16,384 of 131,072 tokens: 1.45B parameters,
+    # of which the mixture of experts has 1.30B, 2.59 GB
     "nemotron-3-nano-cut": NEMOTRON_3_NANO,
     # the same with a quarter of the experts: what grows with their number shows beside it
     "nemotron-3-nano-cut-32": NEMOTRON_3_NANO | {"n_routed_experts": 32},
@@ -110,9 +111,7 @@ def _loader(spec: Spec):
 
 
 def _values(spec: Spec, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    if (
-        spec.role == Role.SSM_A
-    ):  # Mamba's start, A_log[d, n] = log(n + 1); Mamba-2 draws those of its heads from 1 to 16
+    if spec.role == Role.SSM_A:  # Mamba's start, A_log[d, n] = log(n + 1); Mamba-2's heads are spread over 1 to 16
         return torch.log(torch.arange(shape[-1], dtype=torch.float32) % 16 + 1).expand(shape)
     if spec.role in (Role.NORM, Role.SSM_D):
         return torch.ones(shape)

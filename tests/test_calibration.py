@@ -33,7 +33,7 @@ from compress.passes.quantization import scales as scale_search
 from compress.prompts import self_text
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import resolve
-from compress.runtime.inference import Head, HiddenStates, stream
+from compress.runtime.inference import Head, HiddenStates, LayerWeights, stream
 
 LAYERS, SHARDS = 4, 6  # of the model: the embedding, its layers, the head
 MOE_LAYERS, ATTENTION_LAYER = (1, 3), 2
@@ -440,6 +440,27 @@ def test_moments_of_every_token_stop_at_a_number_of_rows(moe_layer, monkeypatch)
     with torch.inference_mode():
         gate, _ = next(layer.moments(unit, layer.levels[-2], Wanted()))
         assert_moments(layer.moments_of_every_token(unit, gate, Wanted(hessian=True)), x[:22])
+
+
+@pytest.mark.parametrize("every_token", [True, False])
+def test_what_one_group_sees_costs_no_product_that_comes_after(moe_layer, monkeypatch, every_token):
+    layer, unit, _ = moe_layer
+    multiplied, linear = [], LayerWeights.linear
+
+    def recorded(self, name, *arguments):
+        found = linear(self, name, *arguments)
+        multiplied.append(name)
+        return found
+
+    with torch.inference_mode():
+        up = next(group for group, _ in layer.moments(unit, layer.levels[-2], Wanted()) if group.expert == 1)
+        monkeypatch.setattr(LayerWeights, "linear", recorded)
+        if every_token:
+            found = layer.moments_of_every_token(unit, up, Wanted(hessian=True))
+        else:
+            [(_, found)] = layer.moments(unit, (up,), Wanted(hessian=True))
+    assert found.tokens > 0
+    assert not [name for name in multiplied if ".experts." in name]
 
 
 # ---- statistics

@@ -4,17 +4,20 @@ end tokens."""
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from jamba_models import make_jamba
 from refusals import refusal, refusal_of_command
+from safetensors.torch import save_file
 from text_models import changed_copy
 
 from compress.apply import exporting
-from compress.checkpoint import writer
+from compress.checkpoint import compressed_tensors, writer
 from compress.checkpoint.end_tokens import end_tokens
-from compress.checkpoint.folder import INDEX, SINGLE
+from compress.checkpoint.folder import INDEX, SINGLE, WeightFolder
 from compress.checkpoint.reader import Checkpoint
 from compress.disk.paths import as_text
 from compress.recipe.source import load_tokenizer, resolve
@@ -80,6 +83,41 @@ def test_an_index_of_the_one_file_is_no_second_model(small, tmp_path):
     names = Checkpoint(model).files.names
     (model / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, SINGLE)}))
     assert Checkpoint(model).files.names == names
+
+
+def test_tensors_are_looked_up_and_not_searched_however_many_there_are(tmp_path):
+    """512 experts in 48 layers have 49,152 matrices; a search for each took minutes."""
+    names = [f"layers.{number}.up_proj" for number in range(10_000)]
+    save_file({f"{name}.weight_scale": torch.ones(1) for name in names}, tmp_path / SINGLE)
+    began = time.process_time()
+    files = WeightFolder(tmp_path)
+    assert all(f"{name}.weight_scale" in files.names for name in names)
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    halves = {str(half): {"targets": names[half::2], "weights": int8} for half in (0, 1)}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": halves}}
+    schemes = compressed_tensors.schemes_of(config, tmp_path, files.names)
+    assert {scheme.format for scheme in schemes.values()} == {"int8"} and len(schemes) == len(names)
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "found"),
+    [
+        ([("Linear", 8), ("re:.*up", 4), ("a.up", 8)], "int8"),  # a name wins over a pattern, wherever it stands
+        ([("Linear", 8), ("re:.*up", 4)], "int4-g32"),  # a pattern over a class
+        ([("re:b.*", 8), ("Linear", 4), ("Embedding", 8)], "int4-g32"),  # of two classes the first
+        ([("a.up", 8), ("a.up", 4)], "int8"),
+    ],
+)
+def test_the_nearest_target_says_how_a_matrix_is_stored(tmp_path, groups, found):
+    weights = {
+        8: {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+        4: {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+    }
+    described = {str(n): {"targets": [target], "weights": weights[bits]} for n, (target, bits) in enumerate(groups)}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": described}}
+    [scheme] = compressed_tensors.schemes_of(config, tmp_path, ["a.up.weight_scale"]).values()
+    assert scheme.format == found
 
 
 def test_a_configuration_with_a_byte_order_mark_is_read(small, tmp_path):

@@ -112,6 +112,28 @@ def test_no_more_than_so_many_withheld_tokens_are_sampled_and_evenly(moe, monkey
         assert np.array_equal(found.withheld, moe.block.withheld)
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_so_many_outputs_of_all_experts_are_in_memory_and_no_more(moe, monkeypatch, most):
+    whole, inputs = collected(moe)
+    target = inputs.scratch(statistics.TARGET)
+    given = [target.read(number) for number in range(len(target))]
+    together, add_some = [], statistics._Collector._add_some
+
+    def recorded(self, hidden, rows, sampled):
+        together.append(int(sampled.sum()))
+        return add_some(self, hidden, rows, sampled)
+
+    monkeypatch.setattr(statistics._Collector, "_add_some", recorded)
+    monkeypatch.setattr(statistics, "OUTPUT_ELEMENTS", most * 5 * 40)
+    found, inputs = collected(moe)
+    assert max(together) == most
+    for name in ("logits", "norms", "importance", "gram"):
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
+    target = inputs.scratch(statistics.TARGET)
+    for number, expected in enumerate(given):
+        torch.testing.assert_close(target.read(number), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "lengths", [(512,) * 64, (512,), (197,), (24,) * 4, (71,) * 5, (71,) * 3, (300, 300, 40)], ids=str
 )

@@ -94,6 +94,20 @@ def test_the_loss_of_every_set_is_that_of_its_output_computed_directly(router, t
     assert search.share(whole) == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_only_the_products_of_experts_that_a_token_goes_to_count(router):
+    """With 128 experts, two or three of them for a token: the other 16,000 of its inner products may be anything."""
+    block = random_block(experts=128, tokens=61)
+    found, tokens = statistics_of(block), sample_of(block)
+    ranks = (-block.logits[tokens]).argsort(1).argsort(1)
+    near = ranks < block.top_k + 1  # those it goes to with any one expert removed
+    unread = torch.tensor(~(near[:, :, None] & near[:, None]))
+    search = Reconstruction(replace(found, gram=found.gram.masked_fill(unread, torch.nan)), router)
+    for removed in (0, 5, 77, 127):
+        kept = tuple(expert for expert in range(128) if expert != removed)
+        assert search.loss(kept) == pytest.approx(block.loss_of(kept, router, tokens), rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_best_set_is_that_of_trying_all(router, seed):

@@ -111,7 +111,8 @@ class LayerInputs:
         for _, _, x in self.expert_blocks(unit):
             if rows >= EVERY_TOKEN_ROWS:
                 break
-            self.experts.run_one(ops, expert_of(group), self.experts.inputs(ops, x).flatten(0, 1))
+            with contextlib.suppress(_Seen):
+                self.experts.run_one(ops, expert_of(group), self.experts.inputs(ops, x).flatten(0, 1))
             rows += x.shape[0] * x.shape[1]
         return moments
 
@@ -163,12 +164,11 @@ class LayerInputs:
         """The unit's arithmetic, adding up in `found` what reaches its matrices."""
         groups = found or {}
         by_name = {group.names[0]: moments for group, moments in groups.items()}
-        is_alone = len(groups) == 1 and all(group.expert is None for group in groups)
 
         def tap(name: str, x: torch.Tensor) -> None:
             if name in by_name:
                 by_name[name].add(x, self.prefix + name)
-                if is_alone:
+                if len(by_name) == 1:
                     raise _Seen  # the rest of this block's replay, such as the scan, would be for nothing
 
         weights = LayerWeights(unit, self.prefix, self.device, tap=tap if found else None)

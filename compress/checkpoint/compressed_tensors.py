@@ -7,7 +7,8 @@ single out the experts, which is what stock transformers tells apart. docs/check
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,7 +157,7 @@ def _storage(scheme: Scheme) -> str:
     return "int-quantized" if scheme.activation and _bits(scheme) == 8 else "pack-quantized"
 
 
-def schemes_of(config: JsonObject, folder: Path, stored_names: set[str]) -> dict[str, Scheme]:
+def schemes_of(config: JsonObject, folder: Path, stored_names: Collection[str]) -> dict[str, Scheme]:
     """The scheme of every quantized weight, by its logical name, from config.json and the stored names."""
     section, source = config["quantization_config"], folder / "config.json"
     if not isinstance(section, dict) or section.get("quant_method") != "compressed-tensors":
@@ -167,7 +168,8 @@ def schemes_of(config: JsonObject, folder: Path, stored_names: set[str]) -> dict
     read = [(_targets(group, source), _scheme_of(group, source)) for group in groups.values()]
     modules = sorted({name.removesuffix(mark) for name in stored_names for mark in MARKS if name.endswith(mark)})
     rotations = _rotations_of(section.get("transform_config"), source)
-    schemes = {module: _scheme_for(module, read, source) for module in modules}
+    targets = _Targets(read, source)
+    schemes = {module: targets.scheme_for(module) for module in modules}
     schemes = {module: s._replace(rotation=rotations.get(module)) for module, s in schemes.items()}
     _refuse_half_described_rotations(groups, schemes, source)
     return {f"{module}.weight": scheme for module, scheme in schemes.items()}
@@ -212,18 +214,32 @@ def _targets(group: Json, source: Path) -> list[str]:
     return [str(target) for target in targets]
 
 
-def _scheme_for(module: str, groups: list[tuple[list[str], Scheme]], source: Path) -> Scheme:
-    """The group that names the module, else whose pattern matches it, else that is for all modules of its class."""
-    matches = (
-        lambda target: target == module,
-        lambda target: target.startswith("re:") and _matches(target.removeprefix("re:"), module, source),
-        lambda target: target in CLASSES,
-    )
-    for matching in matches:
-        found = [scheme for targets, scheme in groups if any(map(matching, targets))]
-        if found:
-            return found[0]
-    raise InputError(f"{source}: no config group of quantization_config is for '{module}', which is stored quantized")
+class _Targets:
+    """Which scheme a module has. Targets may be as many as there are modules: names are looked up, not searched."""
+
+    def __init__(self, groups: list[tuple[list[str], Scheme]], source: Path):
+        self._source = source
+        self._named = {target: scheme for targets, scheme in reversed(groups) for target in targets}
+        self._patterns = [
+            (target.removeprefix("re:"), scheme)
+            for targets, scheme in groups
+            for target in targets
+            if target.startswith("re:")
+        ]
+        self._of_class = [scheme for targets, scheme in groups if not set(targets).isdisjoint(CLASSES)]
+
+    def scheme_for(self, module: str) -> Scheme:
+        """Of the group that names the module, else whose pattern matches it, else that is for all modules of its class; of
+        several the first."""
+        if module in self._named:
+            return self._named[module]
+        matching = (scheme for pattern, scheme in self._patterns if _matches(pattern, module, self._source))
+        found = next(chain(matching, self._of_class), None)
+        if found is None:
+            raise InputError(
+                f"{self._source}: no config group of quantization_config is for '{module}', which is stored quantized"
+            )
+        return found
 
 
 def _matches(pattern: str, module: str, source: Path) -> bool:

@@ -1,7 +1,7 @@
 """The weight files of a checkpoint folder: which tensor lies in which file, and refusals of what must not be read."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, KeysView, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,8 +34,9 @@ class WeightFolder:
             self._files = _by_name(files)
 
     @property
-    def names(self) -> set[str]:
-        return set(self._files)
+    def names(self) -> KeysView[str]:
+        """A set that is not made anew: it is asked once a tensor, of which there may be 50,000."""
+        return self._files.keys()
 
     @property
     def bytes(self) -> int:
