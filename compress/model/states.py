@@ -105,10 +105,7 @@ class StateSpec:
 
     def encoded(self, value: torch.Tensor, positions: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
         """The state [B, ...], or of one that grows the entries of the last tokens, as `stored` keeps them."""
-        if self.grows is None:
-            position = positions[:, -1].view(-1, *[1] * len(self.shape))
-            return remembered.encode(value, self.precision, position, scales)
-        axis = self.grows + 1
-        sizes = [len(positions), *(value.shape[axis] if place + 1 == axis else 1 for place in range(len(self.shape)))]
-        position = positions[:, -value.shape[axis] :].reshape(sizes)
+        new = 1 if self.grows is None else value.shape[self.grows + 1]
+        sizes = [-1, *(new if axis == self.grows else 1 for axis in range(len(self.shape)))]
+        position = positions[:, -new:].reshape(sizes) if self.precision.rounding == "stochastic" else positions[:1, :1]
         return remembered.encode(value, self.precision, position, scales)
