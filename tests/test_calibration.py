@@ -445,7 +445,7 @@ def test_moments_of_every_token_stop_at_a_number_of_rows(moe_layer, monkeypatch)
 
 def test_no_more_moments_are_in_memory_than_the_budget_is_for(moe_layer, monkeypatch):
     """Three experts, two in the budget: those of the first two are gone when the third's are made, but the one in use."""
-    layer, unit, _ = moe_layer
+    layer, unit, x = moe_layer
     wanted, made, most = Wanted(hessian=True), weakref.WeakSet(), []
 
     class Counted(Moments):
@@ -455,7 +455,7 @@ def test_no_more_moments_are_in_memory_than_the_budget_is_for(moe_layer, monkeyp
             most.append(len(made))
 
     monkeypatch.setattr(calibration_inputs, "Moments", Counted)
-    monkeypatch.setattr(calibration_inputs, "MOMENT_BYTES", 2 * wanted.bytes(40))
+    monkeypatch.setattr(calibration_inputs, "MOMENT_BYTES", 2 * wanted.bytes(x.shape[1]))
     with torch.inference_mode():
         for _, _moments in layer.moments(unit, layer.levels[-2], wanted):
             most.append(len(made))
