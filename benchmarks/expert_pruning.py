@@ -63,15 +63,12 @@ SECTIONS = {
     },
     "damping: default with another": {f"damping {value:g}": {"damping": value} for value in (0.01, 0.1, 10.0)},
 }  # fmt: skip
+CORRECTED = {"": "reconstruction", ", rescale": "rescale", ", slice, least squares": "slice, least squares",
+             ", rescale, least squares": DEFAULT}  # fmt: skip  # reconstruction, as each correction is named
 COMPARED = (  # better, worse
     (DEFAULT, "reap"),
     (DEFAULT, "frequency"),
-    ("reconstruction", "reap"),
-    ("rescale", "reap, rescale"),
-    ("slice, least squares", "reap, slice, least squares"),
-    (DEFAULT, "reap, rescale, least squares"),
-    ("reconstruction", "frequency"),
-    (DEFAULT, "frequency, rescale, least squares"),
+    *((name, f"{other}{how}") for other in ("reap", "frequency", "mean_gate") for how, name in CORRECTED.items()),
 )
 QUANTIZED = ("int8", "mixed", "int4-gptq")  # shipped recipes whose passes follow, for one seed; 8 is without pruning
 BUDGETS = {7: 0.125, 6: 0.25, 5: 0.375, 4: 0.5}  # as many experts removed as by the uniform count

@@ -37,7 +37,7 @@ def tiny() -> Path:
 @pytest.fixture(scope="session")
 def nemotron() -> Path:
     """The second reference model, which only the checkout has."""
-    return resources.folder("models") / "tiny-nemotron-h"
+    return Path(__file__).resolve().parents[1] / "models" / "tiny-nemotron-h"
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ against inputs that transformers' model shows; interruptions; refusals."""
 
 import hashlib
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -440,6 +441,25 @@ def test_moments_of_every_token_stop_at_a_number_of_rows(moe_layer, monkeypatch)
     with torch.inference_mode():
         gate, _ = next(layer.moments(unit, layer.levels[-2], Wanted()))
         assert_moments(layer.moments_of_every_token(unit, gate, Wanted(hessian=True)), x[:22])
+
+
+def test_no_more_moments_are_in_memory_than_the_budget_is_for(moe_layer, monkeypatch):
+    """Three experts, two in the budget: those of the first two are gone when the third's are made, but the one in use."""
+    layer, unit, x = moe_layer
+    wanted, made, most = Wanted(hessian=True), weakref.WeakSet(), []
+
+    class Counted(Moments):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.add(self)
+            most.append(len(made))
+
+    monkeypatch.setattr(calibration_inputs, "Moments", Counted)
+    monkeypatch.setattr(calibration_inputs, "MOMENT_BYTES", 2 * wanted.bytes(x.shape[1]))
+    with torch.inference_mode():
+        for _, _moments in layer.moments(unit, layer.levels[-2], wanted):
+            most.append(len(made))
+    assert len(most) == 2 * 3 and max(most) == 2
 
 
 @pytest.mark.parametrize("every_token", [True, False])

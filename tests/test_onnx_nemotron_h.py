@@ -12,7 +12,6 @@ from stepping import own_logits
 
 from compress.apply import exporting
 from compress.checkpoint.reader import Checkpoint
-from compress.recipe import resources
 from compress.runtime.onnx_session import OnnxSession
 from exporters.graph.form import Form
 
@@ -49,10 +48,9 @@ def test_a_prompt_and_decode_give_the_logits_of_our_own_forward(tmp_path, monkey
     assert_shapes_are_inferred(path, monkeypatch)
 
 
-def test_the_trained_model_agrees(tmp_path):
-    folder = resources.folder("models") / "tiny-nemotron-h"
-    path = exporting.export_checkpoint(folder, "onnx", tmp_path / "onnx") / "model.onnx"
-    model = Checkpoint(folder).model
+def test_the_trained_model_agrees(nemotron, tmp_path):
+    path = exporting.export_checkpoint(nemotron, "onnx", tmp_path / "onnx") / "model.onnx"
+    model = Checkpoint(nemotron).model
     ids, mask = make_tokens(model.config.vocab_size)
     actual = prompt_and_decode(OnnxSession(path, EXACT, threads=1), ids, mask)
     assert np.abs(actual - expected_logits(model, ids, mask))[mask == 1].max() <= AGREEMENT

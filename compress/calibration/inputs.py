@@ -100,9 +100,16 @@ class LayerInputs:
         """Statistics of the inputs of groups of one level, as many at a time as the budget allows."""
         number = next(number for number, level in self._levels if groups[0] in level)
         for batch in _batches(unit, self.prefix, groups, wanted):
-            found = {group: self._empty(unit, group, wanted) for group in batch}
-            self._replay(unit, number, found)
-            yield from found.items()
+            yield from self._moments_of(unit, number, batch, wanted)
+
+    def _moments_of(
+        self, unit: Unit, place: int, batch: list[InputGroup], wanted: Wanted
+    ) -> Iterator[tuple[InputGroup, Moments]]:
+        """From one replay, each let go of when it is given: none is left when the next batch's are made."""
+        found = {group: self._empty(unit, group, wanted) for group in batch}
+        self._replay(unit, place, found)
+        for group in batch:
+            yield group, found.pop(group)
 
     def moments_of_every_token(self, unit: Unit, group: InputGroup, wanted: Wanted) -> Moments:
         """The same for the matrices of one expert, were all tokens of the layer routed to it."""

@@ -16,9 +16,9 @@ from jamba_models import make_jamba
 from nemotron_h_models import make_nemotron_h
 from test_onnx_formats import SHAPES, SPREAD
 
-from compress.recipe import resources
 from compress.recipe.recipe import load_recipe
 
+MODELS = Path(__file__).resolve().parents[2] / "models"  # the wheel has one of them only
 BRIEF = ("calibration.samples=4", "calibration.length=128", "calibration.prompts=[prose]")
 SELF = {"prompts": ["self"], "samples": 4, "length": 32}
 
@@ -47,7 +47,7 @@ def recipes(tmp_path_factory) -> dict[str, Exported]:
     root, found = tmp_path_factory.mktemp("recipes"), {}
     for name, (recipe, model) in RECIPES.items():
         loaded = load_recipe(recipe, ("check=null", *(() if recipe == "tiny-int8" else BRIEF)))
-        found[name] = exported(loaded, resources.folder("models") / model, root / name)
+        found[name] = exported(loaded, MODELS / model, root / name)
     return found
 
 
