@@ -53,14 +53,14 @@ def recipes(tmp_path_factory) -> dict[str, Exported]:
 
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory) -> dict[str, Exported]:
-    """Small models in every format."""
+    """Small models in every format of matrices and states."""
     root, found = tmp_path_factory.mktemp("variants"), {}
     sources = {
         name: make_jamba(root / name, spread=SPREAD, **{"num_hidden_layers": 4, **changes})
         for name, changes in SHAPES.items()
     } | {name: make_nemotron_h(root / name, spread=SPREAD, **changes) for name, changes in NEMOTRON_H.items()}
-    for number, (name, (shape, options)) in enumerate(settings().items()):
-        text = {"version": 1, "calibration": SELF, "passes": [{"quantize": options}], "export": [{"onnx": {}}]}
+    for number, (name, (shape, step)) in enumerate(settings().items()):
+        text = {"version": 1, "calibration": SELF, "passes": [step], "export": [{"onnx": {}}]}
         (root / f"{number}.yaml").write_text(json.dumps(text))
         found[name] = exported(load_recipe(str(root / f"{number}.yaml")), sources[shape], root / f"out{number}")
     return found
