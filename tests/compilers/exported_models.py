@@ -71,7 +71,10 @@ def settings() -> dict[str, tuple[str, dict]]:
     Nemotron-H, whose products are spelled as Jamba's, has its matrices in one format for every shape."""
     quantized = {name: (shape, {"quantize": options}) for name, (shape, options) in _quantized().items()}
     stored = {
-        f"states in {name}, {shape}": (shape, {"state_precision": {"ssm_state": most, "conv_state": conv, "kv_cache": most}})
+        f"states in {name}, {shape}": (
+            shape,
+            {"state_precision": {"ssm_state": most, "conv_state": conv, "kv_cache": most}},
+        )
         for name, (most, conv) in STATES.items()
         for shape in ("awkward", "awkward, nemotron_h")
     }

@@ -26,4 +26,8 @@ def test_every_graph_runs_at_its_floor(recipes, variants, at_the_floor):
 
 def test_every_recipe_and_format_has_a_floor(recipes, variants):
     assert {*recipes} == {*RECIPES} and {*variants} == {*settings()}
-    assert {one.minimum("onnxruntime") for one in (recipes | variants).values()} == {ONNXRUNTIME, NARROW_STATES, INT4_TABLE}
+    assert {one.minimum("onnxruntime") for one in (recipes | variants).values()} == {
+        ONNXRUNTIME,
+        NARROW_STATES,
+        INT4_TABLE,
+    }

@@ -21,7 +21,9 @@ def logits(one: Exported, options: dict) -> dict[str, np.ndarray]:
 
         def step(ids, mask):
             request.infer({"input_ids": ids, "attention_mask": mask, **state})
-            state.update({name: copied(request.get_tensor(name.replace("past_key_values", "present"))) for name in state})
+            state.update(
+                {name: copied(request.get_tensor(name.replace("past_key_values", "present"))) for name in state}
+            )
             return np.array(request.get_tensor("logits").data)
 
         return step
