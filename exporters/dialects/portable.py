@@ -99,9 +99,17 @@ class Portable(Dialect):
         return graph.from_float32(y), state
 
     def last_inputs(self, x: Value, dt: Value, b: Value) -> Value:
-        mask = None if self.tokens.is_one else self._token_mask()
-        last = (cadence.last_of(self.graph, self.graph.float32(each), mask) for each in (x, dt, b))
-        return self.graph.op("Concat", *last, axis=2)
+        """float32."""
+        inputs = [self.graph.float32(each) for each in (x, dt, b)]
+        if not self.tokens.is_one:
+            last = self.graph.once("last token", self._last_token)
+            inputs = [self.graph.op("MatMul", last, each) for each in inputs]
+        return self.graph.op("Concat", *inputs, axis=2)
+
+    def _last_token(self) -> Value:
+        graph, given, mask = self.graph, self.tokens.given, self.tokens.mask
+        read, in_all = position.read(graph, given, mask), position.read_in_all(graph, mask)
+        return cadence.last_token(graph, read, in_all, self._token_mask().keep)
 
     def attention(
         self, query: Value, key: Value, value: Value, past_key: Value, past_value: Value, rotary: float | None

@@ -6,7 +6,6 @@ import onnx_ir as ir
 import torch
 
 from exporters.graph.builder import FLOAT, Graph
-from exporters.graph.mamba import TokenMask, newest
 
 Value = ir.Value
 
@@ -49,9 +48,9 @@ def inputs_kept(graph: Graph, value: Value, kept: Value, is_due: Value, here: Va
     return graph.op("Cast", chosen(graph, is_due, graph.constant(0, FLOAT), with_new, 3), to=ir.DataType.FLOAT16)
 
 
-def last_of(graph: Graph, value: Value, mask: TokenMask | None) -> Value:
-    """[B, S, width] -> the last token of each row, [B, 1, width]; None where S is 1."""
-    if mask is None:
-        return value
-    last = graph.op("Sub", graph.op("Max", mask.real, graph.constant([1])), graph.constant([1]))
-    return newest(graph, value, last, 1)
+def last_token(graph: Graph, read: Value, in_all: Value, keep: Value) -> Value:
+    """float32 [B, 1, S]: 1 at the last token of each row, and 0 elsewhere. `read` [B, S] and `in_all` [B, 1] count real tokens,
+    `keep` [B, S, 1] is 1 for those."""
+    up_to_last = graph.op("Cast", graph.op("Equal", read, in_all), to=ir.DataType.FLOAT)
+    row = graph.op("Transpose", graph.float32(keep), perm=[0, 2, 1])
+    return graph.op("Mul", graph.op("Unsqueeze", up_to_last, graph.constant([1])), row)

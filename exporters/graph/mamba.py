@@ -53,10 +53,10 @@ def causal_conv(
         term = graph.op("Mul", shifted, tap)
         y = term if y is None else graph.op("Add", y, term)
     assert y is not None  # a convolution has a tap
-    return y, graph.op("Transpose", newest(graph, padded, real, width - 1), perm=[0, 2, 1])
+    return y, graph.op("Transpose", _newest(graph, padded, real, width - 1), perm=[0, 2, 1])
 
 
-def newest(graph: Graph, padded: ir.Value, real: ir.Value | None, kept: int) -> ir.Value:
+def _newest(graph: Graph, padded: ir.Value, real: ir.Value | None, kept: int) -> ir.Value:
     """The inputs [B, kept, D] up to the last token of padded [B, kept + S, D]."""
     if real is None:
         return graph.op("Slice", padded, graph.constant([-kept]), graph.constant([END]), graph.constant([1]))
