@@ -2,7 +2,6 @@
 
 import json
 import math
-from itertools import product
 
 import numpy as np
 import pytest
