@@ -31,8 +31,14 @@ ROUNDED = {
     f"{number_format}, {rounding}, {scale}": {"format": number_format, "rounding": rounding, "scale": scale}
     for number_format, rounding, scale in product(("int8", "int4"), ("nearest", "stochastic"), ("dynamic", "static"))
 }
-FP8 = {f"fp8-e4m3, {scale}": {"format": "fp8-e4m3", "scale": scale} for scale in ("dynamic", "static")}
-PLAIN = {number_format: {"format": number_format} for number_format in ("fp16", "bf16")}
+FP8 = {
+    f"fp8-e4m3, {rounding}, {scale}": {"format": "fp8-e4m3", "rounding": rounding, "scale": scale}
+    for rounding, scale in product(("nearest", "stochastic"), ("dynamic", "static"))
+}
+PLAIN = {
+    f"{number_format}, {rounding}": {"format": number_format, "rounding": rounding}
+    for number_format, rounding in product(("fp16", "bf16"), ("nearest", "stochastic"))
+}
 SETTINGS = ROUNDED | FP8 | PLAIN
 IN_BLOCKS = {
     "int8, blocks of 2": {"format": "int8", "block": 2},
@@ -46,7 +52,9 @@ FEEDBACK = {
     for number_format, residual in (("int8", "int8"), ("int4", "int8"), ("fp8-e4m3", "int4"), ("fp16", "bf16"))
 } | {
     "int8, static, + fp8": {"format": "int8", "scale": "static", "rounding": "error_feedback", "residual": "fp8-e4m3"},
-    "int4 + fp16, blocks along d_inner": {"format": "int4", "rounding": "error_feedback", "residual": "fp16", "axis": "d_inner", "block": 3},
+    "int4 + fp16, blocks along d_inner": {
+        "format": "int4", "rounding": "error_feedback", "residual": "fp16", "axis": "d_inner", "block": 3,
+    },
 }  # fmt: skip
 CADENCE = {
     "int8, stochastic, every 5": {"format": "int8", "rounding": "stochastic", "every": 5},
@@ -120,7 +128,7 @@ def awkward_values(shape) -> torch.Tensor:
 )
 @pytest.mark.parametrize("name", ROUNDED | FP8)
 def test_a_state_is_stored_to_the_last_bit_as_our_own_forward_stores_it(tmp_path, name, axis, size, block):
-    precision = Precision(**(ROUNDED | FP8)[name], axis=axis, block=block, seed=77)
+    precision = Precision(**SETTINGS[name], axis=axis, block=block, seed=77)
     shape = (size, 6) if axis == -2 else (6, size)
     spec = StateSpec("recurrent_state", StateKind.SSM, shape, precision=precision)
     value, position = awkward_values((6, *shape)), torch.tensor([1, 2, 3, 100, 8191, 70000]).view(-1, 1, 1)
@@ -141,6 +149,24 @@ def test_a_state_is_stored_to_the_last_bit_as_our_own_forward_stores_it(tmp_path
     stored, restored = actual.split([expected.shape[axis], size], axis)
     assert torch.equal(stored, expected.float())
     assert torch.equal(restored, remembered.decode(expected, precision, size, scales))
+
+
+@pytest.mark.parametrize("number_format", ["fp16", "bf16", "fp8-e4m3"])
+def test_a_dither_rounds_floats_to_the_last_bit_as_our_own_forward_does(tmp_path, number_format):
+    spec = StateSpec(
+        "recurrent_state", StateKind.SSM, (7, 6), precision=Precision(number_format, "stochastic", "static", seed=5)
+    )
+    value, position = awkward_values((6, 7, 6)), torch.tensor([1, 2, 3, 100, 8191, 70000]).view(-1, 1, 1)
+    scales = None if spec.precision.is_plain else torch.ones(7, 1)
+
+    def build(graph, given, place):
+        static = None if scales is None else graph.constant(scales.numpy(), np.float32)
+        stored = in_graph.kept_on(graph, spec, given, None, in_graph.dithers(graph, spec, place), static)
+        return graph.op("Cast", stored, to=onnx.TensorProto.FLOAT)
+
+    actual = torch.from_numpy(run_graph(tmp_path, {"x": value.numpy(), "place": position.numpy()}, 6, build))
+    expected = remembered.encode(value, spec.precision, position, scales).float()
+    assert torch.equal(actual, expected)
 
 
 # whole models
@@ -273,7 +299,7 @@ def exported_to_go_on(source, folder, settings):
 
 
 @pytest.mark.parametrize(
-    "name", ["int8, stochastic, dynamic", "int8, nearest, static", "int4, stochastic, dynamic", "fp8-e4m3, dynamic",
+    "name", ["int8, stochastic, dynamic", "int8, nearest, static", "int4, stochastic, dynamic", "fp8-e4m3, nearest, dynamic",
              "int8 + int8, every 3", "int4 + int8", "int8, along d_inner"]
 )  # fmt: skip
 def test_the_graph_goes_on_as_our_own_forward(trained, tmp_path, name):

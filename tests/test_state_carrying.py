@@ -134,10 +134,14 @@ class LoopSteps:
         self.weights = [layer_weights(model, layer.index, "cpu") for layer in model.layers]
         settings = {entry["layer"]: entry for entry in kept}
         self.states = [
-            {s.name: Memory(settings[layer.index], s.shape) if s.name == "recurrent_state" else torch.zeros(1, *(0 if a == s.grows else n for a, n in enumerate(s.shape)))
-             for s in layer.states}
-            for layer in model.layers
-        ]  # fmt: skip
+            {spec.name: self._empty(layer, spec, settings) for spec in layer.states} for layer in model.layers
+        ]
+
+    @staticmethod
+    def _empty(layer, spec, settings):
+        if spec.name == "recurrent_state":
+            return Memory(settings[layer.index], spec.shape)
+        return torch.zeros(1, *(0 if axis == spec.grows else size for axis, size in enumerate(spec.shape)))
 
     @torch.inference_mode()
     def step(self, ids):
