@@ -239,9 +239,14 @@ def _scales_of(model, layer, spec):
 
 
 EVERY = SETTINGS | IN_BLOCKS | FEEDBACK | CADENCE
+LESS_TELLING = {
+    "fp8-e4m3, nearest, static", "fp8-e4m3, stochastic, static", "fp16, stochastic", "bf16, nearest", "int8, static, + fp8",
+    "int8, blocks of 3 along d_inner, static", "int4 + int8", "fp16 + bf16", "int4, static, every 2", "fp8, every 5",
+}  # fmt: skip
+STEPS = [pytest.param(name, marks=pytest.mark.slow) if name in LESS_TELLING else name for name in EVERY]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", STEPS)
 def test_a_step_from_the_same_stored_states_stores_the_same(source, tmp_path, monkeypatch, name):
     model, path = exported(source, tmp_path, EVERY[name])
     ids, mask = padded_tokens(24)
@@ -300,7 +305,7 @@ def exported_to_go_on(source, folder, settings):
 
 @pytest.mark.parametrize(
     "name", ["int8, stochastic, dynamic", "int8, nearest, static", "int4, stochastic, dynamic", "fp8-e4m3, nearest, dynamic",
-             "int8 + int8, every 3", "int4 + int8", "int8, along d_inner"]
+             "int8 + int8, every 3"]
 )  # fmt: skip
 def test_the_graph_goes_on_as_our_own_forward(trained, tmp_path, name):
     assert divergence_of_free_runs(*exported_to_go_on(trained, tmp_path, EVERY[name]), 84) <= 1e-4
@@ -314,13 +319,7 @@ def test_the_graph_goes_on_as_our_own_forward_for_long(trained, tmp_path, name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "int8, stochastic, dynamic",
-        "int4, stochastic, static",
-        "int8, stochastic, every 5",
-        "int8 + int8, every 3",
-        "fp16 + bf16",
-    ],
+    ["int8, stochastic, dynamic", "int4, stochastic, static", "int8, stochastic, every 5", "int4, static, every 2"],
 )
 def test_padding_and_the_row_change_nothing_that_is_stored(source, tmp_path, name):
     """The same tokens alone, and as the last row of three behind five places of padding."""
