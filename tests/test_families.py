@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from stepping import own_logits
 
 from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
+from compress.formats.remembered import Precision
 from compress.model import families
 from compress.model.block import Layer, Residual
 from compress.model.blocks.attention import Attention
@@ -187,7 +187,7 @@ def test_layers_that_keep_their_states_narrower_are_calibrated_as_others(make, m
 
 
 def in_bf16(states):
-    return lambda block: tuple(replace(spec, format="bf16") for spec in states(block))
+    return lambda block: tuple(spec.kept_in(Precision("bf16")) for spec in states(block))
 
 
 @pytest.mark.parametrize("layers", ["after", "before", "beside"])
