@@ -165,9 +165,13 @@ class Layer:
         experts = self.experts
         return experts.router.top_k / experts.count if experts and role == Role.EXPERTS else 1.0
 
+    def restored(self, ops: Operators[T], kept: Mapping[str, T]) -> dict[str, T]:
+        """What a call begins with, by name, from states as they were kept."""
+        return {spec.name: ops.state_in(spec, kept[spec.name]) for spec in self.states}
+
     def run(self, ops: Operators[T], hidden: T, kept: dict[str, T]) -> tuple[T, dict[str, T]]:
         """The whole layer on hidden [B, S, H], from states as they were kept to states as they are kept."""
-        state = {spec.name: ops.state_in(spec, kept[spec.name]) for spec in self.states}
+        state = self.restored(ops, kept)
         new: dict[str, T] = {}
         for residual in self.residuals:
             hidden, found = residual.run(ops, hidden, state)
