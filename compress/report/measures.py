@@ -38,7 +38,7 @@ def _of_states(
     ratios = {row["position"]: _number(row["ratio"]) for row in rows}
     name = [rows[0]["artifact"], str(rows[0]["layer"]), rows[0]["kind"]]
     counts = [c for c in saturation if [c["artifact"], str(c["layer"]), c["kind"]] == name]
-    shares = ", ".join(f"{count['share']:.3g}" for count in counts)
+    shares = ", ".join(f"{c['share']:.3g}" + (" (dynamic)" if "note" in c else "") for c in counts)
     return [*name, _number(rows[-1]["baseline_rms"]), *(ratios.get(place, "") for place in positions), shares]
 
 
