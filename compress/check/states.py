@@ -131,9 +131,9 @@ def measure(kept: Kept, sizes: Sizes, prefill: int) -> None:
     first = _looks(kept.length, prefill).get(kept.read)
     if first is None or not rows:
         return
-    kinds = {spec.name: spec.kind for spec in kept.layer.states}
-    for name, value in kept.begun_with(rows).items():
-        size = sizes.setdefault((kept.layer.index, kinds[name], first), Size())
+    values = kept.begun_with(rows)
+    for spec in kept.layer.states:
+        size, value = sizes.setdefault((kept.layer.index, spec.kind, first), Size()), values[spec.name]
         size.position = max(size.position, kept.read - 1)
         size.squares += float(value.double().square().sum())
         size.entries += value.numel()

@@ -210,25 +210,24 @@ def _decoded_together(longest: int, prefill: int) -> int:
 def run_layer(model: HybridModel, index: int, weights: LayerWeights, entering: HiddenStates, leaving: HiddenStates,
               device: str, advance: Advance, *, cuts: Cuts = in_one_call, listen: Listen | None = None) -> None:  # fmt: skip
     """One layer, block by block; `leaving` may be `entering`. `advance` hears of tokens."""
-    layer = model.layer(index)
     for number, windows in enumerate(entering.blocks):
-        hidden, outputs = entering.read(number).to(device), []
-        for stop, output, state in _run_block(layer, weights, hidden, cuts):
-            outputs.append(output)
-            if listen is not None:
-                listen(Kept(layer, windows, stop, hidden.shape[1], state, weights))
-        leaving.write(number, torch.cat(outputs, 1))
+        hidden = entering.read(number).to(device)
+        leaving.write(number, _run_block(model, index, weights, hidden, cuts, windows, listen))
         advance(hidden.shape[0] * hidden.shape[1])
 
 
-def _run_block(
-    layer: Layer, weights: LayerWeights, hidden: torch.Tensor, cuts: Cuts
-) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
-    """Of every call: where it stops, what the layer gives, and what it keeps."""
+def _run_block(model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, cuts: Cuts,
+               windows: list[int], listen: Listen | None = None) -> torch.Tensor:  # fmt: skip
+    """One layer on hidden states [b, S, H] of these windows, call by call."""
+    layer, length = model.layer(index), hidden.shape[1]
     state = empty_state(layer, hidden.shape[0], hidden.device)
-    for start, stop in cuts(hidden.shape[1]):
+    outputs = []
+    for start, stop in cuts(length):
         output, state = layer.run(Eager(weights, total=stop), hidden[:, start:stop], state)
-        yield stop, output, state
+        outputs.append(output)
+        if listen is not None:
+            listen(Kept(layer, windows, stop, length, state, weights))
+    return torch.cat(outputs, 1)
 
 
 def fits_in_memory(model: HybridModel) -> bool:
