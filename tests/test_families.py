@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def test_layers_that_keep_their_states_narrower_are_calibrated_as_others(make, m
 
 
 def in_bf16(states):
-    return lambda block: tuple(spec.kept_in(Precision("bf16")) for spec in states(block))
+    return lambda block: tuple(replace(spec, precision=Precision("bf16")) for spec in states(block))
 
 
 @pytest.mark.parametrize("layers", ["after", "before", "beside"])
