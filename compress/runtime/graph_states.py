@@ -38,7 +38,7 @@ class GraphStates:
         graph = reading.load(path)
         self._layers = [layer for layer in reading.architecture(graph, path).layers if layer.states]
         self._inputs = {layer.index: _inputs(layer, session, path) for layer in self._layers}
-        wanted = {layer.prefix + spec.scale_name for layer in self._layers for spec in layer.states}
+        wanted = {layer.prefix + spec.scale_name for layer in self._layers for spec in layer.carried}
         stored = {tensor.name: tensor for tensor in reading.external_tensors(graph) if tensor.name in wanted}
         self._scales = {name: torch.from_numpy(t.numpy().astype(np.float32)) for name, t in stored.items()}
 
@@ -53,7 +53,7 @@ class GraphStates:
 def _inputs(layer: Layer, session: OnnxSession, path: Path) -> dict[str, str]:
     """The graph's input for each of a layer's states, by name, in either layout."""
     found = {}
-    for spec in layer.states:
+    for spec in layer.carried:
         names = (past_of(layer.index, spec), in_transformers_js(past_of(layer.index, spec)))
         known = [name for name in names if name in session.past]
         if not known:
