@@ -200,6 +200,30 @@ def run_layer(model: HybridModel, index: int, weights: LayerWeights, entering: H
         advance(hidden.shape[0] * hidden.shape[1])
 
 
+def decode_layer(model: HybridModel, index: int, weights: LayerWeights, entering: HiddenStates, leaving: HiddenStates,
+                 device: str, advance: Advance) -> None:  # fmt: skip
+    """One layer, token by token, on blocks that are small enough for prefill: as many together as decode takes."""
+    for numbers in _decoded_blocks(entering):
+        blocks = [entering.read(number) for number in numbers]
+        hidden = torch.cat(blocks).to(device)
+        pieces = _run_block(model, index, weights, hidden, 1).split([len(block) for block in blocks])
+        for number, piece in zip(numbers, pieces, strict=True):
+            leaving.write(number, piece)
+        advance(hidden.shape[0] * hidden.shape[1])
+
+
+def _decoded_blocks(states: HiddenStates) -> Iterator[list[int]]:
+    """Consecutive blocks of windows of equal length, DECODE_TOKENS at most together; at least one."""
+    together: list[int] = []
+    for number, (windows, length, _) in enumerate(states.shapes):
+        tokens = sum(states.shapes[other][0] for other in together) * length + windows * length
+        if together and (states.shapes[together[0]][1] != length or tokens > DECODE_TOKENS):
+            yield together
+            together = []
+        together.append(number)
+    yield together
+
+
 def _run_block(
     model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, prefill: int
 ) -> torch.Tensor:
