@@ -50,13 +50,15 @@ def within_loss(table: Table, most: float) -> Moves:
 
 
 def within_bytes(table: Table, most: int) -> Moves:
-    """The moves after which all places take at most so many bytes, or as few as there can be; none that could be spared."""
+    """The moves after which all places take at most so many bytes, or as few as there can be; one a place, none dearer than
+    it must be where all others stay."""
     needless = size(table, ()) - most
 
     def fits(taken: Moves, move: Move) -> bool:
         return saved(taken) < needless
 
-    return _spared(_taken(table, fits), needless)
+    taken = _taken(table, fits)
+    return _spared(table, chosen(table, taken), max(most, size(table, taken)))
 
 
 def chosen(table: Table, moves: Moves) -> dict[Place, int]:
@@ -76,10 +78,6 @@ def size(table: Table, moves: Moves) -> int:
     return sum(choices[0].bytes for choices in table.values()) - saved(moves)
 
 
-def smallest(table: Table) -> int:
-    return sum(min(choice.bytes for choice in choices) for choices in table.values())
-
-
 def possible(table: Table, moves: Moves) -> Iterator[Move]:
     """Every next move."""
     for place, at in chosen(table, moves).items():
@@ -96,12 +94,24 @@ def _taken(table: Table, fits: Callable[[Moves, Move], bool]) -> Moves:
     return taken
 
 
-def _spared(moves: Moves, needless: int) -> Moves:
-    """Without what the last move made needless, the greatest loss first; of a place, only its last move can go."""
-    while True:
-        last = {move.place: move for move in moves}
-        spare = [move for move in last.values() if move.loss > 0 and saved(moves) - move.saved >= needless]
-        if not spare:
-            return moves
-        costliest = max(spare, key=lambda move: (move.loss, move.place))
-        moves = tuple(move for move in moves if move is not costliest)
+def _spared(table: Table, at: Mapping[Place, int], most: int) -> Moves:
+    """Straight to these choices, but where a dearer one is needless: the last move may have saved more than was asked for."""
+    at = dict(at)
+    while cheaper := [
+        Move(place, at[place], number, choice.loss - now.loss, now.bytes - choice.bytes)
+        for place, now in ((place, table[place][number]) for place, number in at.items())
+        for number, choice in enumerate(table[place])
+        if choice.loss < now.loss and _bytes(table, at) - now.bytes + choice.bytes <= most
+    ]:
+        best = min(cheaper, key=lambda move: (move.loss, move.place, move.after))
+        at[best.place] = best.after
+    return tuple(_straight(table, place, number) for place, number in at.items() if number)
+
+
+def _straight(table: Table, place: Place, number: int) -> Move:
+    begun, choice = table[place][0], table[place][number]
+    return Move(place, 0, number, choice.loss - begun.loss, begun.bytes - choice.bytes)
+
+
+def _bytes(table: Table, at: Mapping[Place, int]) -> int:
+    return sum(table[place][number].bytes for place, number in at.items())
