@@ -254,6 +254,13 @@ def test_drift_is_that_of_tokens_257_and_later_of_the_text(model, tmp_path):
     assert short.decode_drift_ratio is None
 
 
+def test_a_budget_of_drift_is_held_by_windows_that_are_long_enough(run):
+    long = "{prompts: [self], samples: 1, length: 258}"
+    search = found(run("{auto: {budget: 1.5}, ssm_state: fp16}", calibration=long))
+    assert search["confirmed"]["decode_drift_ratio"] <= 1.5 and search["goal"]["budget"] == 1.5
+    assert search["predicted"] >= 1 and search["bytes_found"] < search["bytes_begun"]
+
+
 class Notes(dict):
     """A journal in memory."""
 
