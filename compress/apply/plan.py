@@ -31,6 +31,7 @@ from compress.strict import yaml_text
 from compress.strict.models import Strict
 from compress.terminal.escaping import printable
 
+TRIED_TOGETHER = 8  # ways to keep the states of a layer, at most
 SPARE = 1.02  # room for headers, graph and report beside the weights
 
 
@@ -105,19 +106,31 @@ class Plan:
         return any(step.needs_calibration for step in self.passes)
 
     @property
+    def needs_settling(self) -> bool:
+        return any(step.needs_settling for step in self.passes)
+
+    @property
+    def needs_windows(self) -> bool:
+        """Whether calibration tokens are read, to calibrate on or to settle by."""
+        return self.needs_calibration or self.needs_settling
+
+    @property
     def calibration(self) -> Calibration:
         return self.recipe.calibration or Calibration()
 
     def calibration_bytes(self) -> int:
         """Hidden states on disk: before a layer, between its blocks and after it, and what passes keep while they work on
-        a layer: more states, and the layer as they leave it."""
-        if not self.needs_calibration:
-            return 0
+        a layer: more states, and the layer as they leave it. To settle: before every layer, and of what is tried."""
         tokens = len(self.calibration.prompts) * self.calibration.samples * self.calibration.length
+        of_model = 4 * tokens * self.model.config.hidden_size
+        settling = of_model * (self.model.config.num_hidden_layers + 1 + TRIED_TOGETHER) if self.needs_settling else 0
+        return max(settling, self._calibrating_bytes(of_model) if self.needs_calibration else 0)
+
+    def _calibrating_bytes(self, of_model: int) -> int:
         more = [step.scratch_states for step in self.passes]
         left = [stage for stage, states in zip(self.stages[1:], more, strict=True) if states]
         kept = sum(max(unit.stored_bytes() for unit in stage.units) for stage in left)
-        return (3 + max(more)) * 4 * tokens * self.model.config.hidden_size + kept
+        return (3 + max(more)) * of_model + kept
 
     def check_bytes(self) -> int:
         """Log-probabilities and hidden states of the baseline on disk."""
@@ -141,7 +154,7 @@ def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Pa
     model = checkpoint.model if checkpoint else model_of_config(source.folder)
     plan = with_found(Plan(source, checkpoint, (model,), recipe), {}, context)
     of_generation_config(source.folder)  # refuses one that cannot be read
-    folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_calibration else None
+    folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_windows else None
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
         if settings is not None:
             for name in settings.prompts:
@@ -150,7 +163,18 @@ def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Pa
                     name, folder, recipe_folder, length=settings.length, purpose=purpose, asking=asking
                 )
     _refuse_shared_prompts(recipe, calibration, recipe_folder)
+    refuse_short_windows(plan, plan.calibration.length, "calibration.length is")
     return plan
+
+
+def refuse_short_windows(plan: Plan, longest: int, said: str) -> None:
+    """Calibration windows of which none has the tokens that a pass needs; `said` stands before their length."""
+    for number, step in enumerate(plan.passes):
+        if plan.needs_windows and longest < step.least_window:
+            raise InputError(
+                f"passes.{number}.{plan.recipe.passes[number].name} needs calibration windows of {step.least_window} tokens "
+                f"or more, but {said} {longest}"
+            )
 
 
 def with_found(plan: Plan, found: dict[int, Found], context: PassContext) -> Plan:
@@ -161,6 +185,14 @@ def with_found(plan: Plan, found: dict[int, Found], context: PassContext) -> Pla
         step.requires(stages[-1])
         stages.append(step.restructure(stages[-1], replace(context, found=found.get(number))))
     return replace(plan, stages=tuple(stages), found=found)
+
+
+def settled(plan: Plan, number: int, options: Strict, context: PassContext) -> Plan:
+    """The plan with other options for one of its passes."""
+    steps = list(plan.recipe.passes)
+    steps[number] = steps[number].model_copy(update={"options": options})
+    recipe = plan.recipe.model_copy(update={"passes": tuple(steps)})
+    return with_found(replace(plan, recipe=recipe), plan.found, context)
 
 
 def _refuse_order(plan: Plan, number: int) -> None:
@@ -244,7 +276,7 @@ def describe(plan: Plan, out: Path) -> str:
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
         *(f"loads in  {line}" for line in runtimes.as_lines(runtimes.of(plan.result, plan.recipe.export))),
     ]
-    if plan.needs_calibration:
+    if plan.needs_windows:
         asked = plan.calibration
         lines.append(
             f"calibrate {', '.join(asked.prompts)}: up to {asked.samples} windows of {asked.length} tokens from each"

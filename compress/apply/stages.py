@@ -2,11 +2,12 @@
 
 from compress import prompts
 from compress.apply.plan import Plan
-from compress.check import baseline, compare, generated, states
+from compress.check import baseline, compare, generated, state_costs, states
 from compress.model.config import Config
 from compress.recipe.check import PHASES, Check
 
 SURVEY, COMPRESSING = "survey", "compressing"
+SETTLING = (state_costs.TOGETHER, state_costs.ALONE, state_costs.TOGETHER)  # as begun, state by state, as chosen
 
 
 def exporting(kind: str) -> str:
@@ -15,10 +16,11 @@ def exporting(kind: str) -> str:
 
 def of(planned: Plan) -> list[str]:
     """All that a plan may need. Those that were done before, and those whose result is kept in the cache, are skipped."""
-    calibrated = planned.calibration.prompts if planned.needs_calibration else ()
+    calibrated = planned.calibration.prompts if planned.needs_windows else ()
     surveys = [SURVEY for step in planned.passes if step.needs_survey]
     exports = [step.name for step in planned.recipe.export]
-    names = [*map(prompts.stage, calibrated), *surveys, COMPRESSING, *map(exporting, exports)]
+    settling = [name for step in planned.passes if step.needs_settling for name in SETTLING]
+    names = [*map(prompts.stage, calibrated), *surveys, COMPRESSING, *settling, *map(exporting, exports)]
     if planned.recipe.check is None:
         return names
     return names + _of_check(planned.recipe.check, planned.result.config, ["checkpoint", *exports])

@@ -173,6 +173,14 @@ def with_states(values: JsonObject, decided: Iterable[KeptState]) -> JsonObject:
     return values | {SECTION: {**kept, STATES: written}}
 
 
+def without_states(values: JsonObject) -> JsonObject:
+    """config.json that says nothing of states: they are kept in float32."""
+    section = values.get(SECTION)
+    if not isinstance(section, Mapping) or STATES not in section:
+        return values
+    return values | {SECTION: {key: value for key, value in section.items() if key != STATES}}
+
+
 def packed(exponents: Iterable[int]) -> str:
     """Exponents from -128 to 127, as `Folded` has them."""
     return base64.b64encode(zlib.compress(bytes(exponent & 0xFF for exponent in exponents), 9)).decode("ascii")

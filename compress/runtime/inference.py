@@ -179,6 +179,9 @@ def calls(length: int, prefill: int) -> Iterator[tuple[int, int]]:
     yield from ((t, t + 1) for t in range(first, length))
 
 
+ONE_BY_ONE = partial(calls, prefill=1)
+
+
 @torch.inference_mode()
 def stream(model: HybridModel, windows: list[torch.Tensor], scratch: Path, *, device: str = "cpu",
            decode: bool = False, prefill: int = 1, advance: Advance = lambda tokens: None,
@@ -214,6 +217,31 @@ def run_layer(model: HybridModel, index: int, weights: LayerWeights, entering: H
         hidden = entering.read(number).to(device)
         leaving.write(number, _run_block(model, index, weights, hidden, cuts, windows, listen))
         advance(hidden.shape[0] * hidden.shape[1])
+
+
+def decode_layer(model: HybridModel, index: int, weights: LayerWeights, entering: HiddenStates, leaving: HiddenStates,
+                 device: str, advance: Advance) -> None:  # fmt: skip
+    """One layer, token by token, on blocks that are small enough for prefill: as many together as decode takes."""
+    for numbers in _decoded_blocks(entering):
+        blocks = [entering.read(number) for number in numbers]
+        hidden = torch.cat(blocks).to(device)
+        windows = [window for number in numbers for window in entering.blocks[number]]
+        pieces = _run_block(model, index, weights, hidden, ONE_BY_ONE, windows).split([len(block) for block in blocks])
+        for number, piece in zip(numbers, pieces, strict=True):
+            leaving.write(number, piece)
+        advance(hidden.shape[0] * hidden.shape[1])
+
+
+def _decoded_blocks(states: HiddenStates) -> Iterator[list[int]]:
+    """Consecutive blocks of windows of equal length, DECODE_TOKENS at most together; at least one."""
+    together: list[int] = []
+    for number, (windows, length, _) in enumerate(states.shapes):
+        tokens = sum(states.shapes[other][0] for other in together) * length + windows * length
+        if together and (states.shapes[together[0]][1] != length or tokens > DECODE_TOKENS):
+            yield together
+            together = []
+        together.append(number)
+    yield together
 
 
 def _run_block(model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, cuts: Cuts,

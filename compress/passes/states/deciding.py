@@ -6,7 +6,7 @@ from dataclasses import replace
 from compress.errors import InputError, WorkError
 from compress.formats.state_words import SEEDS, residual_of
 from compress.model import records, sizes
-from compress.model.architecture import why_unfit
+from compress.model.architecture import Architecture, why_unfit
 from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
 from compress.model.records import KeptState
@@ -15,6 +15,7 @@ from compress.model.states import StateKind, StateSpec
 from compress.model.weight import Spec, Stored, Unit, UnitSpec, Weight
 from compress.passes.state_precision import Options, Override
 from compress.prompts.seeds import derive_seed
+from compress.strict.json_text import JsonObject
 
 NAME = "state_precision"
 PER_CHANNEL = 1  # the block of a cache's static scales, as GroupQueryAttention takes them
@@ -79,12 +80,20 @@ def _refuse_elsewhere(where: str, override: Override, model: HybridModel) -> Non
 
 def restated(options: Options, model: HybridModel, seed: int) -> HybridModel:
     """The model with its states kept so; static scales do not load before calibration has found them."""
-    states = [state for layer in model.layers for state in decided(options, layer, seed)]
-    values = records.with_states(model.config_json, states)
-    architecture = type(model.architecture).parse(values, f"config.json after {NAME}")
-    units = zip(model.units, architecture.layout(), strict=True)
+    after, values = architecture(options, model, seed), _values(options, model, seed)
+    units = zip(model.units, after.layout(), strict=True)
     planned = tuple(_with_scales(unit, spec) for unit, spec in units)
-    return replace(model, architecture=architecture, units=planned, config_json=values)
+    return replace(model, architecture=after, units=planned, config_json=values)
+
+
+def architecture(options: Options, model: HybridModel, seed: int) -> Architecture:
+    """That of the model with its states kept so."""
+    return type(model.architecture).parse(_values(options, model, seed), f"config.json after {NAME}")
+
+
+def _values(options: Options, model: HybridModel, seed: int) -> JsonObject:
+    states = [state for layer in model.layers for state in decided(options, layer, seed)]
+    return records.with_states(model.config_json, states)
 
 
 def _with_scales(unit: Unit, spec: UnitSpec) -> Unit:
