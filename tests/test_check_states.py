@@ -249,7 +249,7 @@ CARRIED = {
 @pytest.mark.parametrize("settings", CARRIED.values(), ids=list(CARRIED))
 @pytest.mark.parametrize("kind", ["checkpoint", "onnx"])
 def test_a_state_in_several_tensors_is_what_the_next_call_begins_with(small, windows, tmp_path, settings, kind):
-    """Each figure is 7 % and more off where the stored tensor of that name is taken for the state at the end of a window."""
+    """The stored tensor of that name is another 1 % off without its residual, and of an earlier token within a cadence."""
     changed = with_states(small, tmp_path / "it", {"recurrent_state": settings})
     rows = checked(small, changed if kind == "checkpoint" else onnx_of(changed, tmp_path)).state_health
     last = max(row["position"] for row in rows)
@@ -260,7 +260,7 @@ def test_a_state_in_several_tensors_is_what_the_next_call_begins_with(small, win
     for row in found:
         assert row["baseline_rms"] == pytest.approx(expected[row["layer"], "ssm_state", 63], rel=1e-3)
     early = [row["ratio"] for row in found if row["layer"] < 2]  # deeper, a random model makes much of little
-    assert early == pytest.approx([1] * 2, abs=0.01)
+    assert early == pytest.approx([1] * 2, abs=0.004)
 
 
 def test_a_cadence_that_no_range_ends_with_is_looked_at_where_it_rounds():
