@@ -190,7 +190,7 @@ def heard(small, folder, settings, make) -> dict[str, states.SaturationFacts]:
     model = Checkpoint(with_states(small, folder, settings, layers=(0,))).model
     layer = model.layer(0)
     stored = {spec.name: make(spec) for spec in layer.states}
-    watch = states.Watch(prefill=0)
+    watch = states.Watch(states.Places(0, 1))
     scales = type("Scales", (), {"__call__": lambda _, name: torch.full(layer.states[0].scale_shape, 0.5)})()
     watch.hear(Kept(layer, [0], 5, 9, stored, scales))
     return {row["kind"]: row for row in watch.saturation("it")}
@@ -235,6 +235,40 @@ def test_with_dynamic_scales_nothing_saturates_and_it_is_said(small, tmp_path):
     row = heard(small, tmp_path / "it", settings, lambda spec: entries(spec, 127, 127))["ssm_state"]
     assert (row["entries"], row["saturated"], row["share"], row["scale"]) == (7 * 80, 0, 0.0, "dynamic")
     assert "0 by construction" in row["note"]
+
+
+# --- states that are carried in several tensors
+
+
+CARRIED = {
+    "what rounding lost": {"format": "int4", "rounding": "error_feedback", "residual": "int8"},
+    "the inputs since": {"format": "int8", "every": 8},
+}
+
+
+@pytest.mark.parametrize("settings", CARRIED.values(), ids=list(CARRIED))
+@pytest.mark.parametrize("kind", ["checkpoint", "onnx"])
+def test_a_state_in_several_tensors_is_what_the_next_call_begins_with(small, windows, tmp_path, settings, kind):
+    """The stored tensor of that name is another 1 % off without its residual, and of an earlier token within a cadence."""
+    changed = with_states(small, tmp_path / "it", {"recurrent_state": settings})
+    rows = checked(small, changed if kind == "checkpoint" else onnx_of(changed, tmp_path)).state_health
+    last = max(row["position"] for row in rows)
+    assert last == (63 if settings.get("every") else 70)
+    expected = by_hand(small, windows, [(63,), (63,), (63,), (38,)] if last == 70 else [(63,), (63,), (63,), (31,)])
+    found = [row for row in rows if row["kind"] == "ssm_state" and row["position"] == 63]
+    assert len(found) == len(SSM)
+    for row in found:
+        assert row["baseline_rms"] == pytest.approx(expected[row["layer"], "ssm_state", 63], rel=1e-3)
+    early = [row["ratio"] for row in found if row["layer"] < 2]  # deeper, a random model makes much of little
+    assert early == pytest.approx([1] * 2, abs=0.004)
+
+
+def test_a_cadence_that_no_range_ends_with_is_looked_at_where_it_rounds():
+    places = states.Places(prefill=0, every=24)
+    assert places.looks(300) == {48: 0, 240: 64, 288: 256}
+    assert list(places.calls(300)) == [(0, 48), (48, 240), (240, 288), (288, 300)]
+    assert states.Places(prefill=100, every=24).looks(300) == {240: 64, 288: 256}
+    assert states.Places(prefill=0, every=4096).looks(300) == {}
 
 
 # --- when, and in what form

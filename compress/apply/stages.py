@@ -28,9 +28,9 @@ def of(planned: Plan) -> list[str]:
 
 def _of_check(check: Check, config: Config, artifacts: list[str]) -> list[str]:
     found = [*map(prompts.stage, check.prompts), *map(baseline.stage, check.prompts)]
-    found += [states.STAGE] if states.are_watched(check.states, config) else []
     writers = [generated.stage(name) for name in (generated.BASELINE, *artifacts)] if check.generate else []
     found += writers[:1]
+    found += [states.STAGE] if states.are_watched(check.states, config) else []
     for place, artifact in enumerate(artifacts, start=1):
         found += [compare.stage(artifact, phase, name) for phase in PHASES for name in check.prompts]
         found += writers[place : place + 1]

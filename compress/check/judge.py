@@ -1,13 +1,12 @@
 """One check from start to end: prompts, baseline, every artifact, rows."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from compress import prompts
 from compress.check import baseline, generated, states
 from compress.check.baseline import Baseline
 from compress.check.compare import Found, compare
-from compress.check.states import Sizes
 from compress.errors import InputError
 from compress.recipe.check import Check
 from compress.runtime.artifacts import Artifact, open_artifact
@@ -24,32 +23,29 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
     _refuse_nothing_to_decode(sets, settings.prefill)
     baseline.refuse_full_disk(original, digest, sets)
     against = _against(original, digest, sets, settings)
-    opened = {name: open_artifact(path, device) for name, path in artifacts.items()}
-    if any(states.are_watched(settings.states, artifact.config) for artifact in opened.values()):
-        against.sizes = states.of_baseline(against.reference, digest, sets, settings.prefill)
     if settings.generate is not None:
         task = generated.task(original, sets, settings.generate)
         against.texts = task, generated.of_baseline(original, digest, task)
     found = Found()
-    for name, artifact in opened.items():
-        found.add(_compared(name, artifacts[name], artifact, against))
+    for name, path in artifacts.items():
+        found.add(_compared(name, path, open_artifact(path, device), against))
     return found, prompts.used(sets)
 
 
 @dataclass
 class Against:
-    """What an artifact is compared with: log-probabilities, and sizes of states and texts where they are asked for."""
+    """What an artifact is compared with: log-probabilities, states, and texts where they are asked for."""
 
     reference: StatefulCandidate
+    sha256: str
     sets: list[tuple[prompts.PromptSet, Baseline]]
     settings: Check
-    sizes: Sizes = field(default_factory=dict)
     texts: tuple[generated.Task, list[generated.Text]] | None = None
 
 
 def _against(original: Artifact, digest: str, sets: list[prompts.PromptSet], settings: Check) -> Against:
     reference = original.candidate()
-    return Against(reference, [(found, baseline.compute(reference, digest, found)) for found in sets], settings)
+    return Against(reference, digest, [(found, baseline.compute(reference, digest, found)) for found in sets], settings)
 
 
 def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
@@ -68,9 +64,11 @@ def _scored(name: str, path: Path, artifact: Artifact, against: Against) -> Foun
         raise InputError(f"{path}: its vocabulary has {candidate.vocab_size} tokens, the baseline's {vocab_size}")
     if not states.are_watched(settings.states, artifact.config):
         return compare(name, candidate, against.sets, settings.limits)
-    watch = states.Watch(settings.prefill)
+    places = states.Places.of(artifact.config, settings.prefill)
+    before = states.of_baseline(against.reference, against.sha256, [found for found, _ in against.sets], places)
+    watch = states.Watch(places)
     found = compare(name, Overheard(candidate, watch.hear), against.sets, settings.limits)
-    found.state_health = states.health(name, watch.sizes, against.sizes)
+    found.state_health = states.health(name, watch.sizes, before)
     found.state_saturation = watch.saturation(name)
     return found
 

@@ -84,31 +84,44 @@ def are_watched(asked: bool | None, config: Config) -> bool:
     return any(state.format != "fp32" for state in config.compress.states) if asked is None else asked
 
 
-@functools.cache
-def _looks(length: int, prefill: int) -> dict[int, int]:
-    """After how many tokens of a window its states are looked at, and where each range begins: at the end of the prompt or
-    later. The last token is not read, since nothing is scored after it."""
-    found = buckets(length - 2) if length > max(1, prefill) else []
-    ends = {min(last, length - 2) + 1: first for first, last in found}
-    return {end: first for end, first in ends.items() if end >= prefill}
+@dataclass(frozen=True)
+class Places:
+    """Where an artifact's states are looked at: at the end of the prompt of `prefill` tokens or later, and after a multiple of
+    `every` tokens, when all have just been rounded. In between, what is stored of some is older than their value."""
 
+    prefill: int
+    every: int
 
-def _calls(length: int, prefill: int) -> Iterator[tuple[int, int]]:
-    """Those in which the original reads a window."""
-    return itertools.pairwise((0, *_looks(length, prefill), length))
+    @staticmethod
+    def of(config: Config, prefill: int) -> "Places":
+        return Places(prefill, math.lcm(*(state.every for state in config.compress.states)))
+
+    @functools.cache  # noqa: B019 - a handful of them
+    def looks(self, length: int) -> dict[int, int]:
+        """After how many tokens of a window, and where each range begins. The last token is not read, since nothing is scored
+        after it."""
+        if length <= max(1, self.prefill):
+            return {}
+        ends = ((first, min(last, length - 2) + 1) for first, last in buckets(length - 2))
+        whole = ((first, end - end % self.every) for first, end in ends)
+        return {end: first for first, end in whole if end > first and end >= self.prefill}
+
+    def calls(self, length: int) -> Iterator[tuple[int, int]]:
+        """Those in which the original reads a window."""
+        return itertools.pairwise((0, *self.looks(length), length))
 
 
 class Watch:
-    """Hears of one artifact's states while it decodes after a prompt of `prefill` tokens, those of any prompt set."""
+    """Hears of one artifact's states while it decodes, those of any prompt set."""
 
-    def __init__(self, prefill: int) -> None:
-        self._prefill = prefill
+    def __init__(self, places: Places) -> None:
+        self._places = places
         self.sizes: Sizes = {}
         self._counts: dict[tuple[int, StateKind, Precision], list[int]] = {}  # entries, saturated ones
 
     def hear(self, kept: Kept) -> None:
-        measure(kept, self.sizes, self._prefill)
-        if max(1, self._prefill) <= kept.length - 1 >= kept.read:  # as above
+        measure(kept, self.sizes, self._places)
+        if max(1, self._places.prefill) <= kept.length - 1 >= kept.read:  # as above
             for spec in kept.layer.states:
                 self._count(kept, spec)
 
@@ -125,10 +138,10 @@ class Watch:
         return [_saturation(artifact, *key, *count) for key, count in sorted(self._counts.items(), key=_by_layer)]
 
 
-def measure(kept: Kept, sizes: Sizes, prefill: int) -> None:
+def measure(kept: Kept, sizes: Sizes, places: Places) -> None:
     """Adds the states of the windows that are looked at, where they are."""
     rows = [row for row, window in enumerate(kept.windows) if window < WINDOWS]
-    first = _looks(kept.length, prefill).get(kept.read)
+    first = places.looks(kept.length).get(kept.read)
     if first is None or not rows:
         return
     values = kept.begun_with(rows)
@@ -193,12 +206,12 @@ def _health(artifact: str, key: Key, found: Size, original: Size) -> HealthFacts
     }
 
 
-def of_baseline(reference: StatefulCandidate, model_sha256: str, sets: Sequence[PromptSet], prefill: int) -> Sizes:
+def of_baseline(reference: StatefulCandidate, model_sha256: str, sets: Sequence[PromptSet], places: Places) -> Sizes:
     """The original's, from the cache where they are there."""
     cache.folder("states")
     windows = [prompt_set.windows[:WINDOWS] for prompt_set in sets]
-    path = _path(f"{model_sha256}/{prefill}", windows)
-    with cache.entry(path, lambda file: _write(reference, windows, prefill, file)) as file:
+    path = _path(f"{model_sha256}/{places}", windows)
+    with cache.entry(path, lambda file: _write(reference, windows, places, file)) as file:
         rows = np.load(file).tolist()
     kinds = list(StateKind)
     return {(int(row[0]), kinds[int(row[1])], int(row[2])): Size(int(row[3]), row[4], int(row[5])) for row in rows}
@@ -210,13 +223,12 @@ def _path(key: str, windows: Sequence[list[torch.Tensor]]) -> Path:
     return cache.location("states") / f"{digest}.npy"
 
 
-def _write(reference: StatefulCandidate, sets: Sequence[list[torch.Tensor]], prefill: int, file: BinaryIO) -> None:
+def _write(reference: StatefulCandidate, sets: Sequence[list[torch.Tensor]], places: Places, file: BinaryIO) -> None:
     sizes: Sizes = {}
     tokens = sum(len(window) for windows in sets for window in windows)
     with progress.task(STAGE, reference.steps(tokens)) as advance:
         for windows in sets:
-            cuts = functools.partial(_calls, prefill=prefill)
-            reference.remember(windows, cuts, advance, lambda kept: measure(kept, sizes, prefill))
+            reference.remember(windows, places.calls, advance, lambda kept: measure(kept, sizes, places))
     np.save(file, np.array(list(_rows(sizes)), np.float64).reshape(-1, 6))
 
 
