@@ -53,16 +53,23 @@ def exported(recipe, source: Path, out: Path) -> Exported:
     return Exported(out, vocabulary, with_onnxruntime.logits(str(out / "onnx" / "model.onnx"), vocabulary, "1"))
 
 
-# how states may be kept: what all of them have, and what the convolution's have where they cannot have that
+# how states may be kept: recurrent ones, a convolution's, a cache's
 STATES = {
-    "bf16": ({"format": "bf16"}, "bf16"),
-    "fp16": ({"format": "fp16"}, "fp16"),
-    "int8, stochastic, dynamic": ({"format": "int8", "rounding": "stochastic"}, "bf16"),
-    "int4, stochastic, dynamic": ({"format": "int4", "rounding": "stochastic"}, "fp16"),
-    "int8, static": ({"format": "int8", "scale": "static"}, {"format": "int8", "scale": "static"}),
-    "int4, static": ({"format": "int4", "scale": "static"}, {"format": "int4", "scale": "static"}),
-    "fp8-e4m3, dynamic": ({"format": "fp8-e4m3"}, "bf16"),
-    "fp8-e4m3, static": ({"format": "fp8-e4m3", "scale": "static"}, {"format": "fp8-e4m3", "scale": "static"}),
+    "bf16": ("bf16", "bf16", "bf16"),
+    "fp16": ("fp16", "fp16", "fp16"),
+    "int8, stochastic, dynamic": ({"format": "int8", "rounding": "stochastic"}, "bf16", "int8"),
+    "int4, stochastic, dynamic": ({"format": "int4", "rounding": "stochastic"}, "fp16", "int4"),
+    "int8, static": ({"format": "int8", "scale": "static"},) * 3,
+    "int4, static": ({"format": "int4", "scale": "static"},) * 3,
+    "fp8-e4m3, dynamic": ("fp8-e4m3", "bf16", "fp8-e4m3"),
+    "fp8-e4m3, static": ({"format": "fp8-e4m3", "scale": "static"},) * 3,
+    "fp8-e4m3, stochastic": ({"format": "fp8-e4m3", "rounding": "stochastic"}, "bf16", "int8"),
+    "int8 with feedback": ({"format": "int8", "rounding": "error_feedback"}, "fp16", "fp16"),
+    "int4, every 3": ({"format": "int4", "rounding": "stochastic", "every": 3}, "fp16", "int8"),
+    "int8 with feedback, every 2, blocks of d_inner": (
+        {"format": "int8", "rounding": "error_feedback", "residual": "int4", "every": 2, "axis": "d_inner", "block": 3},
+        "bf16", "int4",
+    ),
 }  # fmt: skip
 
 
