@@ -80,9 +80,9 @@ def settings() -> dict[str, tuple[str, dict]]:
     stored = {
         f"states in {name}, {shape}": (
             shape,
-            {"state_precision": {"ssm_state": most, "conv_state": conv, "kv_cache": most}},
+            {"state_precision": {"ssm_state": ssm, "conv_state": conv, "kv_cache": kv}},
         )
-        for name, (most, conv) in STATES.items()
+        for name, (ssm, conv, kv) in STATES.items()
         for shape in ("awkward", "awkward, nemotron_h")
     }
     return quantized | stored
