@@ -20,6 +20,10 @@ from compress.recipe.recipe import load_recipe
 
 MODELS = Path(__file__).resolve().parents[2] / "models"  # the wheel has one of them only
 BRIEF = ("calibration.samples=4", "calibration.length=128", "calibration.prompts=[prose]")
+BRIEFLY = {
+    "tiny-int8": (),
+    "state-auto": ("calibration.samples=1", "calibration.length=280", "calibration.prompts=[prose]"),
+}
 SELF = {"prompts": ["self"], "samples": 4, "length": 32}
 
 
@@ -46,7 +50,7 @@ def recipes(tmp_path_factory) -> dict[str, Exported]:
     """Every shipped recipe on both reference models, calibrated briefly."""
     root, found = tmp_path_factory.mktemp("recipes"), {}
     for name, (recipe, model) in RECIPES.items():
-        loaded = load_recipe(recipe, ("check=null", *(() if recipe == "tiny-int8" else BRIEF)))
+        loaded = load_recipe(recipe, ("check=null", *BRIEFLY.get(recipe, BRIEF)))
         found[name] = exported(loaded, MODELS / model, root / name)
     return found
 
