@@ -1,0 +1,103 @@
+"""What `state_study.py` measures, as lines of data: the options of `state_precision`, by group.
+
+A line is what a recipe says under `state_precision`; its name is made from it. Add lines to measure more.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+Options = dict[str, object]
+
+SHORT = {"ssm_state": "ssm", "conv_state": "conv", "kv_cache": "kv"}
+SAID = {"format": "{}", "rounding": "{}", "residual": "residual {}", "scale": "{}", "axis": "along {}", "block": "blocks of {}",
+        "every": "every {}"}  # fmt: skip
+
+NEAREST, STOCHASTIC = {"rounding": "nearest"}, {"rounding": "stochastic"}
+BLOCKS = ({}, {"block": 8}, {"block": 4})
+WHOLE = ("int8", "int4")
+
+
+def ssm(format: str, **said: object) -> Options:
+    return {"ssm_state": {"format": format, **said}}
+
+
+def conv(format: str, **said: object) -> Options:
+    return {"conv_state": {"format": format, **said}}
+
+
+def kv(format: str, **said: object) -> Options:
+    return {"kv_cache": {"format": format, **said}}
+
+
+RECURRENT = [
+    *(ssm(f) for f in ("fp16", "bf16")),
+    *(ssm(f, **r) for f in WHOLE for r in (NEAREST, STOCHASTIC)),
+    ssm("fp8-e4m3"),
+    *(ssm(f, **r, **b) for f in WHOLE for b in BLOCKS[1:] for r in (NEAREST, STOCHASTIC)),
+    *(ssm("fp8-e4m3", **b) for b in BLOCKS[1:]),
+    *(ssm(f, scale="static", **r) for f in WHOLE for r in (NEAREST, STOCHASTIC)),
+    ssm("fp8-e4m3", scale="static"),
+]
+OTHERS = [
+    kv("bf16"), conv("bf16"), conv("fp16"), conv("int8", scale="static"), conv("fp8-e4m3", scale="static"),
+    *(kv(f, **b) for f in WHOLE for b in ({}, {"block": 16}, {"block": 8})),
+    *(kv(f, **STOCHASTIC) for f in WHOLE),
+    *(kv(f, scale="static") for f in WHOLE),
+    kv("fp8-e4m3"), kv("int4", block=4),
+]  # fmt: skip
+LENGTH = [
+    ssm("bf16"),
+    ssm("fp8-e4m3"),
+    *(ssm(f, **r) for f in WHOLE for r in (NEAREST, STOCHASTIC)),
+    kv("int8"),
+    kv("int4"),
+]
+AXIS = [ssm(f, axis="d_inner", block=b, **r) for f in WHOLE for b in (32, 16) for r in (NEAREST, STOCHASTIC)]
+AXIS += [ssm("int8", axis="d_inner", **r) for r in (NEAREST, STOCHASTIC)]
+DITHERED = [ssm(f, **STOCHASTIC) for f in ("bf16", "fp16", "fp8-e4m3")]
+FEEDBACK = [
+    ssm(f, rounding="error_feedback", residual=r) for f, r in itertools.product((*WHOLE, "fp8-e4m3"), ("int4", "int8"))
+]
+CADENCE = [ssm(f, every=n, **r) for f in WHOLE for n in (4, 16, 64) for r in (NEAREST, STOCHASTIC)]
+REMEMBERED = [
+    ssm("int8", **STOCHASTIC),
+    ssm("int4"),
+    ssm("int4", **STOCHASTIC),
+    kv("int8"),
+    kv("int4"),
+    ssm("fp8-e4m3"),
+]
+JOINT = [
+    {**state, **conv("bf16"), **cache}
+    for cache in (kv("bf16"), kv("int8"), kv("int4", block=8), kv("int4", block=16), kv("int4"))
+    for state in (ssm("bf16"), ssm("int8", **STOCHASTIC), ssm("int4", **STOCHASTIC))
+]
+
+GROUPS = {
+    "recurrent": RECURRENT, "others": OTHERS, "length": LENGTH, "joint": JOINT, "recall": REMEMBERED, "prefill": LENGTH[:6],
+    "axis": AXIS, "dithered": DITHERED, "feedback": FEEDBACK, "cadence": CADENCE,
+}  # fmt: skip
+
+
+def one_layer(index: int) -> list[Options]:
+    """A single layer's recurrent state."""
+    said = [{"format": f, **r} for f in WHOLE for r in (NEAREST, STOCHASTIC)]
+    return [{"overrides": [{"kind": "ssm_state", "layers": [index], **each}]} for each in said]
+
+
+def name(options: Options) -> str:
+    """Such as `ssm int8 stochastic, kv int4 nearest blocks of 8`."""
+    return ", ".join(_names(options))
+
+
+def _names(options: Options) -> Iterator[str]:
+    for kind, said in options.items():
+        for each in said if kind == "overrides" else [said]:
+            layers = f" of layer {each['layers'][0]}" if "layers" in each else ""
+            words = (SAID[key].format(each[key]) for key in SAID if key in each)
+            yield f"{SHORT[each.get('kind', kind)]}{layers} {' '.join(words)}"
+
+
+def is_random(options: Options) -> bool:
+    """Whether it is measured with every seed."""
+    return "stochastic" in name(options)
