@@ -3,29 +3,70 @@ states alone.
 
 Only a recurrent state needs the loop. A KV entry and an input of a convolution are rounded once, when they are stored, whatever
 comes later: attention and convolution see them through that rounding, and the newest token's own as computed. So each operator
-over time takes all tokens at once here and gives what calls of one token would (`stream(..., decode=True)`; the study checks it).
+over time takes all tokens at once here and gives what calls of one token would. `state_study.py --agree` compares with
+`stream(..., decode=True)`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compress.arithmetic.attention import rotated
+from compress.formats import remembered
+from compress.formats.remembered import Precision
 from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
 from compress.model.states import StateSpec
 from compress.runtime.eager import Eager
-from compress.runtime.inference import calls, empty_state, layer_weights
+from compress.runtime.inference import empty_state, layer_weights
 
+torch._dynamo.config.recompile_limit = 4096  # a shape or a precision each
 QUERIES = 128  # of attention at once: their scores are [B, Q, QUERIES, T]
-Hear = Callable[[int, list[Tensor], Tensor], None]
+BY_POSITION, _, PERIOD = remembered.STEPS
+
+
+class Tokens(NamedTuple):
+    """What a scan takes of each token [B, S, ...]: h = exp(steps a) h + b (outer) fed, y = c . h + skip."""
+
+    steps: Tensor  # [B, S, 1, D], in Mamba-2 [B, S, heads, 1, 1]
+    fed: Tensor  # [B, S, D] or [B, S, heads, P]
+    b: Tensor  # [B, S, N] or [B, S, heads, N]
+    c: Tensor
+    skip: Tensor  # as fed
+
+    def at(self, t: int) -> "Tokens":
+        return Tokens(*(x[:, t] for x in self))
+
+
+Hear = Callable[[int, Tokens, Tensor], None]
+
+
+@torch.compile(dynamic=False)
+def step(state: Tensor, a: Tensor, token: Tokens) -> tuple[Tensor, Tensor]:
+    """One token: y, and the state after it."""
+    state = torch.exp(token.steps * a) * state + token.b[..., None] * token.fed[..., None, :]
+    return (token.c[..., None] * state).sum(-2) + token.skip, state
+
+
+@torch.compile(dynamic=False)
+def rounded(
+    value: Tensor, precision: Precision, residual: Precision | None, position: Tensor, scales: Tensor | None
+) -> Tensor:
+    """A state as the next call sees it."""
+    size = value.shape[precision.axis]
+    seen = remembered.decode(remembered.encode(value, precision, position, scales), precision, size, scales)
+    if residual is None:
+        return seen
+    return seen + remembered.decode(remembered.encode(value - seen, residual, position), residual, size)
 
 
 class Decoding(Eager):
-    """One layer's operators. The first `prefill` tokens are one call. `hear(t, inputs, state)` is told of the scan's
-    inputs and of the state before it is rounded, after token t."""
+    """One layer's operators. The first `prefill` tokens are one call. `hear(t, token, state)` is told of the recurrent state
+    before it is rounded, after token t."""
 
     def __init__(self, weights, layer: Layer, prefill: int = 1, hear: Hear | None = None):
         super().__init__(weights)
@@ -35,47 +76,59 @@ class Decoding(Eager):
     def state_in(self, spec: StateSpec, stored: Tensor) -> Tensor:
         return torch.zeros(stored.shape[0], *spec.shape)
 
-    def state_out(self, spec: StateSpec, value: Tensor, kept: Tensor) -> Tensor:
+    def state_out(self, spec: StateSpec, value: Tensor, kept: Tensor, due: Tensor | None = None) -> Tensor:
         return kept  # rounded already, where it is made
 
-    def selective_scan(self, x, dt, b, c, state, a_log, d):
-        run = super().selective_scan
-        return self._by_call(lambda *now: run(*now, a_log, d), (x, dt, b, c), state)
+    def selective_scan(self, x, dt, b, c, state, a_log, d, earlier=None):
+        a, scan = -torch.exp(self.weights(a_log)).T, super().selective_scan
 
-    def ssd(self, x, dt, b, c, state, a_log, d):
-        run = super().ssd
-        return self._by_call(lambda *now: run(*now, a_log, d), (x, dt, b, c), state)
+        def tokens(x: Tensor, dt: Tensor, b: Tensor) -> Tokens:
+            return Tokens(dt[:, :, None], dt * x, b, c, self.weights(d) * x)
 
-    def _by_call(self, run: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], state: Tensor):
+        return self._by_call(lambda *prompt: scan(*prompt, state, a_log, d), (x, dt, b, c), tokens, state, a)
+
+    def ssd(self, x, dt, b, c, state, a_log, d, earlier=None):
+        a, scan = -torch.exp(self.weights(a_log)), super().ssd
+        heads, width = len(a), state.shape[2]
+
+        def by_head(matrix: Tensor) -> Tensor:
+            groups = matrix.unflatten(2, (-1, width))
+            return groups.repeat_interleave(heads // groups.shape[2], 2)
+
+        def tokens(x: Tensor, dt: Tensor, b: Tensor) -> Tokens:
+            x = x.unflatten(2, (heads, -1))
+            return Tokens(dt[..., None, None], dt[..., None] * x, by_head(b), by_head(c), self.weights(d)[:, None] * x)
+
+        return self._by_call(lambda *prompt: scan(*prompt, state, a_log, d), (x, dt, b, c), tokens, state, a[:, None, None])
+
+    def _by_call(self, scan, inputs: tuple[Tensor, ...], tokens: Callable[..., Tokens], state: Tensor, a: Tensor):
         """A scan whose state is kept, and rounded, from call to call."""
-        spec, outputs = self._specs["recurrent_state"], []
+        spec, length = self._specs["recurrent_state"], inputs[0].shape[1]
         if spec.precision.format == "fp32" and self._hear is None:
-            return run(*inputs, state)
-        for start, stop in calls(inputs[0].shape[1], self._prefill):
-            now = [x[:, start:stop] for x in inputs]
-            given, after = run(*now, state)
+            return scan(*inputs)
+        outputs, first = [], self._prefill if self._prefill > 1 else 0
+        if first:
+            y, state = scan(*(x[:, :first] for x in inputs))
+            outputs, state = [y], self._kept(spec, state, first)
+        x, dt, b, _ = inputs
+        exact, narrow = tokens(x, dt, b), tokens(*(each.half().float() for each in (x, dt, b)))
+        for t in range(first, length):
+            y, after = step(state, a, exact.at(t))
             if self._hear is not None:
-                self._hear(stop - 1, now, after)
-            state = (
-                self._kept(spec, after, stop) if self._is_due(spec, start, stop) else run(*_in_16_bits(now), state)[1]
-            )
-            outputs.append(given)
+                self._hear(t, exact.at(t), after)
+            is_due = (t + 1) % getattr(spec.precision, 'every', 1) == 0  # else the state stays, and its inputs are kept in 16 bits
+            state = self._kept(spec, after, t + 1) if is_due else step(state, a, narrow.at(t))[1]
+            outputs.append(y.flatten(1)[:, None])
         return torch.cat(outputs, 1), state
-
-    @staticmethod
-    def _is_due(spec: StateSpec, start: int, stop: int) -> bool:
-        """Whether the state is rounded at the end of a call; else the inputs are kept."""
-        return stop - start > 1 or stop % getattr(spec.precision, "every", 1) == 0
 
     def _kept(self, spec: StateSpec, value: Tensor, read: int) -> Tensor:
         """The recurrent state as the next call sees it."""
-        positions = torch.tensor([[read]])
-        seen = self._seen(spec, value, positions)
-        return (
-            seen
-            if getattr(spec, "residual", None) is None
-            else seen + self._seen(spec.residual, value - seen, positions)
-        )
+        seed = spec.precision.seed
+        scales = self._scales(spec)
+        # a seed is a shift of the position: one compiled function serves all layers
+        position = torch.tensor((read + seed * pow(BY_POSITION, -1, PERIOD)) % PERIOD).view([1] * value.ndim)
+        residual = None if getattr(spec, 'residual', None) is None else spec.residual.precision
+        return rounded(value, replace(spec.precision, seed=0), residual, position, None if scales is None else scales.clone())
 
     def _seen(self, spec: StateSpec, value: Tensor, positions: Tensor) -> Tensor:
         """As a later call sees it: rounded when it was stored."""
@@ -123,12 +176,6 @@ class Decoding(Eager):
             shares = torch.softmax(torch.cat([scores.masked_fill_(~earlier, -torch.inf), own[..., None]], -1), -1)
             found.append(shares[..., :-1] @ seen_value[:, :, :stop] + shares[..., -1:] * value[:, :, rows])
         return torch.cat(found, 2)
-
-
-def _in_16_bits(inputs: list[Tensor]) -> list[Tensor]:
-    """A token's x, dt and b as a state keeps them that is not rounded yet; c is not kept."""
-    *kept, c = inputs
-    return [*(x.half().float() for x in kept), c]
 
 
 def decoded(model: HybridModel, index: int, hidden: Tensor, prefill: int = 1, hear: Hear | None = None) -> Tensor:

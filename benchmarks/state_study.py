@@ -158,6 +158,7 @@ class Study:
         self._longest = max(*arguments.lengths, PROMPT + AFTER)
 
     def run(self) -> None:
+        self._results.add(("bytes", self._name), bytes_of(self.model))
         for group in self._arguments.groups:
             {"recall": self._recall, "layers": self._layers, "prefill": self._prefill}.get(group, self._windows)(group)
 
