@@ -25,6 +25,12 @@ position (real tokens read) and the place of the entry alone:
 40503 / 65536 is nearly the golden ratio's fraction, so over time the dithers of an entry are spread as evenly as may be (Weyl's
 sequence), and rounding errors of one sign cannot pile up.
 
+`error_feedback` rounds to nearest and stores what that loses as well, the `residual`, as a state of its own with dynamic scales:
+the next call begins with the sum of both.
+
+**Cadence.** `every` tokens a state is rounded; in between it stays as it was stored, and the inputs since are kept in 16 bits
+(`model/carrying.py`).
+
 A state that stands still stays as it is stored, in whatever order float32 arithmetic is done: no u is 0, and the largest entry, a
 whole number of scales, gives the scale it had.
 """
@@ -37,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats import fp8
-from compress.formats.state_words import Format, Rounding, Scale
+from compress.formats.state_words import Format, Residual, Rounding, Scale
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {**PLAIN, "fp8-e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
@@ -61,6 +67,8 @@ class Precision:
     axis: int = -1
     block: int | None = None
     seed: int = 0
+    residual: Residual | None = None  # the format of what rounding loses, where that is kept
+    every: int = 1  # tokens between two roundings
 
     @property
     def is_plain(self) -> bool:
@@ -73,6 +81,10 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         return STORED[self.format]
+
+    def of_residual(self) -> "Precision | None":
+        """How what rounding loses is stored."""
+        return None if self.residual is None else Precision(self.residual, axis=self.axis, block=self.block)
 
     def blocks(self, size: int) -> int:
         """Of an axis of so many entries; the last may be shorter."""

@@ -25,6 +25,7 @@ from compress.formats.remembered import (
 from compress.formats.state_words import Format
 from compress.model.states import StateSpec
 from exporters.graph.builder import DTYPES, FLOAT, Dimension, Graph
+from exporters.graph.cadence import chosen
 from exporters.graph.mamba import END
 from exporters.graph.stored import repeated
 
@@ -52,12 +53,23 @@ def decoded(graph: Graph, spec: StateSpec, stored: Value, scales: Value | None) 
 
 
 def kept_on(
-    graph: Graph, spec: StateSpec, value: Value, kept: Value, dithers: Value | None, scales: Value | None
+    graph: Graph,
+    spec: StateSpec,
+    value: Value,
+    kept: Value,
+    dithers: Value | None,
+    scales: Value | None,
+    due: Value | None = None,
 ) -> Value:
-    """A state after this call, float32 [B, ...], as it is stored; of one that grows, what was kept and the new entries."""
+    """A state after this call, float32 [B, ...], as it is stored; of one that grows, what was kept and the new entries. In rows
+    that are not `due`, bool [B, 1], what was kept."""
     if spec.grows is None:
         value = graph.reshape(value, 0, *spec.shape)  # which tools that infer shapes do not all know
-        return _typed(graph, encoded(graph, spec, value, dithers, scales), spec.precision)
+        entries = encoded(graph, spec, value, dithers, scales)
+        if due is not None:
+            past = graph.op("Cast", kept, to=ir.DataType.FLOAT)
+            entries = chosen(graph, due, entries, past, 1 + len(spec.shape))
+        return _typed(graph, entries, spec.precision)
     new = encoded(graph, spec, new_of(graph, spec, value, kept), dithers, scales)
     axis = spec.grows + 1
     if spec.precision.format != "fp8-e4m3":
@@ -76,6 +88,8 @@ def new_of(graph: Graph, spec: StateSpec, value: Value, kept: Value) -> Value:
 def encoded(graph: Graph, spec: StateSpec, value: Value, dithers: Value | None, scales: Value | None) -> Value:
     """float32 [B, ...] -> what is stored, still as float32."""
     precision, axis, size = spec.precision, spec.precision.axis, spec.shape[spec.precision.axis]
+    if precision.is_plain:
+        return value
     codes: list[Value] = []
     if scales is None:
         codes, scales = _dynamic(graph, _largest(graph, value, spec), precision.format)
