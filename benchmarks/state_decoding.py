@@ -116,7 +116,7 @@ class Decoding(Eager):
             y, after = step(state, a, exact.at(t))
             if self._hear is not None:
                 self._hear(t, exact.at(t), after)
-            is_due = (t + 1) % getattr(spec.precision, 'every', 1) == 0  # else the state stays, and its inputs are kept in 16 bits
+            is_due = (t + 1) % spec.precision.every == 0  # else the state stays, and its inputs are kept in 16 bits
             state = self._kept(spec, after, t + 1) if is_due else step(state, a, narrow.at(t))[1]
             outputs.append(y.flatten(1)[:, None])
         return torch.cat(outputs, 1), state
@@ -127,7 +127,7 @@ class Decoding(Eager):
         scales = self._scales(spec)
         # a seed is a shift of the position: one compiled function serves all layers
         position = torch.tensor((read + seed * pow(BY_POSITION, -1, PERIOD)) % PERIOD).view([1] * value.ndim)
-        residual = None if getattr(spec, 'residual', None) is None else spec.residual.precision
+        residual = None if spec.residual is None else spec.residual.precision
         return rounded(value, replace(spec.precision, seed=0), residual, position, None if scales is None else scales.clone())
 
     def _seen(self, spec: StateSpec, value: Tensor, positions: Tensor) -> Tensor:

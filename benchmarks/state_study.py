@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--distances", type=int, nargs="+", default=DISTANCES)
     parser.add_argument("--trials", type=int, default=400, help="Of recall, for each distance.")
     parser.add_argument("--out", type=Path, required=True)
-    with torch.inference_mode():
+    with torch.no_grad():  # compiled functions refuse inference mode
         Study(parser.parse_args()).run()
 
 
