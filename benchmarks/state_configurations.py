@@ -45,18 +45,34 @@ OTHERS = [
     kv("fp8-e4m3"), kv("int4", block=4),
 ]  # fmt: skip
 SIX = [ssm("bf16"), ssm("fp8-e4m3"), *(ssm(f, **r) for f in WHOLE for r in (NEAREST, STOCHASTIC))]
-AXIS = [ssm(f, axis="d_inner", block=32, **STOCHASTIC) for f in WHOLE] + [ssm("int8", axis="d_inner", **r) for r in (NEAREST, STOCHASTIC)]
+AXIS = [ssm(f, axis="d_inner", block=32, **STOCHASTIC) for f in WHOLE] + [
+    ssm("int8", axis="d_inner", **r) for r in (NEAREST, STOCHASTIC)
+]
 FEEDBACK = [
     ssm(f, rounding="error_feedback", residual=r)
     for f, r in (("int4", "int4"), ("int8", "int4"), ("int4", "int8"), ("fp8-e4m3", "int4"), ("int8", "int8"))
 ]
-CADENCE = [ssm(f, every=n, **r) for n in (4, 16, 64) for f, r in (("int8", NEAREST), ("int4", STOCHASTIC), ("int4", NEAREST))]
-REMEMBERED = [ssm("int8", **STOCHASTIC), ssm("int4", **STOCHASTIC), ssm("int4"), kv("int8"), kv("int4"), ssm("fp8-e4m3")]
+CADENCE = [
+    ssm(f, every=n, **r) for n in (4, 16, 64) for f, r in (("int8", NEAREST), ("int4", STOCHASTIC), ("int4", NEAREST))
+]
+REMEMBERED = [
+    ssm("int8", **STOCHASTIC),
+    ssm("int4", **STOCHASTIC),
+    ssm("int4"),
+    kv("int8"),
+    kv("int4"),
+    ssm("fp8-e4m3"),
+]
 JOINT = [
     {**state, **conv("bf16"), **cache}
     for state in (ssm("int8", **STOCHASTIC), ssm("int4", **STOCHASTIC))
     for cache in (kv("bf16"), kv("int8"), kv("int4", block=8), kv("int4"))
 ]
+
+EACH_FORM = [
+    ssm("int8"), ssm("int4", **STOCHASTIC), ssm("int8", rounding="error_feedback", residual="int4"), ssm("int8", every=16),
+    conv("bf16"), kv("int4"), {**ssm("int4", axis="d_inner", block=32, every=4, **STOCHASTIC), **kv("int8", block=16, **STOCHASTIC)},
+]  # fmt: skip
 
 GROUPS = {
     "recurrent": RECURRENT, "others": OTHERS, "length": SIX, "joint": JOINT, "recall": REMEMBERED, "prefill": SIX,
@@ -64,10 +80,24 @@ GROUPS = {
 }  # fmt: skip
 
 
-def one_layer(index: int) -> list[Options]:
-    """A single layer's recurrent state."""
-    said = [{"format": f, **r} for f in WHOLE for r in (NEAREST, STOCHASTIC)]
-    return [{"overrides": [{"kind": "ssm_state", "layers": [index], **each}]} for each in said]
+def one_layer(states: list[int], caches: list[int]) -> list[Options]:
+    """The recurrent state, or the KV cache, of a single layer; these layers have one."""
+    said = [("ssm_state", i, {"format": f, **r}) for i in states for f in WHOLE for r in (NEAREST, STOCHASTIC)]
+    said += [("kv_cache", i, {"format": f}) for i in caches for f in WHOLE]
+    return [{"overrides": [{"kind": kind, "layers": [layer], **each}]} for kind, layer, each in said]
+
+
+def last_cache_narrow(states: list[int], caches: list[int]) -> list[Options]:
+    """The last KV cache at 4 bits, the others at 8."""
+    narrow = [{"kind": "kv_cache", "layers": [caches[-1]], "format": "int4"}]
+    kept = (ssm("int8", **STOCHASTIC), ssm("int4", **STOCHASTIC))
+    return [{**state, **conv("bf16"), **kv("int8"), "overrides": narrow} for state in kept]
+
+
+BY_LAYER = {
+    "layers": one_layer,
+    "mixed": last_cache_narrow,
+}  # groups whose lines follow from which layers remember what
 
 
 def name(options: Options) -> str:

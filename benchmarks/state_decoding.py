@@ -99,7 +99,9 @@ class Decoding(Eager):
             x = x.unflatten(2, (heads, -1))
             return Tokens(dt[..., None, None], dt[..., None] * x, by_head(b), by_head(c), self.weights(d)[:, None] * x)
 
-        return self._by_call(lambda *prompt: scan(*prompt, state, a_log, d), (x, dt, b, c), tokens, state, a[:, None, None])
+        return self._by_call(
+            lambda *prompt: scan(*prompt, state, a_log, d), (x, dt, b, c), tokens, state, a[:, None, None]
+        )
 
     def _by_call(self, scan, inputs: tuple[Tensor, ...], tokens: Callable[..., Tokens], state: Tensor, a: Tensor):
         """A scan whose state is kept, and rounded, from call to call."""
@@ -111,7 +113,9 @@ class Decoding(Eager):
             y, state = scan(*(x[:, :first] for x in inputs))
             outputs, state = [y], self._kept(spec, state, first)
         x, dt, b, _ = inputs
-        exact, narrow = tokens(x, dt, b), tokens(*(each.half().float() for each in (x, dt, b)))
+        exact = narrow = tokens(x, dt, b)
+        if spec.precision.every > 1:
+            narrow = tokens(*(each.half().float() for each in (x, dt, b)))
         for t in range(first, length):
             y, after = step(state, a, exact.at(t))
             if self._hear is not None:
@@ -128,19 +132,24 @@ class Decoding(Eager):
         # a seed is a shift of the position: one compiled function serves all layers
         position = torch.tensor((read + seed * pow(BY_POSITION, -1, PERIOD)) % PERIOD).view([1] * value.ndim)
         residual = None if spec.residual is None else spec.residual.precision
-        return rounded(value, replace(spec.precision, seed=0), residual, position, None if scales is None else scales.clone())
+        return rounded(
+            value, replace(spec.precision, seed=0), residual, position, None if scales is None else scales.clone()
+        )
 
     def _seen(self, spec: StateSpec, value: Tensor, positions: Tensor) -> Tensor:
-        """As a later call sees it: rounded when it was stored."""
+        """As a later call sees it, rounded when it was stored: entries of as many tokens as `value` has."""
         scales = self._scales(spec)
-        return spec.restored(spec.encoded(value, positions, scales), scales)
+        return remembered.decode(
+            spec.encoded(value, positions, scales), spec.precision, value.shape[spec.precision.axis], scales
+        )
 
     def causal_conv(self, x, state, weight, bias):
         y, kept = super().causal_conv(x, state, weight, bias)
         spec = self._specs["conv_state"]
         if spec.precision.format == "fp32":
             return y, kept
-        assert spec.precision.rounding == "nearest"  # rounded anew at every token, it stays what it is
+        # rounded anew at every token, an input stays what it is
+        assert spec.precision.rounding == "nearest" and spec.precision.block is None
         newest = self.weights(weight)[:, 0, -1]
         seen = self._seen(spec, x.transpose(1, 2), torch.tensor([[1]])).transpose(1, 2)
         rounded = super().causal_conv(seen, state, weight, bias)[0] + (x - seen) * newest

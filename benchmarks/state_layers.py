@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from state_decoding import Decoding
+from state_decoding import Decoding, Tokens
 from state_study import Original, Results, spread
 
 from compress.checkpoint.reader import Checkpoint
@@ -29,16 +29,14 @@ class Watch:
         """`a`: -exp(A_log), as it broadcasts over a state [N, D] or [heads, N, P]."""
         self._a, self._looks, self._sums = a, 0, dict[str, torch.Tensor]()
 
-    def __call__(self, t: int, inputs: list[torch.Tensor], state: torch.Tensor) -> None:
+    def __call__(self, t: int, token: Tokens, state: torch.Tensor) -> None:
         if t < FIRST or t % EVERY:
             return
-        _, dt, _, c = inputs
-        steps = dt.transpose(1, 2)[..., None] if state.ndim == 4 else dt  # [B, heads, 1, 1] or [B, 1, D]
-        decay = torch.exp(steps * self._a).expand_as(state)
-        read = c.squeeze(1).unflatten(1, (-1, state.shape[-2])).repeat_interleave(_share(state, c), 1)
-        read = read.squeeze(1)[..., None] if state.ndim == 3 else read[..., None]
+        decay, read = torch.exp(token.steps * self._a).expand_as(state), token.c[..., None]
         most = state.abs().amax(-2, keepdim=True)
-        noise = (most / STEPS).square() / 12  # of one rounding; what is left of all earlier ones, if they are independent:
+        noise = (
+            most / STEPS
+        ).square() / 12  # of one rounding; what is left of all earlier ones, if they are independent:
         piled = noise / (1 - decay.square()).clamp_min(1e-4)
         self._add(
             mean_decay=decay.mean(), slow_share=(decay > SLOW).float().mean(), square=state.square().mean(),
@@ -63,11 +61,6 @@ class Watch:
         }  # fmt: skip
 
 
-def _share(state: torch.Tensor, c: torch.Tensor) -> int:
-    """How many heads read with the same c."""
-    return 1 if state.ndim == 3 else state.shape[1] * state.shape[2] // c.shape[2]
-
-
 def traits_of(model: HybridModel, layer: Layer, hidden: torch.Tensor) -> dict[str, float]:
     weights = layer_weights(model, layer.index, "cpu")
     unit, prefix = model.unit(f"layer.{layer.index}"), layer.prefix
@@ -76,16 +69,25 @@ def traits_of(model: HybridModel, layer: Layer, hidden: torch.Tensor) -> dict[st
     watch = Watch(a)
     ops = Decoding(weights, layer, hear=watch)
     kept = empty_state(layer, hidden.shape[0], "cpu")
-    after, _ = layer.residuals[0].run(ops, hidden, {spec.name: ops.state_in(spec, kept[spec.name]) for spec in layer.states})
+    after, _ = layer.residuals[0].run(
+        ops, hidden, {spec.name: ops.state_in(spec, kept[spec.name]) for spec in layer.states}
+    )
     share = float((after - hidden).square().mean().sqrt() / hidden.square().mean().sqrt())
-    found = {"depth": float(layer.index), "mean A": float(-a.mean()), **watch.traits(), "output / residual stream": share}
+    found = {
+        "depth": float(layer.index),
+        "mean A": float(-a.mean()),
+        **watch.traits(),
+        "output / residual stream": share,
+    }
     noise = found["piled-up rounding noise / scan output"] ** 0.5
     return found | {"noise x output / residual stream": noise * share}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, nargs="+", default=[Path("models/tiny-jamba"), Path("models/tiny-nemotron-h")])
+    parser.add_argument(
+        "--models", type=Path, nargs="+", default=[Path("models/tiny-jamba"), Path("models/tiny-nemotron-h")]
+    )
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=8)
@@ -100,7 +102,9 @@ def main() -> None:
             if any(spec.kind == "ssm_state" for spec in layer.states):
                 found = traits_of(model, layer, original.entering[layer.index])
                 results.add(("traits", folder.name, layer.index), found)
-                print(folder.name, layer.index, {name: float(f"{value:.3g}") for name, value in found.items()}, flush=True)
+                print(
+                    folder.name, layer.index, {name: float(f"{value:.3g}") for name, value in found.items()}, flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Every configuration of the groups asked for (`state_configurations.py`) against 
 evenly over the text, or on the shipped held-out prompts (`--text heldout`): each decoded token by token (`state_decoding.py`).
 `--groups recall` asks for facts instead, `layers` rounds one layer at a time, `prefill` rounds after a prompt of 4,096 tokens and
 decodes 512. Figures go to the JSON as they come: what stands there is not measured again. `--tables` prints them;
-`--agree` compares with `stream(..., decode=True)` on two short windows first.
+`--agree` compares with `stream(..., decode=True)`.
 """
 
 import argparse
@@ -37,11 +37,10 @@ from compress.prompts.recall import at_distances
 from compress.prompts.windows import encode, join_and_cut
 from compress.recipe.check import DRIFT_FROM
 from compress.recipe.source import load_tokenizer
-from compress.runtime.inference import Head, embed
+from compress.runtime.inference import Head, embed, stream
 
 SCRATCH = Path(os.environ.get("TMPDIR", "/tmp")) / "state-study"
 CALIBRATION = (16, 512)  # windows and tokens of shipped prose that static scales are found from
-TOGETHER = 1 << 17  # tokens of windows computed side by side
 PROMPT, AFTER = 4096, 512  # of the group `prefill`
 BYTES_AT = 4096  # tokens
 DISTANCES = (64, 512, 1900)
@@ -160,7 +159,28 @@ class Study:
     def run(self) -> None:
         self._results.add(("bytes", self._name), bytes_of(self.model))
         for group in self._arguments.groups:
-            {"recall": self._recall, "layers": self._layers, "prefill": self._prefill}.get(group, self._windows)(group)
+            {"recall": self._recall, "prefill": self._prefill}.get(group, self._windows)(group)
+
+    def agree(self) -> None:
+        """How far the fast way is from decoding every layer token by token: mean KL between the two, 8 windows of 128 tokens."""
+        windows = self._read(128)
+        original, head = Original(self.model, windows), Head(self.model, "cpu")
+        for said in configurations.EACH_FORM:
+            model = self._kept.so(said, seed=0)
+            slow = torch.cat([hidden for _, hidden in stream(model, list(windows), SCRATCH, decode=True)])
+            p, q = (torch.log_softmax(head(hidden), -1) for hidden in (slow, original.with_states(model, prefill=1)))
+            found = float((p.exp() * (p - q)).sum(-1).mean())
+            self._results.add(("agree", self._name, configurations.name(said)), {"kl": found})
+            print(self._name, configurations.name(said), f"{found:.2g}", flush=True)
+
+    def _lines(self, group: str) -> list[configurations.Options]:
+        if group in configurations.GROUPS:
+            return configurations.GROUPS[group]
+        having = [
+            [x.index for x in self.model.layers if any(s.kind == k for s in x.states)]
+            for k in ("ssm_state", "kv_cache")
+        ]
+        return configurations.BY_LAYER[group](*having)
 
     def _read(self, length: int) -> torch.Tensor:
         if self._text != "heldout":
@@ -172,16 +192,10 @@ class Study:
 
     def _windows(self, group: str) -> None:
         for length in self._arguments.lengths:
-            self._measure(group, self._read(length), length, 1, configurations.GROUPS[group])
-
-    def _layers(self, group: str) -> None:
-        indices = [layer.index for layer in self.model.layers if any(s.kind == "ssm_state" for s in layer.states)]
-        lines = [line for index in indices for line in configurations.one_layer(index)]
-        for length in self._arguments.lengths:
-            self._measure(group, self._read(length), length, 1, lines)
+            self._measure(group, self._read(length), length, 1, self._lines(group))
 
     def _prefill(self, group: str) -> None:
-        self._measure(group, self._read(PROMPT + AFTER), PROMPT + AFTER, PROMPT, configurations.GROUPS[group])
+        self._measure(group, self._read(PROMPT + AFTER), PROMPT + AFTER, PROMPT, self._lines(group))
 
     def _measure(self, group: str, windows: torch.Tensor, length: int, prefill: int, lines: list) -> None:
         original, drift_from = None, DRIFT_FROM if prefill == 1 else prefill + 1
@@ -214,7 +228,7 @@ class Study:
             longest = max(map(len, asked.windows))
             windows = torch.stack([torch.nn.functional.pad(w, (0, longest - len(w))) for w in asked.windows])
             original, was = Original(self.model, windows), None
-            for said, seed in self._asked(configurations.GROUPS[group]):
+            for said, seed in self._asked(self._lines(group)):
                 key = (self._name, "recall", distance, 1, configurations.name(said), seed)
                 if not self._results.has(key):
                     was = was or _right(original, asked.questions, original.entering[-1])
@@ -243,13 +257,18 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048])
     parser.add_argument("--windows", type=int, default=8, help="Of each length.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--groups", nargs="+", default=["recurrent"], choices=[*configurations.GROUPS, "layers"])
+    parser.add_argument(
+        "--groups", nargs="+", default=["recurrent"], choices=[*configurations.GROUPS, *configurations.BY_LAYER]
+    )
     parser.add_argument("--only", default="", help="Part of a configuration's name.")
     parser.add_argument("--distances", type=int, nargs="+", default=DISTANCES)
     parser.add_argument("--trials", type=int, default=400, help="Of recall, for each distance.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--agree", action="store_true", help="Compare with `stream(..., decode=True)` instead.")
+    arguments = parser.parse_args()
     with torch.no_grad():  # compiled functions refuse inference mode
-        Study(parser.parse_args()).run()
+        study = Study(arguments)
+        study.agree() if arguments.agree else study.run()
 
 
 if __name__ == "__main__":

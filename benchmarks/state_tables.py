@@ -21,7 +21,7 @@ class Figures:
         self.by_place: dict[tuple, dict[str, Facts]] = defaultdict(lambda: defaultdict(list))
         self.traits: dict[str, dict[int, dict]] = defaultdict(dict)
         for key, facts in self.whole["figures"].items():
-            if key.startswith("bytes/"):
+            if key.startswith(("bytes/", "agree/")):
                 continue
             if key.startswith("traits/"):
                 _, model, layer = key.split("/")
@@ -33,7 +33,10 @@ class Figures:
     def recall(self, model: str, name: str) -> list[str]:
         """By distance."""
         places = sorted(place for place in self.by_place if place[:2] == (model, "recall"))
-        return [over([f["accuracy"] for f in self.by_place[place][name]], 3) if name in self.by_place[place] else "" for place in places]
+        return [
+            over([f["accuracy"] for f in self.by_place[place][name]], 3) if name in self.by_place[place] else ""
+            for place in places
+        ]
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -49,7 +52,11 @@ def short(value: float) -> str:
 def over(values: list[float], digits: int | None = None) -> str:
     """The mean over seeds, and how far they lie apart."""
     say = short if digits is None else lambda value: f"{value:.{digits}f}"
-    apart = f" ({say(min(values))} to {say(max(values))})" if len(values) > 1 and say(min(values)) != say(max(values)) else ""
+    apart = (
+        f" ({say(min(values))} to {say(max(values))})"
+        if len(values) > 1 and say(min(values)) != say(max(values))
+        else ""
+    )
     return say(float(np.mean(values))) + apart
 
 
@@ -60,14 +67,25 @@ def interval(edges: list[float] | None) -> str:
 def buckets(facts: Facts) -> list[tuple[str, float]]:
     """Mean KL by position, over seeds."""
     rows = [f["by_position"] for f in facts]
-    return [(f"{row[0]['first']}-{row[0]['last']}", float(np.mean([r["kl_divergence_mean"] for r in row]))) for row in zip(*rows, strict=True)]
+    return [
+        (f"{row[0]['first']}-{row[0]['last']}", float(np.mean([r["kl_divergence_mean"] for r in row])))
+        for row in zip(*rows, strict=True)
+    ]
 
 
 def by_configuration(figures: Figures, place: tuple, groups: set[str]) -> str:
     """One row a configuration."""
     chosen = {name: facts for name, facts in figures.by_place[place].items() if facts[0]["group"] in groups}
     names = [name for name, _ in buckets(next(iter(chosen.values())))][2:]
-    header = ["kept as", "bytes at 4,096", "mean KL", "drift", "95 %, first seed", "same top-1", *(f"KL {name}" for name in names)]
+    header = [
+        "kept as",
+        "bytes at 4,096",
+        "mean KL",
+        "drift",
+        "95 %, first seed",
+        "same top-1",
+        *(f"KL {name}" for name in names),
+    ]
     rows = []
     for name, facts in chosen.items():
         late = [short(value) for _, value in buckets(facts)][2:]
@@ -108,7 +126,10 @@ def sensitivities(figures: Figures, place: tuple) -> dict[str, dict[int, float]]
 def layers(figures: Figures, place: tuple) -> str:
     measured, traits = sensitivities(figures, place), figures.traits[place[0]]
     header = ["layer", *(f"KL, {name}" for name in measured), *next(iter(traits.values()))]
-    rows = [[str(layer), *(short(of[layer]) for of in measured.values()), *(f"{v:.3g}" for v in traits[layer].values())] for layer in sorted(traits)]
+    rows = [
+        [str(layer), *(short(of[layer]) for of in measured.values()), *(f"{v:.3g}" for v in traits[layer].values())]
+        for layer in sorted(traits)
+    ]
     return table(header, rows)
 
 
