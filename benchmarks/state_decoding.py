@@ -127,6 +127,8 @@ class Decoding(Eager):
 
     def _kept(self, spec: StateSpec, value: Tensor, read: int) -> Tensor:
         """The recurrent state as the next call sees it."""
+        if spec.precision.is_plain and spec.residual is None:
+            return value.to(spec.precision.dtype).float()  # a compiled function may leave out both casts
         seed = spec.precision.seed
         scales = self._scales(spec)
         # a seed is a shift of the position: one compiled function serves all layers

@@ -5,6 +5,7 @@ layer without measuring that: from its weights, or from a look at its states whi
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -64,8 +65,13 @@ class Watch:
 def traits_of(model: HybridModel, layer: Layer, hidden: torch.Tensor) -> dict[str, float]:
     weights = layer_weights(model, layer.index, "cpu")
     unit, prefix = model.unit(f"layer.{layer.index}"), layer.prefix
-    a_log = next(weights(name.removeprefix(prefix)) for name in unit.weights if name.endswith("A_log"))
+    a_log, bias = (
+        next(weights(name.removeprefix(prefix)) for name in unit.weights if name.endswith(ends))
+        for ends in ("A_log", ("dt_proj.bias", "dt_bias"))
+    )
     a = -torch.exp(a_log.T if a_log.ndim == 2 else a_log[:, None, None])
+    steps = torch.nn.functional.softplus(bias if a_log.ndim == 2 else bias[:, None, None])
+    slow = float((torch.exp(steps * a) > SLOW).float().mean())
     watch = Watch(a)
     ops = Decoding(weights, layer, hear=watch)
     kept = empty_state(layer, hidden.shape[0], "cpu")
@@ -76,6 +82,7 @@ def traits_of(model: HybridModel, layer: Layer, hidden: torch.Tensor) -> dict[st
     found = {
         "depth": float(layer.index),
         "mean A": float(-a.mean()),
+        "slower by A and the bias of dt": slow,
         **watch.traits(),
         "output / residual stream": share,
     }
@@ -92,7 +99,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
-    given, results = parser.parse_args(), None
+    given = parser.parse_args()
     results = Results(given.out)
     for folder in given.models:
         model = Checkpoint(folder).model
@@ -102,9 +109,7 @@ def main() -> None:
             if any(spec.kind == "ssm_state" for spec in layer.states):
                 found = traits_of(model, layer, original.entering[layer.index])
                 results.add(("traits", folder.name, layer.index), found)
-                print(
-                    folder.name, layer.index, {name: float(f"{value:.3g}") for name, value in found.items()}, flush=True
-                )
+                print(folder.name, layer.index, json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
+KINDS = {"ssm": "ssm_state", "conv": "conv_state", "kv": "kv_cache"}
+FIRST_BUCKET = 2  # of positions that is shown: those before it are short
+LEAST = 1e-8  # of divergences: below it is float32's own noise
+
 Facts = list[dict]  # of one configuration, a seed each
 
 
@@ -46,6 +50,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def short(value: float) -> str:
+    if abs(value) < LEAST:
+        return "0"
     return f"{value:.2g}" if abs(value) < 0.001 else f"{value:.4f}"
 
 
@@ -74,12 +80,13 @@ def buckets(facts: Facts) -> list[tuple[str, float]]:
 
 
 def by_configuration(figures: Figures, place: tuple, groups: set[str]) -> str:
-    """One row a configuration."""
+    """One row a configuration, with the bytes of the kind of state that it speaks of, or of all."""
     chosen = {name: facts for name, facts in figures.by_place[place].items() if facts[0]["group"] in groups}
-    names = [name for name, _ in buckets(next(iter(chosen.values())))][2:]
+    names = [name for name, _ in buckets(next(iter(chosen.values())))][FIRST_BUCKET:]
     header = [
         "kept as",
-        "bytes at 4,096",
+        "bytes",
+        "smaller",
         "mean KL",
         "drift",
         "95 %, first seed",
@@ -88,10 +95,32 @@ def by_configuration(figures: Figures, place: tuple, groups: set[str]) -> str:
     ]
     rows = []
     for name, facts in chosen.items():
-        late = [short(value) for _, value in buckets(facts)][2:]
-        rows.append([name, f"{facts[0]['bytes']['all']:,}", over([f["kl"] for f in facts]), over([f["drift"] for f in facts], 4),
+        size, was = sizes_of(figures, place[0], name, facts)
+        late = [short(value) for _, value in buckets(facts)][FIRST_BUCKET:]
+        rows.append([name, f"{size:,}", f"{was / size:.2f}x", over([f["kl"] for f in facts]), over([f["drift"] for f in facts], 4),
                      interval(facts[0]["drift_interval"]), over([f["top1"] for f in facts], 4), *late])  # fmt: skip
     return table(header, rows)
+
+
+def sizes_of(figures: Figures, model: str, name: str, facts: Facts) -> tuple[int, int]:
+    """Bytes of one sequence at 4,096 tokens, and what they were: of one kind of state, or of all where it speaks of several."""
+    kinds = {part.split()[0] for part in name.split(", ")}
+    kind = KINDS[kinds.pop()] if len(kinds) == 1 else "all"
+    return facts[0]["bytes"][kind], figures.whole["figures"][f"bytes/{model}"][kind]
+
+
+def frontier_of_states(figures: Figures, place: tuple) -> str:
+    """Of recurrent states alone, from the largest to the smallest; bold where none is both smaller and nearer."""
+    points = []
+    for name, facts in figures.by_place[place].items():
+        if name.startswith("ssm") and "," not in name and "of layer" not in name:
+            points.append((*sizes_of(figures, place[0], name, facts), float(np.mean([f["kl"] for f in facts])), name))
+    rows, best = [], float("inf")
+    for size, was, kl, name in sorted(points, key=lambda point: (point[0], point[2])):
+        mark = "**" if kl < best else ""
+        best = min(best, kl)
+        rows.append([f"{mark}{name.removeprefix('ssm ')}{mark}", f"{size:,}", f"{was / size:.2f}x", short(kl)])
+    return table(["recurrent state kept as", "bytes", "smaller", "mean KL"], reversed(rows))
 
 
 def recalled(figures: Figures, model: str) -> str:
@@ -167,6 +196,7 @@ def main() -> None:
         if groups:
             print(by_configuration(figures, place, groups))
             base = figures.whole["figures"][f"bytes/{model}"]["all"]
+            print(frontier_of_states(figures, place))
             print(pareto(figures, place, base))
         if sensitivities(figures, place) and figures.traits[model]:
             print(layers(figures, place))
