@@ -22,6 +22,8 @@ position (real tokens read) and the place of the entry alone:
 
     u = ((40503 position + 30011 place + seed) mod 65536 + 1/2) / 65536
 
+In fp8, bf16 and fp16 v counts steps of the grid where it lies: 2^(exponent - bits of the mantissa).
+
 40503 / 65536 is nearly the golden ratio's fraction, so over time the dithers of an entry are spread as evenly as may be (Weyl's
 sequence), and rounding errors of one sign cannot pile up.
 
@@ -54,6 +56,11 @@ NIBBLE = 16  # values of half a byte
 POWER_STEPS = 1024  # scales are whole powers of 2^(1/1024), from
 LEAST_POWER, MOST_POWER = -44, 19  # of two, on
 PARTS = np.exp2(np.arange(POWER_STEPS) / POWER_STEPS).astype(np.float32)
+FLOATS = {
+    "fp8-e4m3": (3, -6),
+    "fp16": (10, -14),
+    "bf16": (7, -100),
+}  # bits of the mantissa, and the least exponent with a grid
 STEPS = (40503, 30011, 1 << 16)  # of the dither, and its period
 
 
@@ -113,17 +120,17 @@ def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
 
 def encode(value: Tensor, precision: Precision, position: Tensor, scales: Tensor | None = None) -> Tensor:
     """value [B, ...] as it is stored. `position` broadcasts against it; `scales` are the static ones, in `scale_shape`."""
+    dithers = dither(value.shape, position, precision.seed) if precision.rounding == "stochastic" else None
     if precision.is_plain:
-        return value.to(precision.dtype)
+        return (value if dithers is None else _dithered(value, dithers, precision.format)).to(precision.dtype)
     size, codes = value.shape[precision.axis], tuple[Tensor, ...]()
     values = _blocked(value.movedim(precision.axis, -1), precision)  # [..., blocks, block]
     if scales is None:
         codes, scale = _dynamic(values.abs().amax(-1, keepdim=True), precision)
     else:
         scale = scales.movedim(precision.axis, -1)[..., None]
-    dithers = None
-    if precision.rounding == "stochastic":
-        dithers = _blocked(dither(value.shape, position, precision.seed).movedim(precision.axis, -1), precision)
+    if dithers is not None:
+        dithers = _blocked(dithers.movedim(precision.axis, -1), precision)
     whole = _on_grid(values / scale, precision.format, dithers).flatten(-2)[..., :size]
     stored = torch.cat([_packed(whole, precision.format), *(code.squeeze(-1) for code in codes)], -1)
     return stored.to(precision.dtype).movedim(-1, precision.axis)
@@ -201,9 +208,20 @@ def _power(code: Tensor) -> Tensor:
 def _on_grid(scaled: Tensor, format: Format, dithers: Tensor | None) -> Tensor:
     most = MOST[format]
     if format == "fp8-e4m3":
+        scaled = scaled if dithers is None else _dithered(scaled.clamp(-most, most), dithers, format)
         return fp8.saturated(scaled).float()
     rounded = torch.round(scaled) if dithers is None else torch.floor(scaled + dithers)
     return rounded.clamp(-most, most)
+
+
+def _dithered(value: Tensor, dithers: Tensor, format: Format) -> Tensor:
+    """Rounded down or up to a number that the format has, by the dither. What lies on the grid stays: the dither is added to
+    the rest alone, so that no sum is rounded."""
+    bits, least = FLOATS[format]
+    exponent = (torch.frexp(value).exponent - 1).clamp_min(least)
+    steps = torch.ldexp(value, bits - exponent)
+    below = torch.floor(steps)
+    return torch.ldexp(below + torch.floor(steps - below + dithers), exponent - bits)
 
 
 def _packed(whole: Tensor, format: Format) -> Tensor:

@@ -10,7 +10,6 @@ Scale = Literal["dynamic", "static"]
 Axis = Literal["d_state", "d_inner"]
 
 WITHOUT_SCALES = ("fp32", "bf16", "fp16")
-WITH_DITHER = ("int8", "int4")  # formats that stochastic rounding is defined for
 SEEDS = 1 << 16  # the period of the dither: seeds are below it
 MOST_EVERY = 4096  # tokens between two roundings
 RESIDUAL: Residual = "int8"  # where feedback is asked for and nothing else is said
@@ -42,8 +41,6 @@ def residual_of(said: Settings) -> Residual | None:
 
 def why_unfit(said: Settings) -> str | None:
     """What keeps any state from being stored so, or None."""
-    if said.rounding == "stochastic" and said.format not in WITH_DITHER:
-        return f"{said.format} is rounded to nearest only; stochastic rounding goes with {' and '.join(WITH_DITHER)}"
     if said.residual is not None and said.rounding != "error_feedback":
         return "residual is the format of what rounding loses; it needs rounding: error_feedback"
     if said.format == "fp32":
@@ -54,6 +51,8 @@ def why_unfit(said: Settings) -> str | None:
 def _why_unfit_unrounded(said: Settings) -> str | None:
     if said.rounding == "error_feedback":
         return "fp32 loses nothing that error_feedback could keep; expected a narrower format"
+    if said.rounding == "stochastic":
+        return "fp32 is not rounded, so rounding: stochastic says nothing; expected a narrower format"
     if said.every > 1:
         return f"fp32 is not rounded, so every: {said.every} says nothing; expected a narrower format"
     return _why_unfit_without_scales(said)

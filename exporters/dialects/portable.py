@@ -144,7 +144,7 @@ class Portable(Dialect):
 
     def state_out(self, spec: StateSpec, value: Value, kept: Value, due: Value | None = None) -> Value:
         graph, dtype = self.graph, self.state_type(spec)
-        if spec.precision.is_plain and due is None:
+        if spec.precision.is_plain and spec.precision.rounding != "stochastic" and due is None:
             return self._like_kept(spec, graph.cast(value, DTYPES[spec.precision.dtype], dtype), kept)
         wide = graph.cast(value, ir.DataType.FLOAT, dtype)
         stored = remembered.kept_on(graph, spec, wide, kept, self._dithers(spec), self._scales(spec), due)
