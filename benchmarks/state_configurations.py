@@ -48,6 +48,7 @@ SIX = [ssm("bf16"), ssm("fp8-e4m3"), *(ssm(f, **r) for f in WHOLE for r in (NEAR
 AXIS = [ssm(f, axis="d_inner", block=32, **STOCHASTIC) for f in WHOLE] + [
     ssm("int8", axis="d_inner", **r) for r in (NEAREST, STOCHASTIC)
 ]
+DITHERED = [ssm(f, **STOCHASTIC) for f in ("bf16", "fp16", "fp8-e4m3")]
 FEEDBACK = [
     ssm(f, rounding="error_feedback", residual=r)
     for f, r in (("int4", "int4"), ("int8", "int4"), ("int4", "int8"), ("fp8-e4m3", "int4"), ("int8", "int8"))
@@ -76,7 +77,7 @@ EACH_FORM = [
 
 GROUPS = {
     "recurrent": RECURRENT, "others": OTHERS, "length": SIX, "joint": JOINT, "recall": REMEMBERED, "prefill": SIX,
-    "axis": AXIS, "feedback": FEEDBACK, "cadence": CADENCE,
+    "axis": AXIS, "dithered": DITHERED, "feedback": FEEDBACK, "cadence": CADENCE,
 }  # fmt: skip
 
 

@@ -52,7 +52,6 @@ def step(state: Tensor, a: Tensor, token: Tokens) -> tuple[Tensor, Tensor]:
     return (token.c[..., None] * state).sum(-2) + token.skip, state
 
 
-@torch.compile(dynamic=False)
 def rounded(
     value: Tensor, precision: Precision, residual: Precision | None, position: Tensor, scales: Tensor | None
 ) -> Tensor:
@@ -62,6 +61,9 @@ def rounded(
     if residual is None:
         return seen
     return seen + remembered.decode(remembered.encode(value - seen, residual, position), residual, size)
+
+
+rounded_at_once = torch.compile(rounded, dynamic=False)
 
 
 class Decoding(Eager):
@@ -127,14 +129,14 @@ class Decoding(Eager):
 
     def _kept(self, spec: StateSpec, value: Tensor, read: int) -> Tensor:
         """The recurrent state as the next call sees it."""
-        if spec.precision.is_plain and spec.residual is None:
-            return value.to(spec.precision.dtype).float()  # a compiled function may leave out both casts
+        # a compiled function may leave out the casts of a plain type
+        run = rounded if spec.precision.is_plain else rounded_at_once
         seed = spec.precision.seed
         scales = self._scales(spec)
         # a seed is a shift of the position: one compiled function serves all layers
         position = torch.tensor((read + seed * pow(BY_POSITION, -1, PERIOD)) % PERIOD).view([1] * value.ndim)
         residual = None if spec.residual is None else spec.residual.precision
-        return rounded(
+        return run(
             value, replace(spec.precision, seed=0), residual, position, None if scales is None else scales.clone()
         )
 
