@@ -5,6 +5,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +80,52 @@ def buckets(facts: Facts) -> list[tuple[str, float]]:
     ]
 
 
-def by_configuration(figures: Figures, place: tuple, groups: set[str]) -> str:
-    """One row a configuration, with the bytes of the kind of state that it speaks of, or of all."""
-    chosen = {name: facts for name, facts in figures.by_place[place].items() if facts[0]["group"] in groups}
-    names = [name for name, _ in buckets(next(iter(chosen.values())))][FIRST_BUCKET:]
+@dataclass(frozen=True)
+class Point:
+    """A configuration: bytes of one sequence at 4,096 tokens and what they were, of the one kind of state that it speaks of, or
+    of all; mean KL."""
+
+    kind: str
+    size: int
+    was: int
+    kl: float
+    name: str
+    facts: Facts
+
+
+def mean_of(place: tuple) -> str:
+    """Which divergence counts: after a prompt that was read at once, that of the tokens decoded after it."""
+    return "kl_late" if place[3] > 1 else "kl"
+
+
+def points(figures: Figures, place: tuple, whole: bool = False) -> list[Point]:
+    """Of a place, those of a kind together, from few bytes to many; `whole` counts all kinds for each. Layers alone aside."""
+    found = []
+    for name, facts in figures.by_place[place].items():
+        kinds = {part.split()[0] for part in name.split(", ")}
+        kind = "all" if whole or len(kinds) > 1 else KINDS[kinds.pop()]
+        if facts[0]["group"] != "layers":
+            was = figures.whole["figures"][f"bytes/{place[0]}"][kind]
+            kl = float(np.mean([f[mean_of(place)] for f in facts]))
+            found.append(Point(kind, facts[0]["bytes"][kind], was, kl, name, facts))
+    return sorted(found, key=lambda point: (point.kind, point.size, point.kl))
+
+
+def frontier(found: list[Point]) -> set[str]:
+    """Names of those that no other of their kind beats with as few bytes."""
+    best: dict[str, float] = {}
+    names = set()
+    for point in found:
+        if point.kl < best.get(point.kind, float("inf")):
+            best[point.kind] = point.kl
+            names.add(point.name)
+    return names
+
+
+def by_configuration(figures: Figures, place: tuple) -> str:
+    """One row a configuration; bold on the frontier of its kind."""
+    found = points(figures, place)
+    late = [name for name, _ in buckets(found[0].facts)][FIRST_BUCKET:]
     header = [
         "kept as",
         "bytes",
@@ -91,36 +134,35 @@ def by_configuration(figures: Figures, place: tuple, groups: set[str]) -> str:
         "drift",
         "95 %, first seed",
         "same top-1",
-        *(f"KL {name}" for name in names),
+        *(f"KL {name}" for name in late),
     ]
-    rows = []
-    for name, facts in chosen.items():
-        size, was = sizes_of(figures, place[0], name, facts)
-        late = [short(value) for _, value in buckets(facts)][FIRST_BUCKET:]
-        rows.append([name, f"{size:,}", f"{was / size:.2f}x", over([f["kl"] for f in facts]), over([f["drift"] for f in facts], 4),
-                     interval(facts[0]["drift_interval"]), over([f["top1"] for f in facts], 4), *late])  # fmt: skip
+    best, rows = frontier(found), []
+    for point in sorted(found, key=lambda point: (point.kind, -point.size, -point.kl)):
+        facts, mark = point.facts, "**" if point.name in best else ""
+        rows.append([
+            f"{mark}{point.name}{mark}", f"{point.size:,}", f"{point.was / point.size:.2f}x", over([f[mean_of(place)] for f in facts]),
+            over([f["drift"] for f in facts], 4), interval(facts[0]["drift_interval"]), over([f["top1"] for f in facts], 4),
+            *(short(value) for _, value in buckets(facts)[FIRST_BUCKET:]),
+        ])  # fmt: skip
     return table(header, rows)
 
 
-def sizes_of(figures: Figures, model: str, name: str, facts: Facts) -> tuple[int, int]:
-    """Bytes of one sequence at 4,096 tokens, and what they were: of one kind of state, or of all where it speaks of several."""
-    kinds = {part.split()[0] for part in name.split(", ")}
-    kind = KINDS[kinds.pop()] if len(kinds) == 1 else "all"
-    return facts[0]["bytes"][kind], figures.whole["figures"][f"bytes/{model}"][kind]
-
-
-def frontier_of_states(figures: Figures, place: tuple) -> str:
-    """Of recurrent states alone, from the largest to the smallest; bold where none is both smaller and nearer."""
-    points = []
-    for name, facts in figures.by_place[place].items():
-        if name.startswith("ssm") and "," not in name and "of layer" not in name:
-            points.append((*sizes_of(figures, place[0], name, facts), float(np.mean([f["kl"] for f in facts])), name))
-    rows, best = [], float("inf")
-    for size, was, kl, name in sorted(points, key=lambda point: (point[0], point[2])):
-        mark = "**" if kl < best else ""
-        best = min(best, kl)
-        rows.append([f"{mark}{name.removeprefix('ssm ')}{mark}", f"{size:,}", f"{was / size:.2f}x", short(kl)])
-    return table(["recurrent state kept as", "bytes", "smaller", "mean KL"], reversed(rows))
+def pareto(figures: Figures, place: tuple) -> str:
+    """Of all that is remembered, the frontier: from the largest to the smallest."""
+    found = points(figures, place, whole=True)
+    best = frontier(found)
+    rows = [
+        [
+            p.name,
+            f"{p.size:,}",
+            f"{p.was / p.size:.2f}x",
+            over([f["kl"] for f in p.facts]),
+            over([f["drift"] for f in p.facts], 4),
+        ]
+        for p in reversed(found)
+        if p.name in best
+    ]
+    return table(["kept as", "bytes at 4,096", "smaller", "mean KL", "drift"], rows)
 
 
 def recalled(figures: Figures, model: str) -> str:
@@ -129,18 +171,6 @@ def recalled(figures: Figures, model: str) -> str:
     baselines = [f"{next(iter(figures.by_place[place].values()))[0]['baseline']:.3f}" for place in places]
     header = ["kept as", *(f"{place[2]} tokens back" for place in places)]
     return table(header, [["float32", *baselines], *([name, *figures.recall(model, name)] for name in names)])
-
-
-def pareto(figures: Figures, place: tuple, base: int) -> str:
-    """Every configuration that no other beats in both bytes and divergence, from the largest to the smallest."""
-    points = [(facts[0]["bytes"]["all"], float(np.mean([f["kl"] for f in facts])), name, facts)
-              for name, facts in figures.by_place[place].items() if "of layer" not in name]  # fmt: skip
-    rows, best = [], float("inf")
-    for size, kl, name, facts in sorted(points, key=lambda point: point[:2]):
-        if kl < best:
-            best = kl
-            rows.append([name, f"{size:,}", f"{base / size:.2f}x", short(kl), over([f["drift"] for f in facts], 4)])
-    return table(["kept as", "bytes at 4,096", "smaller", "mean KL", "drift"], reversed(rows))
 
 
 def sensitivities(figures: Figures, place: tuple) -> dict[str, dict[int, float]]:
@@ -192,12 +222,10 @@ def main() -> None:
         rows = figures.by_place[place]
         print(f"\n#### {model}, {text}, {length} tokens{f', {prefill} of them a prompt' if prefill > 1 else ''}\n")
         print(f"Perplexity of the original: {next(iter(rows.values()))[0]['perplexity']:.3f}\n")
-        groups = {facts[0]["group"] for facts in rows.values()} - {"layers"}
-        if groups:
-            print(by_configuration(figures, place, groups))
-            base = figures.whole["figures"][f"bytes/{model}"]["all"]
-            print(frontier_of_states(figures, place))
-            print(pareto(figures, place, base))
+        if points(figures, place):
+            print(by_configuration(figures, place))
+        if any(", " in name for name in rows):
+            print(pareto(figures, place))
         if sensitivities(figures, place) and figures.traits[model]:
             print(layers(figures, place))
     for model in dict.fromkeys(place[0] for place in places if place[1] == "recall"):
