@@ -125,7 +125,8 @@ def frontier(found: list[Point]) -> set[str]:
 def by_configuration(figures: Figures, place: tuple) -> str:
     """One row a configuration; bold on the frontier of its kind."""
     found = points(figures, place)
-    late = [name for name, _ in buckets(found[0].facts)][FIRST_BUCKET:]
+    shown = slice(FIRST_BUCKET, None if place[3] == 1 else 0)  # a prompt read at once has no divergence to show
+    late = [name for name, _ in buckets(found[0].facts)][shown]
     header = [
         "kept as",
         "bytes",
@@ -139,10 +140,12 @@ def by_configuration(figures: Figures, place: tuple) -> str:
     best, rows = frontier(found), []
     for point in sorted(found, key=lambda point: (point.kind, -point.size, -point.kl)):
         facts, mark = point.facts, "**" if point.name in best else ""
+        wanted = ((mean_of(place), None), ("drift", 4), ("top1", 4))
+        kl, drift, top1 = (over([f[key] for f in facts], digits) for key, digits in wanted)
         rows.append([
-            f"{mark}{point.name}{mark}", f"{point.size:,}", f"{point.was / point.size:.2f}x", over([f[mean_of(place)] for f in facts]),
-            over([f["drift"] for f in facts], 4), interval(facts[0]["drift_interval"]), over([f["top1"] for f in facts], 4),
-            *(short(value) for _, value in buckets(facts)[FIRST_BUCKET:]),
+            f"{mark}{point.name}{mark}", f"{point.size:,}", f"{point.was / point.size:.2f}x", kl, drift,
+            interval(facts[0]["drift_interval"]), top1 if place[3] == 1 else "",
+            *(short(value) for _, value in buckets(facts)[shown]),
         ])  # fmt: skip
     return table(header, rows)
 
