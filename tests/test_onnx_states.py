@@ -307,7 +307,9 @@ def trained(request, tiny, nemotron):
 
 def exported_to_go_on(source, folder, settings):
     """The convolution's state in int8 at least: in int4 it is rounded anew at every place it moves to, and every rounding that
-    float32 tips moves all layers behind it."""
+    float32 tips moves all layers behind it. Settings of recurrent states only are theirs alone."""
+    if settings.keys() & {"residual", "every", "axis"}:
+        return exported(source, folder, settings, ["recurrent_state"])
     convolution = settings | {"format": "int8"} if settings["format"] == "int4" else settings
     changed = with_states(source, folder / "source", dict.fromkeys(ALL, settings) | {"conv_state": convolution})
     path = exporting.export_checkpoint(changed, "onnx", folder / "onnx") / "model.onnx"
@@ -324,7 +326,7 @@ def test_the_graph_goes_on_as_our_own_forward(trained, tmp_path, name):
 
 
 # formats that alone lose 0.02 nats and more on these tokens: there a rounding that float32 tips goes on to matter
-COARSE = {"int8, along d_inner", "int4, blocks of 4 along d_inner", "int4, static, every 2"}
+COARSE = {"int8, along d_inner", "int4, blocks of 4 along d_inner"}
 
 
 @pytest.mark.slow
