@@ -33,7 +33,12 @@ def with_states(source: Path, folder: Path, states: Mapping[str, Mapping[str, An
 
 
 def _possible(spec: StateSpec, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A convolution state has too few entries to carry scales of its own: it is kept in bfloat16 then."""
+    """What only a recurrent state can have is left out of others. A convolution state has too few entries to carry scales of
+    its own: it is kept in bfloat16 then."""
+    if spec.kind != StateKind.SSM:
+        settings = {word: value for word, value in settings.items() if word not in ("residual", "every", "axis")}
+        if settings.get("rounding") == "error_feedback":
+            settings |= {"rounding": "nearest"}
     carries = settings["format"] in MOST and settings.get("scale", "dynamic") == "dynamic"
     return {"format": "bf16"} if spec.kind == StateKind.CONV and carries else settings
 

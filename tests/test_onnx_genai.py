@@ -252,6 +252,8 @@ DIFFER = {
     "formats of the recurrent state": ({"recurrent_state": {"format": "int8"}}, [0, 3], "recurrent_state"),
     "places of scales": ({"conv_state": {"format": "int8", "scale": "static"}}, [0], "conv_state"),
     "keys and values": ({"key": {"format": "int8"}}, None, "value"),
+    "feedback": ({"recurrent_state": {"format": "int8", "rounding": "error_feedback"}}, None, "recurrent_residual"),
+    "cadence": ({"recurrent_state": {"format": "int8", "every": 4}}, None, "recurrent_inputs"),
 }
 
 

@@ -198,6 +198,41 @@ def test_the_report_has_a_row_for_each_layer_and_kind(run):
     assert "## States of a sequence" in (out / "report.md").read_text()
 
 
+def test_config_json_and_the_report_have_feedback_and_cadence(run):
+    out = run(
+        "{ssm_state: {format: int4, rounding: error_feedback, every: 4, axis: d_inner, block: 16}, conv_state: bf16}"
+    )
+    entries = {entry["state"]: entry for entry in section(out)["states"] if entry["layer"] == 0}
+    words = ("format", "rounding", "residual", "every", "axis", "block")
+    assert [entries["recurrent_state"].get(word) for word in words] == [
+        "int4",
+        "error_feedback",
+        "int8",
+        4,
+        "d_inner",
+        16,
+    ]
+    assert {"residual", "axis"} & entries["conv_state"].keys() == set() and entries["conv_state"]["every"] == 1
+    report, bytes_each = (
+        json.loads((out / "report.json").read_text()),
+        7 * (40 + 10) + 7 * (80 + 10) + 2 * 3 * (2 * 80 + 7),
+    )
+    row = next(row for row in report["states"] if row["kind"] == "ssm_state")
+    assert (row["rounding"], row["every"], row["residual"]) == ("error_feedback", 4, "int8")
+    assert row["bytes_per_sequence"] == bytes_each
+    assert report["state_memory"]["candidate"]["ssm_state"]["bytes_per_sequence"] == 5 * bytes_each
+    assert "int4 + int8 every 4 tokens" in (out / "report.md").read_text()
+
+
+def test_static_scales_stay_what_they_are_with_feedback_cadence_and_the_other_axis(run, small):
+    out = run("{ssm_state: {format: int8, scale: static, rounding: error_feedback, every: 3, axis: d_inner}}")
+    found = tensors(out)["model.layers.0.states.recurrent_state.scale"]
+    assert found.shape == (7, 1)
+    plain = tensors(run("{ssm_state: {format: int8, scale: static, axis: d_inner}}", name="plain"))
+    assert torch.equal(found, plain["model.layers.0.states.recurrent_state.scale"])
+    assert torch.isfinite(Decoder(Checkpoint(out / "checkpoint").model).step(torch.tensor([[3, 4]]))).all()
+
+
 def test_inspect_counts_states_as_they_are_kept(run, small):
     facts, came = inspect(str(run(STATIC))), inspect(str(small))
     assert facts["ssm_state_bytes"] == 5 * 7 * 80 and facts["conv_state_bytes"] == 5 * 3 * 80
@@ -266,13 +301,26 @@ def test_runtimes_say_that_stock_transformers_does_not_round_states(run):
         ("{}", ("names no state", "ssm_state")),
         ("{ssm_state: int9}", ("'int9' is not known", "int8")),
         ("{ssm_states: int8}", ("unknown key 'ssm_states'", "'ssm_state'")),
-        ("{ssm_state: {format: fp8-e4m3, rounding: stochastic}}", ("fp8-e4m3", "nearest", "int8 and int4")),
-        ("{ssm_state: {format: bf16, rounding: stochastic}}", ("bf16", "nearest")),
+        ("{ssm_state: {format: fp32, rounding: stochastic}}", ("fp32 is not rounded", "stochastic", "narrower")),
         ("{ssm_state: {format: bf16, scale: static}}", ("bf16 has no scales",)),
         ("{ssm_state: {format: fp16, block: 4}}", ("fp16 has no scales",)),
         ("{ssm_state: {format: int8, block: 0}}", ("block", "greater than or equal to 1")),
         ("{ssm_state: {format: int8, block: yes}}", ("block",)),
         ("{ssm_state: {rounding: stochastic}}", ("missing key", "format")),
+        ("{ssm_state: {format: int8, every: 0}}", ("every", "greater than or equal to 1")),
+        ("{ssm_state: {format: int8, every: 2.5}}", ("every", "integer")),
+        ("{ssm_state: {format: int8, every: 5000}}", ("every", "4096")),
+        ("{ssm_state: {format: fp32, every: 4}}", ("fp32 is not rounded", "every: 4", "narrower")),
+        ("{ssm_state: {format: fp32, rounding: error_feedback}}", ("fp32 loses nothing", "narrower")),
+        ("{ssm_state: {format: int8, residual: int8}}", ("residual", "rounding: error_feedback")),
+        ("{ssm_state: {format: int8, rounding: error_feedback, residual: fp32}}", ("residual", "'fp32' is not known")),
+        ("{ssm_state: {format: bf16, axis: d_inner}}", ("bf16 has no scales, so axis",)),
+        ("{ssm_state: {format: int8, axis: d_conv}}", ("'d_conv' is not known", "d_inner")),
+        ("{ssm_state: {format: int8, rounding: error_fedback}}", ("'error_fedback' is not known", "error_feedback")),
+        (
+            "{overrides: [{kind: ssm_state, layers: [0], format: int8, every: 0}]}",
+            ("every", "greater than or equal to 1"),
+        ),
         ("{overrides: [{kind: ssm_state, layers: [], format: int8}]}", ("layers", "at least 1")),
         ("{overrides: [{kind: ssm_state, layers: all, format: int8}]}", ("layers", "every", "'all'")),
         ("{overrides: [{kind: ssm, format: int8}]}", ("'ssm' is not known", "ssm_state")),
@@ -287,6 +335,14 @@ def test_a_recipe_that_cannot_be_is_refused_with_its_line(tmp_path, block, words
     ("block", "words"),
     [
         ("{ssm_state: {format: int8, block: 8}}", ("ssm_state", "block is 8", "7 entries")),
+        ("{ssm_state: {format: int8, block: 81, axis: d_inner}}", ("ssm_state", "block is 81", "80 entries")),
+        ("{ssm_state: {format: bf16, block: 8, rounding: error_feedback}}", ("ssm_state", "block is 8", "7 entries")),
+        ("{kv_cache: {format: int8, every: 4}}", ("kv_cache", "every: 4", "ssm_state only")),
+        ("{conv_state: {format: bf16, every: 2}}", ("conv_state", "every: 2", "ssm_state only")),
+        ("{kv_cache: {format: int8, rounding: error_feedback}}", ("kv_cache", "error_feedback", "ssm_state only")),
+        ("{conv_state: {format: bf16, rounding: error_feedback, residual: fp16}}", ("conv_state", "ssm_state only")),
+        ("{kv_cache: {format: int8, axis: d_state}}", ("kv_cache", "axis", "ssm_state only")),
+        ("{overrides: [{kind: kv_cache, layers: every, format: int8, every: 3}]}", ("overrides.0", "every: 3")),
         ("{kv_cache: {format: int4, block: 9}}", ("kv_cache", "block is 9", "8 entries")),
         ("{conv_state: int8}", ("conv_state", "scale: static")),
         ("{overrides: [{kind: ssm_state, layers: [0, 6], format: int8}]}", ("overrides.0", "layer 6", "0 to 5")),
@@ -333,9 +389,17 @@ ENTRY = {"layer": 0, "state": "recurrent_state", "format": "int8"}
         ([ENTRY | {"block": 0}], ("compress.states.0.block",)),
         ([ENTRY | {"block": 10**18}], ("compress.states.0", "7 entries")),
         ([ENTRY | {"seed": 1 << 16}], ("compress.states.0.seed",)),
-        ([ENTRY | {"format": "fp8-e4m3", "rounding": "stochastic"}], ("compress.states.0", "nearest")),
+        ([ENTRY | {"format": "fp32", "rounding": "stochastic"}], ("compress.states.0", "fp32 is not rounded")),
         ([ENTRY | {"state": "conv_state"}], ("compress.states.0", "static")),
-        ([ENTRY | {"every": 2}], ("compress.states.0.every",)),
+        ([ENTRY | {"every": 0}], ("compress.states.0.every", "greater than or equal to 1")),
+        ([ENTRY | {"every": 10**18}], ("compress.states.0.every", "4096")),
+        ([ENTRY | {"state": "conv_state", "format": "bf16", "every": 2}], ("compress.states.0", "ssm_state only")),
+        ([ENTRY | {"layer": 2, "state": "key", "rounding": "error_feedback"}], ("compress.states.0", "ssm_state only")),
+        ([ENTRY | {"layer": 2, "state": "key", "axis": "d_state"}], ("compress.states.0", "axis", "ssm_state only")),
+        ([ENTRY | {"residual": "int8"}], ("compress.states.0", "rounding: error_feedback")),
+        ([ENTRY | {"rounding": "error_feedback", "residual": "fp32"}], ("compress.states.0.residual", "int8")),
+        ([ENTRY | {"axis": "d_conv"}], ("compress.states.0.axis", "d_inner")),
+        ([ENTRY | {"axis": "d_inner", "block": 81}], ("compress.states.0", "80 entries")),
         ({}, ("compress.states",)),
     ],
 )

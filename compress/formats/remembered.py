@@ -22,8 +22,16 @@ position (real tokens read) and the place of the entry alone:
 
     u = ((40503 position + 30011 place + seed) mod 65536 + 1/2) / 65536
 
+In fp8, bf16 and fp16 v counts steps of the grid where it lies: 2^(exponent - bits of the mantissa).
+
 40503 / 65536 is nearly the golden ratio's fraction, so over time the dithers of an entry are spread as evenly as may be (Weyl's
 sequence), and rounding errors of one sign cannot pile up.
+
+`error_feedback` rounds to nearest and stores what that loses as well, the `residual`, as a state of its own with dynamic scales:
+the next call begins with the sum of both.
+
+**Cadence.** `every` tokens a state is rounded; in between it stays as it was stored, and the inputs since are kept in 16 bits
+(`model/carrying.py`).
 
 A state that stands still stays as it is stored, in whatever order float32 arithmetic is done: no u is 0, and the largest entry, a
 whole number of scales, gives the scale it had.
@@ -37,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compress.formats import fp8
-from compress.formats.state_words import Format, Rounding, Scale
+from compress.formats.state_words import Format, Residual, Rounding, Scale
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {**PLAIN, "fp8-e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
@@ -48,6 +56,11 @@ NIBBLE = 16  # values of half a byte
 POWER_STEPS = 1024  # scales are whole powers of 2^(1/1024), from
 LEAST_POWER, MOST_POWER = -44, 19  # of two, on
 PARTS = np.exp2(np.arange(POWER_STEPS) / POWER_STEPS).astype(np.float32)
+FLOATS = {
+    "fp8-e4m3": (3, -6),
+    "fp16": (10, -14),
+    "bf16": (7, -100),
+}  # bits of the mantissa, and the least exponent with a grid
 STEPS = (40503, 30011, 1 << 16)  # of the dither, and its period
 
 
@@ -61,6 +74,8 @@ class Precision:
     axis: int = -1
     block: int | None = None
     seed: int = 0
+    residual: Residual | None = None  # the format of what rounding loses, where that is kept
+    every: int = 1  # tokens between two roundings
 
     @property
     def is_plain(self) -> bool:
@@ -73,6 +88,10 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         return STORED[self.format]
+
+    def of_residual(self) -> "Precision | None":
+        """How what rounding loses is stored."""
+        return None if self.residual is None else Precision(self.residual, axis=self.axis, block=self.block)
 
     def blocks(self, size: int) -> int:
         """Of an axis of so many entries; the last may be shorter."""
@@ -101,17 +120,17 @@ def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
 
 def encode(value: Tensor, precision: Precision, position: Tensor, scales: Tensor | None = None) -> Tensor:
     """value [B, ...] as it is stored. `position` broadcasts against it; `scales` are the static ones, in `scale_shape`."""
+    dithers = dither(value.shape, position, precision.seed) if precision.rounding == "stochastic" else None
     if precision.is_plain:
-        return value.to(precision.dtype)
+        return (value if dithers is None else _dithered(value, dithers, precision.format)).to(precision.dtype)
     size, codes = value.shape[precision.axis], tuple[Tensor, ...]()
     values = _blocked(value.movedim(precision.axis, -1), precision)  # [..., blocks, block]
     if scales is None:
         codes, scale = _dynamic(values.abs().amax(-1, keepdim=True), precision)
     else:
         scale = scales.movedim(precision.axis, -1)[..., None]
-    dithers = None
-    if precision.rounding == "stochastic":
-        dithers = _blocked(dither(value.shape, position, precision.seed).movedim(precision.axis, -1), precision)
+    if dithers is not None:
+        dithers = _blocked(dithers.movedim(precision.axis, -1), precision)
     whole = _on_grid(values / scale, precision.format, dithers).flatten(-2)[..., :size]
     stored = torch.cat([_packed(whole, precision.format), *(code.squeeze(-1) for code in codes)], -1)
     return stored.to(precision.dtype).movedim(-1, precision.axis)
@@ -189,9 +208,20 @@ def _power(code: Tensor) -> Tensor:
 def _on_grid(scaled: Tensor, format: Format, dithers: Tensor | None) -> Tensor:
     most = MOST[format]
     if format == "fp8-e4m3":
+        scaled = scaled if dithers is None else _dithered(scaled.clamp(-most, most), dithers, format)
         return fp8.saturated(scaled).float()
     rounded = torch.round(scaled) if dithers is None else torch.floor(scaled + dithers)
     return rounded.clamp(-most, most)
+
+
+def _dithered(value: Tensor, dithers: Tensor, format: Format) -> Tensor:
+    """Rounded down or up to a number that the format has, by the dither. What lies on the grid stays: the dither is added to
+    the rest alone, so that no sum is rounded."""
+    bits, least = FLOATS[format]
+    exponent = (torch.frexp(value).exponent - 1).clamp_min(least)
+    steps = torch.ldexp(value, bits - exponent)
+    below = torch.floor(steps)
+    return torch.ldexp(below + torch.floor(steps - below + dithers), exponent - bits)
 
 
 def _packed(whole: Tensor, format: Format) -> Tensor:

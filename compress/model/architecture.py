@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from compress.errors import InputError
 from compress.formats.remembered import Precision
+from compress.formats.state_words import residual_of, why_not_of_kind
 from compress.model.block import Layer
 from compress.model.config import Config
 from compress.model.records import KeptState
 from compress.model.roles import Role
-from compress.model.states import SCALE_AXES, StateKind
+from compress.model.states import D_INNER, SCALE_AXES, StateKind, StateSpec
 from compress.model.weight import Spec, UnitSpec
 from compress.strict.json_text import JsonObject
 from compress.strict.plugin import ContractError, refuse_other_hooks
@@ -33,7 +34,14 @@ class Place:
 
 def precision_of(state: KeptState, kind: StateKind) -> Precision:
     """What config.json says of a state."""
-    return Precision(state.format, state.rounding, state.scale, SCALE_AXES[kind], state.block, state.seed)
+    axis = D_INNER if state.axis == "d_inner" else SCALE_AXES[kind]
+    residual = residual_of(state)
+    return Precision(state.format, state.rounding, state.scale, axis, state.block, state.seed, residual, state.every)
+
+
+def why_unfit(state: KeptState, spec: StateSpec) -> str | None:
+    """What keeps a state from being kept so, or None."""
+    return why_not_of_kind(state, spec.kind) or spec.why_unfit(precision_of(state, spec.kind))
 
 
 class Architecture(ABC):
@@ -109,8 +117,7 @@ class Architecture(ABC):
         if state.state not in specs:
             known = f"it has {', '.join(specs)}" if specs else "it has none"
             return f"layer {state.layer} has no state '{state.state:.80}' ({known})"
-        spec = specs[state.state]
-        return spec.why_unfit(precision_of(state, spec.kind))
+        return why_unfit(state, specs[state.state])
 
     def layout(self) -> Iterator[UnitSpec]:
         """The units in order of computation, lazily: a caller may stop at the first surprise."""

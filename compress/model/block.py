@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from compress.errors import InputError
 from compress.formats.remembered import Precision
+from compress.model import carrying
 from compress.model.experts import Experts
 from compress.model.operators import Operators
 from compress.model.roles import Role
@@ -113,7 +114,7 @@ class Layer:
         with_experts = [block for block in self.blocks if block.experts]
         if len(with_experts) > 1:
             raise InputError(f"layer {self.index} has {len(with_experts)} blocks with experts, expected one at most")
-        names = Counter(spec.name for spec in self.states)
+        names = Counter(spec.name for spec in self.carried)
         if twice := [name for name, count in names.items() if count > 1]:
             raise InputError(f"layer {self.index} has several states '{twice[0]}'; expected another name for each")
 
@@ -124,8 +125,14 @@ class Layer:
 
     @cached_property
     def states(self) -> tuple[StateSpec, ...]:
+        """What its blocks remember, in the precisions in which that is kept."""
         specs = (spec for residual in self.residuals for spec in residual.block.states())
         return tuple(replace(spec, precision=self.precisions.get(spec.name, spec.precision)) for spec in specs)
+
+    @property
+    def carried(self) -> tuple[StateSpec, ...]:
+        """The tensors it carries from call to call: of a state one, or several."""
+        return tuple(part for spec in self.states for part in spec.parts)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -167,9 +174,12 @@ class Layer:
 
     def run(self, ops: Operators[T], hidden: T, kept: dict[str, T]) -> tuple[T, dict[str, T]]:
         """The whole layer on hidden [B, S, H], from states as they were kept to states as they are kept."""
-        state = {spec.name: ops.state_in(spec, kept[spec.name]) for spec in self.states}
-        new: dict[str, T] = {}
+        given, state, new, left = hidden, dict[str, T](), dict[str, T](), dict[str, T]()
+        for spec in self.states:
+            state |= carrying.begun(ops, spec, kept)
         for residual in self.residuals:
             hidden, found = residual.run(ops, hidden, state)
             new |= found
-        return hidden, {spec.name: ops.state_out(spec, new[spec.name], kept[spec.name]) for spec in self.states}
+        for spec in self.states:
+            left |= carrying.ended(ops, spec, given, new, kept)
+        return hidden, left

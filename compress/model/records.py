@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
 
-from compress.formats.state_words import SEEDS, Format, Rounding, Scale, why_unfit
+from compress.formats.state_words import MOST_EVERY, SEEDS, Axis, Format, Residual, Rounding, Scale, why_unfit
 from compress.model.expert_counts import SECTION, ExpertCounts
 from compress.model.tensor_names import written_out
 from compress.strict.json_text import JsonObject
@@ -130,13 +130,16 @@ class KeptState(BaseModel):
     state: StrictStr  # such as `recurrent_state`
     format: Format
     rounding: Rounding = "nearest"
+    residual: Residual | None = None  # of error feedback; None: int8
+    every: Annotated[StrictInt, Field(ge=1, le=MOST_EVERY)] = 1  # tokens between two roundings
     scale: Scale = "dynamic"
+    axis: Axis | None = None  # along which entries of a recurrent state share a scale; None: d_state
     block: Annotated[StrictInt, Field(ge=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=0, lt=SEEDS)] = 0
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
-        if why := why_unfit(self.format, self.rounding, self.scale, self.block):
+        if why := why_unfit(self):
             raise ValueError(why)
         return self
 

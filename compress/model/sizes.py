@@ -36,6 +36,7 @@ class StateFacts(TypedDict):
     kind: str
     format: str
     rounding: str
+    residual: NotRequired[str]  # of error feedback
     scale: NotRequired[str]  # of formats with scales
     every: int  # tokens between two roundings
     bytes_per_sequence: int
@@ -99,11 +100,13 @@ def _row(layer: int, specs: list[StateSpec]) -> StateFacts:
         "kind": str(kind),
         "format": precision.format,
         "rounding": precision.rounding,
-        "every": 1,
+        "every": precision.every,
         "bytes_per_sequence": sum(spec.bytes(CONTEXTS[0]) for spec in specs),
     }
     if not precision.is_plain:
         row["scale"] = precision.scale
+    if precision.residual is not None:
+        row["residual"] = precision.residual
     if grows:
         row |= {"bytes_per_token": sum(spec.bytes() for spec in specs), "context": CONTEXTS[0]}
     return row

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.formats.state_words import Format, Kind, Rounding, Scale, why_unfit
+from compress.formats.state_words import (
+    MOST_EVERY,
+    WITHOUT_SCALES,
+    Axis,
+    Format,
+    Kind,
+    Residual,
+    Rounding,
+    Scale,
+    residual_of,
+    why_unfit,
+)
 from compress.model.records import Change, Recomputed
 from compress.model.tensor_names import in_short
 from compress.passes import Details, Fact, Finished, Found, Note, Pass, PassContext
@@ -34,7 +45,10 @@ class StateFormat(Strict):
 
     format: Format
     rounding: Rounding = "nearest"
+    residual: Residual | None = None  # of what rounding loses, with error_feedback; int8 by default
+    every: WholeNumber = Field(default=1, ge=1, le=MOST_EVERY)  # tokens between two roundings
     scale: Scale = "dynamic"
+    axis: Axis | None = None  # along which entries of a recurrent state share a scale; d_state by default
     block: WholeNumber | None = Field(default=None, ge=1)  # entries that share a scale
     seed: WholeNumber | None = Field(default=None, ge=0)  # in place of the run's
 
@@ -45,7 +59,7 @@ class StateFormat(Strict):
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
-        if why := why_unfit(self.format, self.rounding, self.scale, self.block):
+        if why := why_unfit(self):
             raise ValueError(why)
         return self
 
@@ -217,9 +231,12 @@ def _search_lines(details: Details) -> list[str]:
 
 
 def _words(wanted: StateFormat) -> str:
+    residual = residual_of(wanted)
     parts: Mapping[str, bool] = {
-        wanted.rounding: wanted.format != "fp32",
-        f"{wanted.scale} scales": wanted.format not in ("fp32", "bf16", "fp16"),
+        wanted.rounding if residual is None else f"error feedback in {residual}": wanted.format != "fp32",
+        f"every {wanted.every} tokens": wanted.every > 1,
+        f"{wanted.scale} scales": wanted.format not in WITHOUT_SCALES,
+        "along d_inner": wanted.axis == "d_inner",
         f"in blocks of {wanted.block}": wanted.block is not None,
     }
     return ", ".join([wanted.format, *(word for word, counts in parts.items() if counts)])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from compress.check.compare import RowFacts
+from compress.model.sizes import StateFacts
 from compress.report import measures
 from compress.report.passes import PassDone
 from compress.report.schema import Report
@@ -75,8 +76,17 @@ def _states(report: Report) -> str:
 def _formats(report: Report, kind: str) -> str:
     """Those in which layers keep a kind of state."""
     rows = [row for row in report["states"] if row["kind"] == kind]
-    words = (row["format"] + (" stochastic" if row["rounding"] == "stochastic" else "") for row in rows)
-    return ", ".join(dict.fromkeys(words))
+    return ", ".join(dict.fromkeys(map(_format, rows)))
+
+
+def _format(row: StateFacts) -> str:
+    """Such as `int8 + int8 every 4 tokens`, the second being what rounding loses."""
+    words = [row["format"], "stochastic" if row["rounding"] == "stochastic" else ""]
+    words += [
+        f"+ {row['residual']}" if "residual" in row else "",
+        f"every {row['every']} tokens" if row["every"] > 1 else "",
+    ]
+    return " ".join(filter(None, words))
 
 
 def _checks(report: Report) -> str:

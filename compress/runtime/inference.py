@@ -61,7 +61,7 @@ def layer_weights(model: HybridModel, index: int, device: str, budget: int = CAC
 
 def empty_state(layer: Layer, batch: int, device: str | torch.device) -> dict[str, torch.Tensor]:
     """The past of a layer before the first token."""
-    return {spec.name: spec.empty(batch, device) for spec in layer.states}
+    return {spec.name: spec.empty(batch, device) for spec in layer.carried}
 
 
 def embed(model: HybridModel, ids: torch.Tensor, device: str = "cpu") -> torch.Tensor:

@@ -1,7 +1,8 @@
 """transformers' cache with states rounded as config.json says, for models that `compress.load` returns.
 
 The rule of `model/states.py`: a state is rounded once, at the end of the call that made it. So the cache is rounded when the
-base model's forward has returned. Of a KV cache only the entries of that call's tokens are.
+base model's forward has returned. Of a KV cache only the entries of that call's tokens are. The cache holds states themselves:
+with error feedback the sum of both parts, and with a cadence, until a state is due, what its inputs in full precision made of it.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLa
 
 from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
-from compress.model.states import StateKind, StateSpec
+from compress.model.states import StateKind, StateSpec, due
 
 READ = "_compress_tokens_read"  # of a cache: how many tokens it has seen
 
@@ -43,7 +44,7 @@ class RoundedStates:
             if spec.kind == StateKind.KV:
                 self._round_entries(layer, spec, held, positions, new)
             elif isinstance(held, LinearAttentionCacheLayerMixin):
-                self._round_state(layer, spec, held, positions)
+                self._round_state(layer, spec, held, positions, new)
 
     def _round_entries(self, layer: Layer, spec: StateSpec, held: object, positions: Tensor, new: int) -> None:
         if not isinstance(held, DynamicLayer):
@@ -55,7 +56,7 @@ class RoundedStates:
         setattr(held, name, torch.cat([entries[:, :, :past], rounded], 2))
 
     def _round_state(
-        self, layer: Layer, spec: StateSpec, held: LinearAttentionCacheLayerMixin, positions: Tensor
+        self, layer: Layer, spec: StateSpec, held: LinearAttentionCacheLayerMixin, positions: Tensor, new: int
     ) -> None:
         """A convolution's inputs are its last ones there; a recurrent state is ours with the last two axes exchanged."""
         if spec.kind == StateKind.CONV:
@@ -66,13 +67,20 @@ class RoundedStates:
         else:
             state = held.recurrent_states[0]
             assert state is not None, "every call leaves one"
-            rounded = self._rounded(layer, spec, state.transpose(-1, -2), positions)
+            value = state.transpose(-1, -2)
+            rounded = self._rounded(layer, spec, value, positions)
+            if spec.precision.every > 1:
+                is_due = due(positions, new, spec.precision.every)
+                rounded = torch.where(is_due.view(-1, *[1] * len(spec.shape)), rounded, value)
             held.recurrent_states[0] = rounded.transpose(-1, -2).contiguous()
 
     def _rounded(self, layer: Layer, spec: StateSpec, value: Tensor, positions: Tensor) -> Tensor:
         scales = self._scales.get((layer.index, spec.name))
         scales = None if scales is None else scales.to(value.device)
-        return spec.restored(spec.encoded(value.float(), positions, scales), scales).to(value.dtype)
+        found = spec.restored(spec.encoded(value.float(), positions, scales), scales)
+        if (residual := spec.residual) is not None:
+            found = found + residual.restored(residual.encoded(value.float() - found, positions))
+        return found.to(value.dtype)
 
 
 def _positions(cache: Cache, mask: object, new: int) -> Tensor:

@@ -142,7 +142,7 @@ def of_onnx(model: HybridModel, artifact: str, layout: str) -> list[Runtime]:
 def _least_onnxruntime(model: HybridModel) -> str:
     if any(weight.role == Role.EMBEDDING and weight.format.startswith("int4") for weight in model.weights):
         return INT4_TABLE
-    formats = {spec.precision.format for layer in model.layers for spec in layer.states}
+    formats = {spec.precision.format for layer in model.layers for spec in layer.carried}
     return NARROW_STATES if formats & {"bf16", "fp8-e4m3"} else ONNXRUNTIME
 
 

@@ -8,10 +8,12 @@ from compress.model.states import StateKind, StateSpec
 
 def why_not_genai(layers: Sequence[Layer]) -> str | None:
     """What stops onnxruntime-genai, or None. It takes type and shape of all states of a name from the first layer that has
-    one, and those of keys for values too."""
+    one, and those of keys for values too; parts beside a state it does not know."""
     found: dict[str, tuple[int, StateSpec]] = {}
     for layer in layers:
         for spec in layer.states:
+            if beside := [part.name for part in spec.parts if part is not spec]:
+                return f"it does not carry '{beside[0]}', which layer {layer.index} keeps beside '{spec.name}'"
             name = "key" if spec.kind == StateKind.KV else spec.name
             first_layer, first = found.setdefault(name, (layer.index, spec))
             if _looks(spec) != _looks(first):
@@ -24,7 +26,7 @@ def why_not_genai(layers: Sequence[Layer]) -> str | None:
 
 def why_not_transformers_js(layers: Sequence[Layer]) -> str | None:
     """It begins with zeros in float32."""
-    specs = ((layer.index, spec) for layer in layers for spec in layer.states)
+    specs = ((layer.index, spec) for layer in layers for spec in layer.carried)
     other = next(((index, spec) for index, spec in specs if spec.precision.format != "fp32"), None)
     if other is None:
         return None

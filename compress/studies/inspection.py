@@ -123,7 +123,7 @@ def _onnx_facts(path: Path) -> Facts:
 
 def _declared_state_bytes(architecture: Architecture, graph: "ir.Model") -> sizes.StateBytes:
     """State bytes of one sequence in the types of the graph's past inputs."""
-    kinds = {spec.name: spec.kind for layer in architecture.layers for spec in layer.states}
+    kinds = {spec.name: spec.kind for layer in architecture.layers for spec in layer.carried}
     totals = dict.fromkeys(StateKind, 0)
     for value in graph.graph.inputs:
         name = value.name or ""

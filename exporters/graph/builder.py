@@ -237,6 +237,13 @@ def width_of(value: ir.Value) -> int:
     return int(value.meta[WIDTH_KEY])
 
 
+def like(value: ir.Value, other: ir.Value) -> ir.Value:
+    """The value, whose type and shape are known to be those of another, where those are known."""
+    if other.shape is not None and other.type is not None:
+        value.type, value.shape = other.type, ir.Shape(other.shape)
+    return value
+
+
 def fixed_shape(value: ir.Value) -> tuple[Dimension, ...]:
     """The dimensions of an input or a weight, which are known."""
     assert value.shape is not None, value

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from compress.formats.remembered import (
     DIGITS,
+    FLOATS,
     LEAST_POWER,
     MOST,
     MOST_POWER,
@@ -25,10 +26,13 @@ from compress.formats.remembered import (
 from compress.formats.state_words import Format
 from compress.model.states import StateSpec
 from exporters.graph.builder import DTYPES, FLOAT, Dimension, Graph
+from exporters.graph.cadence import chosen
 from exporters.graph.mamba import END
 from exporters.graph.stored import repeated
 
 Value = ir.Value
+
+MOST_EXPONENT = 126  # of float32, and one less: twice that is still a number
 
 
 def restored_shape(spec: StateSpec, stored: tuple[Dimension, ...]) -> list[Dimension]:
@@ -52,12 +56,23 @@ def decoded(graph: Graph, spec: StateSpec, stored: Value, scales: Value | None) 
 
 
 def kept_on(
-    graph: Graph, spec: StateSpec, value: Value, kept: Value, dithers: Value | None, scales: Value | None
+    graph: Graph,
+    spec: StateSpec,
+    value: Value,
+    kept: Value,
+    dithers: Value | None,
+    scales: Value | None,
+    due: Value | None = None,
 ) -> Value:
-    """A state after this call, float32 [B, ...], as it is stored; of one that grows, what was kept and the new entries."""
+    """A state after this call, float32 [B, ...], as it is stored; of one that grows, what was kept and the new entries. In rows
+    that are not `due`, bool [B, 1], what was kept."""
     if spec.grows is None:
         value = graph.reshape(value, 0, *spec.shape)  # which tools that infer shapes do not all know
-        return _typed(graph, encoded(graph, spec, value, dithers, scales), spec.precision)
+        entries = encoded(graph, spec, value, dithers, scales)
+        if due is not None:
+            past = graph.op("Cast", kept, to=ir.DataType.FLOAT)
+            entries = chosen(graph, due, entries, past, 1 + len(spec.shape))
+        return _typed(graph, entries, spec.precision)
     new = encoded(graph, spec, new_of(graph, spec, value, kept), dithers, scales)
     axis = spec.grows + 1
     if spec.precision.format != "fp8-e4m3":
@@ -76,6 +91,8 @@ def new_of(graph: Graph, spec: StateSpec, value: Value, kept: Value) -> Value:
 def encoded(graph: Graph, spec: StateSpec, value: Value, dithers: Value | None, scales: Value | None) -> Value:
     """float32 [B, ...] -> what is stored, still as float32."""
     precision, axis, size = spec.precision, spec.precision.axis, spec.shape[spec.precision.axis]
+    if precision.is_plain:
+        return value if dithers is None else _dithered(graph, value, dithers, precision.format)
     codes: list[Value] = []
     if scales is None:
         codes, scales = _dynamic(graph, _largest(graph, value, spec), precision.format)
@@ -169,7 +186,34 @@ def _on_grid(graph: Graph, scaled: Value, number_format: Format, dithers: Value 
     most = MOST[number_format]
     if number_format != "fp8-e4m3":
         scaled = graph.op("Round", scaled) if dithers is None else graph.op("Floor", graph.op("Add", scaled, dithers))
-    return graph.op("Clip", scaled, _float(graph, -most), _float(graph, most))
+    clipped = graph.op("Clip", scaled, _float(graph, -most), _float(graph, most))
+    if number_format != "fp8-e4m3" or dithers is None:
+        return clipped
+    return _dithered(graph, clipped, dithers, number_format)
+
+
+def _dithered(graph: Graph, value: Value, dithers: Value, number_format: Format) -> Value:
+    """Rounded down or up to a number that the format has, by the dither."""
+    bits, least = FLOATS[number_format]
+    step = graph.op("Mul", _power_below(graph, graph.op("Abs", value), least), _float(graph, 2.0**-bits))
+    steps = graph.op("Div", value, step)
+    below = graph.op("Floor", steps)
+    up = graph.op("Floor", graph.op("Add", graph.op("Sub", steps, below), dithers))
+    return graph.op("Mul", graph.op("Add", below, up), step)
+
+
+def _power_below(graph: Graph, size: Value, least: int) -> Value:
+    """The largest power of two that is not above, from 2^least on. The logarithm may miss it by one."""
+    two, half = _float(graph, 2), _float(graph, 0.5)
+    size = graph.op("Clip", size, _float(graph, 2.0**least), _float(graph, 2.0**MOST_EXPONENT))
+    exponent = graph.op("Floor", graph.op("Mul", graph.op("Log", size), _float(graph, 1 / math.log(2))))
+    exponent = graph.op("Clip", exponent, _float(graph, least), _float(graph, MOST_EXPONENT))
+    place = graph.op("Cast", graph.op("Sub", exponent, _float(graph, least)), to=ir.DataType.INT64)
+    powers = np.ldexp(np.float32(1), np.arange(least, MOST_EXPONENT + 1))
+    power = graph.op("Gather", graph.constant(powers, FLOAT), place, axis=0)
+    power = graph.op("Where", graph.op("Less", size, power), graph.op("Mul", power, half), power)
+    above = graph.op("Mul", power, two)
+    return graph.op("Where", graph.op("Less", size, above), power, above)
 
 
 def _packed(graph: Graph, whole: Value, axis: int, size: int) -> Value:

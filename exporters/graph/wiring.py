@@ -61,11 +61,11 @@ class _Wiring:
         weights = self._model.unit(f"layer.{layer.index}").weights
         past = {
             spec.name: self._declare(past_of(layer.index, spec), DTYPES[spec.precision.dtype], dimensions(spec, PAST))
-            for spec in layer.states
+            for spec in layer.carried
         }
         self._inputs += past.values()
         hidden, new = layer.run(self._ops.of(weights, layer.prefix), hidden, past)
-        for spec in layer.states:
+        for spec in layer.carried:
             name, shape = present_of(past_of(layer.index, spec)), self._form.shape(dimensions(spec, TOTAL))
             self._states.append(rename(new[spec.name], name, DTYPES[spec.precision.dtype], shape))
         self._advance(_parameters(weights.values()))

@@ -23,7 +23,7 @@ class HybridConfig(NormalizedTextConfig):
 
     def states(self) -> list[tuple[int, StateSpec]]:
         """With the index of their layer."""
-        return [(layer.index, spec) for layer in self.architecture.layers for spec in layer.states]
+        return [(layer.index, spec) for layer in self.architecture.layers for spec in layer.carried]
 
 
 class HybridStateGenerator(DummyInputGenerator):

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from compress.errors import InputError, WorkError
-from compress.formats.state_words import SEEDS
+from compress.formats.state_words import SEEDS, residual_of
 from compress.model import records, sizes
-from compress.model.architecture import Architecture, precision_of
+from compress.model.architecture import Architecture, why_unfit
 from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
 from compress.model.records import KeptState
@@ -35,7 +35,7 @@ def decided(options: Options, layer: Layer, seed: int) -> Iterator[KeptState]:
             own = derive_seed(given, NAME, str(layer.index), spec.name) % SEEDS
         yield KeptState(
             layer=layer.index, state=spec.name, format=wanted.format, rounding=wanted.rounding,
-            scale=wanted.scale, block=block, seed=own,
+            residual=residual_of(wanted), every=wanted.every, scale=wanted.scale, axis=wanted.axis, block=block, seed=own,
         )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def _refuse_state(options: Options, spec: StateSpec, state: KeptState) -> None:
             f"{NAME}: {spec.name} of layer {state.layer} has static scales already, from an earlier pass or run; "
             "start from the original"
         )
-    if why := spec.why_unfit(precision_of(state, spec.kind)):
+    if why := why_unfit(state, spec):
         number = next((n for n, o in enumerate(options.overrides) if o.covers(spec.kind, state.layer)), None)
         where = spec.kind if number is None else f"overrides.{number}"
         raise InputError(f"{NAME}.{where}: {why} (layer {state.layer})")
