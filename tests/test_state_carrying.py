@@ -171,7 +171,7 @@ SETTINGS = {
     },
 }
 PADDING, LENGTH = (0, 5, 2), 31
-CALLS = (13, *range(14, 27), 29, 30, 31)  # where they end: a prompt, tokens one by one, a piece, two tokens more
+CALLS = (13, *range(14, 27), 28, 29, 31)  # where they end: a prompt, tokens one by one, pieces of two
 
 
 def rows_of(vocabulary: int):

@@ -301,6 +301,11 @@ def _check_lines(check: Check) -> list[str]:
         lines.append(
             f"          recall: at least {check.recall.trials} questions at each distance of {distances} tokens"
         )
+    if check.generate is not None:
+        asked = check.generate
+        lines.append(
+            f"          generates {asked.prompts} texts of up to {asked.tokens} tokens, each from {asked.prompt_tokens} tokens"
+        )
     return lines
 
 

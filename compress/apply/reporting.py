@@ -64,6 +64,9 @@ def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdic
         "checks": [row.to_json() for row in outcome.checked.rows],
         "by_position": outcome.checked.by_position,
         "recall": outcome.checked.recall,
+        "state_health": outcome.checked.state_health,
+        "state_saturation": outcome.checked.state_saturation,
+        "generated": outcome.checked.generated,
         "versions": versions(),
     }
     if outcome.calibration:

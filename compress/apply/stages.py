@@ -2,7 +2,8 @@
 
 from compress import prompts
 from compress.apply.plan import Plan
-from compress.check import baseline, compare, state_costs
+from compress.check import baseline, compare, generated, state_costs, states
+from compress.model.config import Config
 from compress.recipe.check import PHASES, Check
 
 SURVEY, COMPRESSING = "survey", "compressing"
@@ -20,11 +21,17 @@ def of(planned: Plan) -> list[str]:
     exports = [step.name for step in planned.recipe.export]
     settling = [name for step in planned.passes if step.needs_settling for name in SETTLING]
     names = [*map(prompts.stage, calibrated), *surveys, COMPRESSING, *settling, *map(exporting, exports)]
-    return names + (_of_check(planned.recipe.check, ["checkpoint", *exports]) if planned.recipe.check else [])
+    if planned.recipe.check is None:
+        return names
+    return names + _of_check(planned.recipe.check, planned.result.config, ["checkpoint", *exports])
 
 
-def _of_check(check: Check, artifacts: list[str]) -> list[str]:
-    scored = [
-        compare.stage(artifact, phase, name) for artifact in artifacts for phase in PHASES for name in check.prompts
-    ]
-    return [*map(prompts.stage, check.prompts), *map(baseline.stage, check.prompts), *scored]
+def _of_check(check: Check, config: Config, artifacts: list[str]) -> list[str]:
+    found = [*map(prompts.stage, check.prompts), *map(baseline.stage, check.prompts)]
+    writers = [generated.stage(name) for name in (generated.BASELINE, *artifacts)] if check.generate else []
+    found += writers[:1]
+    found += [states.STAGE] if states.are_watched(check.states, config) else []
+    for place, artifact in enumerate(artifacts, start=1):
+        found += [compare.stage(artifact, phase, name) for phase in PHASES for name in check.prompts]
+        found += writers[place : place + 1]
+    return found

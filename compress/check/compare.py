@@ -9,9 +9,11 @@ import torch
 from compress.check import figures, positions, recall
 from compress.check.baseline import Baseline
 from compress.check.figures import Figure
+from compress.check.generated import GeneratedFacts
 from compress.check.metrics import STATISTICS, Scores, WindowScores, score
 from compress.check.positions import PositionFacts
 from compress.check.recall import Answer, Marks, RecallFacts
+from compress.check.states import HealthFacts, SaturationFacts
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet
 from compress.recipe.check import DRIFT_FROM, METRICS, PHASES, MetricName
@@ -89,16 +91,23 @@ class Row:
 
 @dataclass
 class Found:
-    """What a check found: rows with their limits, and the same figures by position and by distance."""
+    """What a check found: rows with their limits, the same figures by position and by distance, what states and generated
+    texts look like."""
 
     rows: list[Row] = field(default_factory=list)
     by_position: list[PositionFacts] = field(default_factory=list)
     recall: list[RecallFacts] = field(default_factory=list)
+    state_health: list[HealthFacts] = field(default_factory=list)
+    state_saturation: list[SaturationFacts] = field(default_factory=list)
+    generated: list[GeneratedFacts] = field(default_factory=list)
 
     def add(self, other: "Found") -> None:
         self.rows += other.rows
         self.by_position += other.by_position
         self.recall += other.recall
+        self.state_health += other.state_health
+        self.state_saturation += other.state_saturation
+        self.generated += other.generated
 
 
 @dataclass(frozen=True)

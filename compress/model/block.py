@@ -172,11 +172,16 @@ class Layer:
         experts = self.experts
         return experts.router.top_k / experts.count if experts and role == Role.EXPERTS else 1.0
 
+    def restored(self, ops: Operators[T], kept: Mapping[str, T]) -> dict[str, T]:
+        """What a call begins with, by name, from states as they were kept."""
+        found = dict[str, T]()
+        for spec in self.states:
+            found |= carrying.begun(ops, spec, kept)
+        return found
+
     def run(self, ops: Operators[T], hidden: T, kept: dict[str, T]) -> tuple[T, dict[str, T]]:
         """The whole layer on hidden [B, S, H], from states as they were kept to states as they are kept."""
-        given, state, new, left = hidden, dict[str, T](), dict[str, T](), dict[str, T]()
-        for spec in self.states:
-            state |= carrying.begun(ops, spec, kept)
+        given, state, new, left = hidden, self.restored(ops, kept), dict[str, T](), dict[str, T]()
         for residual in self.residuals:
             hidden, found = residual.run(ops, hidden, state)
             new |= found

@@ -98,7 +98,9 @@ def _checks(report: Report) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     said = [f"- {note}\n" for note in notes(report["checks"])]
-    details = measures.by_position(report["by_position"]), measures.recall(report["recall"])
+    details = [measures.by_position(report["by_position"]), measures.recall(report["recall"])]
+    details += [measures.states(report["state_health"], report["state_saturation"])]
+    details += [measures.generated(report["generated"])]
     return "\n".join([*header, *map(_check_row, report["checks"]), "", _prompts(report), *said, *details])
 
 

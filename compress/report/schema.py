@@ -3,8 +3,10 @@
 from typing import NotRequired, TypedDict
 
 from compress.check.compare import RowFacts
+from compress.check.generated import GeneratedFacts
 from compress.check.positions import PositionFacts
 from compress.check.recall import RecallFacts
+from compress.check.states import HealthFacts, SaturationFacts
 from compress.model.sizes import MemoryFacts, StateFacts
 from compress.prompts import Used
 from compress.runtime.runtimes import RuntimeFacts
@@ -87,4 +89,7 @@ class Report(TypedDict):
     checks: list[RowFacts]
     by_position: list[PositionFacts]
     recall: list[RecallFacts]
+    state_health: list[HealthFacts]
+    state_saturation: list[SaturationFacts]
+    generated: list[GeneratedFacts]
     versions: dict[str, str]

@@ -6,12 +6,12 @@ with error feedback the sum of both parts, and with a cadence, until a state is 
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.utils.generic import ModelOutput
 
 from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
@@ -28,12 +28,19 @@ class RoundedStates:
         self._scales = scales
 
     @torch.no_grad()
-    def __call__(self, module: torch.nn.Module, args: tuple[object, ...], given: dict[str, Any], output: Any) -> None:
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        args: tuple[object, ...],
+        given: dict[str, object],
+        output: tuple[object, ...] | ModelOutput,
+    ) -> None:
         parts = output if isinstance(output, tuple) else output.to_tuple()
+        hidden = parts[0]
         cache = next((part for part in parts if isinstance(part, Cache)), None)
-        if cache is not None:
-            new = parts[0].shape[1]
-            positions = _positions(cache, given.get("attention_mask"), new).to(parts[0].device)
+        if cache is not None and isinstance(hidden, Tensor):
+            new = hidden.shape[1]
+            positions = _positions(cache, given.get("attention_mask"), new).to(hidden.device)
             for layer in self._layers:
                 self._round(layer, cache.layers[layer.index], positions, new)
 

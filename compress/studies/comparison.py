@@ -21,7 +21,8 @@ from compress.terminal import output
 
 def settings(
     prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None, samples: int, length: int,
-    prefill: int = 0, distances: tuple[int, ...] = (), trials: int | None = None,
+    prefill: int = 0, distances: tuple[int, ...] = (), trials: int | None = None, states: bool | None = None,
+    generate: int | None = None, tokens: int | None = None,
 ) -> Check:  # fmt: skip
     """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
     values = _file_limits(limits_file) | dict(_limit(text) for text in limits)
@@ -34,8 +35,17 @@ def settings(
         length=length,
         prefill=prefill,
         recall=recall,
+        states=states,
+        generate=_generate(generate, tokens),
         limits=values,
     )
+
+
+def _generate(prompts: int | None, tokens: int | None) -> dict[str, int] | None:
+    if prompts is None and tokens is not None:
+        raise InputError("--tokens says how long the texts of --generate are, which is not there")
+    given = {"prompts": prompts, "tokens": tokens}
+    return None if prompts is None else {key: value for key, value in given.items() if value is not None}
 
 
 def _limit(text: str) -> tuple[str, float]:
@@ -85,6 +95,9 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
         "checks": figures,
         "by_position": found.by_position,
         "recall": found.recall,
+        "state_health": found.state_health,
+        "state_saturation": found.state_saturation,
+        "generated": found.generated,
         "versions": versions(),
     }
     console = output.console(stderr=True)
