@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compress.errors import InputError
 from compress.formats.state_words import Kind
 from compress.model import sizes
-from compress.model.architecture import precision_of
+from compress.model.architecture import why_unfit
 from compress.model.hybrid import HybridModel
 from compress.model.states import StateSpec
 from compress.passes.state_precision import KINDS, Auto, Options, Override, StateFormat
@@ -131,8 +131,7 @@ def _way(place: Place, wanted: StateFormat, model: HybridModel, context: int) ->
     """None where a state of the place cannot be kept so."""
     options, plain = only(place, wanted), {spec.name: spec for spec in model.architecture.layer(place[0]).states}
     for state in deciding.decided(options, model.layer(place[0]), seed=0):
-        spec = plain[state.state]
-        if spec.why_unfit(precision_of(state, spec.kind)):
+        if why_unfit(state, plain[state.state]):
             return None
     layer = deciding.architecture(options, model, seed=0).layer_as_kept(place[0])
     return Way(wanted, sum(spec.bytes(context) for spec in layer.states if spec.kind == place[1]))

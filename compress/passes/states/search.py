@@ -14,7 +14,7 @@ from compress.passes.states.greedy import Choice, Moves, Place, Table
 from compress.passes.states.leeway import Way
 
 DEAREST = 1e9  # nats: no divergence that is a number comes near
-MOST = 700.0  # nats whose exponential is a number
+LEAST, MOST = 1e-12, 700.0  # nats: above 0, and with an exponential that is a number
 
 
 def settled(options: Options, finished: Finished, seed: int) -> tuple[Options, Note]:
@@ -73,12 +73,14 @@ class _Searching:
         return self._cheapest(table)
 
     def _cheapest(self, table: Table) -> Moves:
-        """The one move that costs least, where nothing else held."""
+        """The one move that costs least, where nothing else held; a budget as high as what it takes is met by it again."""
         move = min(greedy.possible(table, ()), key=lambda move: (move.loss, move.place, move.after))
         figure, metric, budget = self._figure(self._together((move,))), self._auto.measured, self._auto.budget
         assert budget is not None
         if figure <= budget:
             return (move,)
+        if math.isinf(figure):
+            raise InputError(f"{NAME}.auto: {metric} is not finite on the calibration tokens, whatever is narrowed")
         would_do = _rounded_up(figure, 1.0 if metric == "decode_drift_ratio" else 0.0)
         layer, kind = move.place
         raise InputError(
@@ -143,7 +145,7 @@ def _choices(ways: Sequence[Way], costs: Sequence[Cost]) -> list[Choice]:
 def _fewer(moves: Moves, start: float, measured: float, room: float) -> Moves:
     """Without as many of the last moves as have to go if all cost as much more than predicted as the whole did; at least one.
     All figures are mean divergences."""
-    more = max(1.0, measured / (start + greedy.lost(moves)))
+    more = max(1.0, measured / max(LEAST, start + greedy.lost(moves)))
     kept = moves[:-1]
     while kept and more * (start + greedy.lost(kept)) > room:
         kept = kept[:-1]
