@@ -165,6 +165,7 @@ class Study:
         """How far the fast way is from decoding every layer token by token: mean KL between the two, 8 windows of 128 tokens."""
         windows = self._read(128)
         original, head = Original(self.model, windows), Head(self.model, "cpu")
+        SCRATCH.mkdir(parents=True, exist_ok=True)
         for said in configurations.EACH_FORM:
             model = self._kept.so(said, seed=0)
             slow = torch.cat([hidden for _, hidden in stream(model, list(windows), SCRATCH, decode=True)])
