@@ -18,7 +18,7 @@ RECIPES = sorted(resources.shipped_recipes())
 SEARCHED = "state-auto"  # which covers no experts, and needs long windows for its metric
 CALIBRATED = [name for name in RECIPES if name not in ("tiny-int8", "state-int8", SEARCHED)]
 STATES_ALONE = ("state-int8", SEARCHED)
-BRIEF = ("check.samples=2", "check.length=96", "check.prompts=[heldout]", "check.recall=null")
+BRIEF = ("check.samples=2", "check.length=96", "check.prompts=[heldout]")
 BRIEF_CALIBRATION = ("calibration.samples=4", "calibration.length=128", "calibration.prompts=[prose]")
 TWO_WINDOWS = ("calibration.samples=2", "calibration.length=256", "calibration.prompts=[prose]")
 SHORT_WINDOWS = ("calibration.samples=2", "calibration.length=32", "calibration.prompts=[prose]",

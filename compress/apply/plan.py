@@ -296,7 +296,7 @@ def describe(plan: Plan, out: Path) -> str:
 def _check_lines(check: Check) -> list[str]:
     """What is asked for beyond what every check does."""
     lines = [f"          decodes after a prompt of {check.prefill} tokens"] if check.prefill else []
-    if check.recall is not None:
+    if check.recall is not None and "recall" in check.prompts:
         distances = ", ".join(map(str, check.recall.distances))
         lines.append(
             f"          recall: at least {check.recall.trials} questions at each distance of {distances} tokens"

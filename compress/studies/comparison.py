@@ -28,6 +28,8 @@ def settings(
     values = _file_limits(limits_file) | dict(_limit(text) for text in limits)
     asked = {"distances": distances} | ({} if trials is None else {"trials": trials})
     recall = asked if distances or trials is not None else None
+    if recall is not None and "recall" not in prompts:
+        raise InputError("--distance and --trials are about the prompt set 'recall', which is not in 'prompts'")
     return from_flags(
         Check,
         prompts=prompts or ("heldout",),
