@@ -1,6 +1,7 @@
 """`onnx`: one portable graph for prefill and decode, in standard operators of opset 21, beside its weights.
 
-Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `decoder`) and the tokenizer's files; with
+Writes model.onnx, model.onnx.data, genai_config.json (onnxruntime-genai, type `decoder`;
+not where layers keep states of one name differently) and the tokenizer's files; with
 `layout: transformers.js` onnx/model.onnx, onnx/model.onnx_data, config.json and the tokenizer's files.
 """
 
@@ -44,6 +45,7 @@ class Onnx(Exporter[Options]):
         """One weight in memory at a time."""
         from compress.checkpoint.writer import copy_companions
         from compress.disk.json_files import write_json
+        from compress.runtime.state_support import why_not_genai
         from exporters.dialects.portable import Portable
         from exporters.graph import artifact, genai, transformers_js, wiring
         from exporters.graph.builder import WeightFile
@@ -58,7 +60,8 @@ class Onnx(Exporter[Options]):
             transformers_js.rename_states(graph)
         artifact.save(graph, checkpoint.config, folder / layout.model)
         copy_companions(checkpoint.folder, folder)
-        write_json(folder / layout.config, (transformers_js if is_js else genai).config(checkpoint))
+        if is_js or why_not_genai(checkpoint.model.layers) is None:
+            write_json(folder / layout.config, (transformers_js if is_js else genai).config(checkpoint))
 
     def describe(self, folder: Path) -> Exported:
         """Read from model.onnx itself."""

@@ -14,7 +14,7 @@ from jamba_models import load_reference, make_jamba
 from compress.apply import exporting
 from compress.check import baseline, judge
 from compress.check.compare import compare, verdict
-from compress.check.metrics import Scores, score, summarize
+from compress.check.metrics import STATISTICS, Scores, score, summarize
 from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache
 from compress.prompts import PromptSet
@@ -157,7 +157,7 @@ def known(tmp_path):
 
 def rows_of(known, name: str, limits: dict) -> list:
     sets, _, q = known
-    return compare("known", Known(q[name]), [s for s in sets if s[0].name == name], limits)
+    return compare("known", Known(q[name]), [s for s in sets if s[0].name == name], limits).rows
 
 
 @pytest.mark.parametrize("name", list(LENGTHS))
@@ -313,7 +313,7 @@ def rows(tiny, applied) -> dict[tuple[str, str, str], float]:
     settings = Check(prompts=("heldout",), samples=8, length=128)
     found, used = judge.check(original, artifacts, settings, seed=0)
     assert used == [{"name": "heldout", "windows": 8, "tokens": 8 * 128}]
-    return {(row.artifact, row.phase, row.metric): row.value for row in found if row.prompts == "all"}
+    return {(row.artifact, row.phase, row.metric): row.value for row in found.rows if row.prompts == "all"}
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -325,14 +325,14 @@ def test_the_quick_start_is_as_accurate_as_its_recipe_promises(rows, artifact, p
 
 def test_the_graph_is_as_far_from_the_original_as_the_checkpoint_it_was_made_from(rows):
     for phase in PHASES:
-        pairs = {metric: (rows["checkpoint", phase, metric], rows["onnx", phase, metric]) for metric in METRICS}
+        pairs = {metric: (rows["checkpoint", phase, metric], rows["onnx", phase, metric]) for metric in STATISTICS}
         # onnxruntime rounds activations to 8 bits by default; the model's card gives KL 0.0005 for such a graph
         assert pairs["kl_divergence_mean"][1] == pytest.approx(pairs["kl_divergence_mean"][0], abs=0.001)
         assert pairs["perplexity_ratio"][1] == pytest.approx(pairs["perplexity_ratio"][0], abs=0.003)
 
 
 def test_a_checkpoint_is_as_accurate_token_by_token_as_in_one_pass(rows):
-    for metric in METRICS:
+    for metric in STATISTICS:
         prefill, decode = (rows["checkpoint", phase, metric] for phase in PHASES)
         # the same arithmetic in another order: rounding of float32, and at most one near tie in 1016 that falls otherwise
         assert decode == pytest.approx(prefill, abs=1.5 / 1016 if metric == "top1_agreement" else 1e-5)

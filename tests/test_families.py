@@ -14,6 +14,7 @@ from stepping import own_logits
 
 from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
+from compress.formats.remembered import Precision
 from compress.model import families
 from compress.model.block import Layer, Residual
 from compress.model.blocks.attention import Attention
@@ -187,7 +188,7 @@ def test_layers_that_keep_their_states_narrower_are_calibrated_as_others(make, m
 
 
 def in_bf16(states):
-    return lambda block: tuple(replace(spec, format="bf16") for spec in states(block))
+    return lambda block: tuple(replace(spec, precision=Precision("bf16")) for spec in states(block))
 
 
 @pytest.mark.parametrize("layers", ["after", "before", "beside"])

@@ -58,6 +58,21 @@ REASONING = {  # AI21-Jamba-Reasoning-3B; only with tied embeddings has it the p
     "tie_word_embeddings": True,
 }
 
+NEMOTRON_H_8B = {  # Nemotron-H-8B-Base-8K (arXiv 2504.03624)
+    "model_type": "nemotron_h",
+    "vocab_size": 131072,
+    "hidden_size": 4096,
+    "intermediate_size": 21504,
+    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+    "mamba_num_heads": 128,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+    "n_groups": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+
 
 def inspect_config(folder: Path, config: dict) -> dict:
     """From a folder with nothing but this config.json."""
@@ -155,6 +170,30 @@ def test_jamba_mini_has_its_published_sizes(tmp_path):
     assert facts["conv_state_bytes"] == 28 * 8192 * 3 * 2  # 1.4 MB
     assert facts["weight_bytes"] == 2 * facts["parameters"]  # bfloat16 where config.json names no type
     assert facts["experts"] == {"total": 16, "active": 2}
+
+
+def test_jamba_mini_remembers_what_is_published(tmp_path):
+    """arXiv 2403.19887: 4 GB of KV at 256K tokens in 16 bits."""
+    memory = inspect_config(tmp_path, MINI)["state_memory"]
+    assert memory["kv_cache"]["at"]["262144"] == 4_294_967_296
+    assert memory["ssm_state"]["bytes_per_sequence"] == memory["ssm_state"]["at"]["4096"] == 14_680_064
+    assert memory["kv_cache"]["bytes_per_token"] == 16 * 1024
+    assert memory["total"]["at"]["32768"] == 14_680_064 + 28 * 8192 * 3 * 2 + 32768 * 16 * 1024
+
+
+def test_nemotron_h_8b_remembers_what_is_published(tmp_path):
+    """24 layers of Mamba-2 with 128 heads of 64, d_state 128, in float32: 100.7 MB."""
+    memory = inspect_config(tmp_path, NEMOTRON_H_8B)["state_memory"]
+    assert memory["ssm_state"]["bytes_per_sequence"] == 24 * 128 * 64 * 128 * 4 == 100_663_296
+    assert memory["kv_cache"]["bytes_per_token"] == 4 * 2 * 8 * 128 * 2
+
+
+def test_the_text_tells_what_is_remembered_at_three_contexts(compress_cli, tiny):
+    lines = compress_cli("inspect", tiny).stdout.splitlines()
+    told = [line.split() for line in lines if line.startswith("remembered at")]
+    assert [(words[2], words[3]) for words in told] == [
+        ("4K", "1,182,976"), ("32K", "8,523,008"), ("256K", "67,243,264")
+    ]  # fmt: skip
 
 
 def test_jamba_large_has_its_published_sizes(tmp_path):

@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 from jamba_models import make_jamba
 from nemotron_h_models import VARIANTS, make_nemotron_h
+from state_models import ALL, with_states
 
 from compress.apply import exporting
+from compress.checkpoint.reader import Checkpoint
 from compress.recipe import resources
 from compress.recipe.source import load_tokenizer
 from compress.runtime.onnx_session import OnnxSession
+from exporters.onnx import Onnx
 
 genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 
 STEPS = 20
+EXPORTER = Onnx(Onnx.Options())
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +220,62 @@ def test_ids_that_are_no_tokens_are_not_told_to_genai_and_our_own_artifact_passe
     assert (model["eos_token_id"], model.get("pad_token_id")) == (2, None)
     result = compress_cli("check", source, out, "--prompts", "self", "--samples", 1, "--length", 8)
     assert result.exit_code == 0, result.output
+
+
+# states in number formats
+
+CARRIED = {
+    "int8, static": {"format": "int8", "scale": "static"},
+    "int8, static, stochastic": {"format": "int8", "scale": "static", "rounding": "stochastic"},
+    "int8, dynamic": {"format": "int8"},
+    "int4, dynamic, stochastic": {"format": "int4", "rounding": "stochastic"},
+    "int4, static": {"format": "int4", "scale": "static"},
+    "fp8-e4m3": {"format": "fp8-e4m3"},
+    "fp16": {"format": "fp16"},
+    "bf16": {"format": "bf16"},
+}
+
+
+@pytest.mark.parametrize("make", [make_jamba, make_nemotron_h])
+@pytest.mark.parametrize("name", CARRIED)
+def test_genai_carries_states_that_are_alike_in_all_layers(tmp_path, make, name):
+    source = make(tmp_path / "source", spread=0.7, eos_token_id=66)
+    changed = with_states(source, tmp_path / "changed", dict.fromkeys(ALL, CARRIED[name]))
+    out = exporting.export_checkpoint(changed, "onnx", tmp_path / "onnx")
+    prompts = np.random.default_rng(1).integers(3, 66, (2, 20))
+    ours, theirs = own_greedy(out / "model.onnx", prompts, 8), genai_greedy(genai.Model(str(out)), prompts, 8)
+    assert_same_text(theirs, ours, end=66)
+    assert len(until(theirs[0], 66)) > 1
+
+
+DIFFER = {
+    "formats of the recurrent state": ({"recurrent_state": {"format": "int8"}}, [0, 3], "recurrent_state"),
+    "places of scales": ({"conv_state": {"format": "int8", "scale": "static"}}, [0], "conv_state"),
+    "keys and values": ({"key": {"format": "int8"}}, None, "value"),
+    "feedback": ({"recurrent_state": {"format": "int8", "rounding": "error_feedback"}}, None, "recurrent_residual"),
+    "cadence": ({"recurrent_state": {"format": "int8", "every": 4}}, None, "recurrent_inputs"),
+}
+
+
+@pytest.mark.parametrize("states, layers, named", DIFFER.values(), ids=list(DIFFER))
+def test_states_that_differ_between_layers_are_not_told_to_genai_and_we_say_why(tmp_path, states, layers, named):
+    changed = with_states(make_jamba(tmp_path / "source"), tmp_path / "changed", states, layers)
+    out = exporting.export_checkpoint(changed, "onnx", tmp_path / "onnx")
+    described = EXPORTER.describe(out)
+    assert not (out / "genai_config.json").exists() and "genai_config.json" not in described.files
+    row = next(row for row in EXPORTER.runtimes(Checkpoint(changed).model) if row.name == "onnxruntime-genai")
+    assert not row.loads and f"'{named}'" in row.why and row.why in described.notes[0]
+    assert len(own_greedy(out / "model.onnx", np.array([[5, 6, 7]]), 3)[0]) == 3
+
+
+def test_scales_of_other_values_are_alike_to_genai(tmp_path):
+    """Layers may round differently as long as type and shape are the same."""
+    source = make_jamba(tmp_path / "source")
+    one, other = ({"recurrent_state": {"format": "int8", "rounding": r}} for r in ("nearest", "stochastic"))
+    first = with_states(source, tmp_path / "first", one, [0, 1])
+    config = json.loads((first / "config.json").read_text())
+    second = with_states(source, tmp_path / "second", other, [3, 4, 5])
+    states = config["compress"]["states"] + json.loads((second / "config.json").read_text())["compress"]["states"]
+    (first / "config.json").write_text(json.dumps(config | {"compress": {"states": states}}))
+    out = exporting.export_checkpoint(first, "onnx", tmp_path / "onnx")
+    assert (out / "genai_config.json").exists() and EXPORTER.describe(out).notes == ()

@@ -12,6 +12,7 @@ from onnx_graphs import Steps, all_graphs, wired
 from stepping import own_logits
 
 from compress.checkpoint.reader import Checkpoint
+from compress.formats.remembered import Precision
 from compress.model.blocks.attention import Attention
 from compress.model.blocks.mamba1 import Mamba1
 from compress.model.families.jamba import Jamba
@@ -153,13 +154,13 @@ def test_a_graph_for_one_token_has_no_loop_over_tokens(model, tmp_path):
 @dataclass(frozen=True)
 class NarrowMamba(Mamba1):
     def states(self):
-        return tuple(replace(spec, format=KEPT_AS[spec.name]) for spec in super().states())
+        return tuple(replace(spec, precision=Precision(KEPT_AS[spec.name])) for spec in super().states())
 
 
 @dataclass(frozen=True)
 class NarrowAttention(Attention):
     def states(self):
-        return tuple(replace(spec, format=KEPT_AS[spec.name]) for spec in super().states())
+        return tuple(replace(spec, precision=Precision(KEPT_AS[spec.name])) for spec in super().states())
 
 
 KEPT_AS = {"conv_state": "fp16", "recurrent_state": "bf16", "key": "bf16", "value": "fp16"}

@@ -52,6 +52,10 @@ BROKEN_PASSES = {
         "defines calibrate, which does nothing without needs_calibration",
     ),
     "the other way round": (PASS + "    needs_survey = True\n", "does nothing without survey"),
+    "one that has nothing to settle": (
+        PASS + "    def settle(self, finished, context):\n        return self.options, {}\n",
+        "defines settle, which does nothing without needs_settling",
+    ),
     "a method where a value is asked": (
         PASS
         + "    def needs_survey(self):\n        return False\n    def survey(self, layers, context):\n        return {}\n",

@@ -15,14 +15,18 @@ from compress.recipe.recipe import load_recipe
 
 EMBEDDING = "model.embed_tokens.weight"
 RECIPES = sorted(resources.shipped_recipes())
-CALIBRATED = [name for name in RECIPES if name != "tiny-int8"]
+SEARCHED = "state-auto"  # which covers no experts, and needs long windows for its metric
+CALIBRATED = [name for name in RECIPES if name not in ("tiny-int8", "state-int8", SEARCHED)]
+STATES_ALONE = ("state-int8", SEARCHED)
 BRIEF = ("check.samples=2", "check.length=96", "check.prompts=[heldout]")
 BRIEF_CALIBRATION = ("calibration.samples=4", "calibration.length=128", "calibration.prompts=[prose]")
 TWO_WINDOWS = ("calibration.samples=2", "calibration.length=256", "calibration.prompts=[prose]")
+SHORT_WINDOWS = ("calibration.samples=2", "calibration.length=32", "calibration.prompts=[prose]",
+                 "passes.0.state_precision.auto.metric=kl_divergence_mean")  # fmt: skip
 # the divergence of random weights; a table that is rounded for other inputs, or a head whose input is
 # rounded on another grid than its weights, costs ten times as much
 TIED_MOST = {"int8": 0.01, "tiny-int8": 0.01, "int8-w8a8": 0.02, "fp8-dynamic": 0.1, "fp8-static": 0.1, "mixed": 0.1,
-             "int4-gptq": 0.2, "prune-experts": 1.0}  # fmt: skip
+             "int4-gptq": 0.2, "prune-experts": 1.0, "state-int8": 0.01, "state-auto": 0.1}  # fmt: skip
 
 
 def apply(compress_cli, name, out, *overrides, model=None) -> dict:
@@ -81,9 +85,15 @@ def tied(make_model) -> Path:
     return make_model(**TIED)
 
 
+def little_text(name: str) -> tuple[str, ...]:
+    if name == SEARCHED:
+        return SHORT_WINDOWS
+    return TWO_WINDOWS if name in CALIBRATED else ()
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_on_a_model_whose_embeddings_are_tied(compress_cli, tied, tmp_path, name):
-    calibration = TWO_WINDOWS if name in CALIBRATED else ()
+    calibration = little_text(name)
     report = apply(compress_cli, name, tmp_path / "out", *BRIEF, *calibration, "check.limits={}", model=tied)
     assert_fits_a_tied_model(name, report, tmp_path / "out")
 
@@ -106,6 +116,9 @@ def assert_fits_a_tied_model(name: str, report: dict, out: Path) -> None:
             (4, 3)
         }
         return
+    if name in STATES_ALONE:
+        assert table.format == "bf16"
+        return
     activation = options.activation_of("lm_head")
     assert (table.format, table.activation.format if table.activation else "none") == (
         options.format_of("lm_head"), activation)  # fmt: skip
@@ -114,6 +127,8 @@ def assert_fits_a_tied_model(name: str, report: dict, out: Path) -> None:
     assert "rounded_to_nearest" not in report["passes"][0]["details"]
 
 
+STATES_OF = {kind: lambda layer, kind=kind: any(spec.kind == kind for spec in layer.states)
+             for kind in ("ssm_state", "conv_state", "kv_cache")}  # fmt: skip
 LACKING = {
     "no experts": {"num_experts": 1},
     "nothing but experts": {"expert_layer_period": 1, "expert_layer_offset": 0},
@@ -129,7 +144,7 @@ LACKING = {
 def test_a_recipe_runs_on_a_model_that_lacks_what_it_names(compress_cli, make_model, tmp_path, name, lacking):
     """Everything but the check; what is named and not there is said."""
     model = make_model(**WHOLE_MODEL | {"num_experts": 4} | lacking)
-    calibration = TWO_WINDOWS if name in CALIBRATED else ()
+    calibration = little_text(name)
     settings = [argument for override in ("check=null", *calibration) for argument in ("--set", override)]
     result = compress_cli("apply", name, "-m", model, "-o", tmp_path / "out", *settings)
     if name == "prune-experts" and lacking.get("num_experts") == 1:
@@ -139,6 +154,9 @@ def test_a_recipe_runs_on_a_model_that_lacks_what_it_names(compress_cli, make_mo
     report = (tmp_path / "out" / "report.md").read_text()
     roles = {weight.role for weight in Checkpoint(model).model.weights}
     options = load_recipe(name).recipe.passes[0].options
+    for kind, has in STATES_OF.items():
+        lacks = getattr(options, kind, None) is not None and not any(map(has, Checkpoint(model).model.layers))
+        assert (f"'{kind}' is named, but" in report) == lacks
     named = {*getattr(options, "roles", ()), *getattr(options, "rotate", ()), *getattr(options, "activation_roles", ())}
     for role in named - roles - {"lm_head"}:
         assert f"'{role}' is named in" in report

@@ -7,10 +7,10 @@ import torch
 
 import compress
 from compress import prompts
-from compress.apply import exporting, plan, reporting, stages, surveys, sweep
+from compress.apply import exporting, plan, reporting, settling, stages, surveys, sweep
 from compress.apply.plan import Plan
 from compress.check import judge
-from compress.check.compare import Row, verdict
+from compress.check.compare import Found, verdict
 from compress.checkpoint import companions, compressed_tensors, config_dtype, writer
 from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache, files, json_files
@@ -54,7 +54,7 @@ class Outcome:
     passes: list[PassDone] = field(default_factory=list)
     calibration: list[Used] = field(default_factory=list)
     exported: list[Exported] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    checked: Found = field(default_factory=Found)
     prompts: list[Used] = field(default_factory=list)
 
 
@@ -83,11 +83,11 @@ def _refuse_shortages(job: Job, planned: Plan) -> None:
 
 def _run(job: Job, planned: Plan, space: Workspace) -> Report:
     outcome = Outcome(planned.opened.weights_sha256())
-    windows = _calibration_windows(job, planned, outcome) if planned.needs_calibration else None
+    windows = _calibration_windows(job, planned, outcome) if planned.needs_windows else None
     space.begin(_key(job, planned, outcome, windows))
     try:
         planned = surveys.run(planned, PassContext(job.device, job.seed), space, windows)
-        _write_checkpoint(job, planned, outcome, space, windows)
+        planned = _write_checkpoint(job, planned, outcome, space, windows)
     except InputError:
         space.discard()  # bad weights are not worth resuming: a corrected model is a different job
         raise
@@ -110,15 +110,23 @@ def _key(job: Job, planned: Plan, outcome: Outcome, windows: list[torch.Tensor] 
 
 def _write_checkpoint(
     job: Job, planned: Plan, outcome: Outcome, space: Workspace, windows: list[torch.Tensor] | None
-) -> None:
-    """Runs the passes and writes shard after shard, then what makes a checkpoint of them."""
-    swept = sweep.run(planned, PassContext(job.device, job.seed), space, windows)
+) -> Plan:
+    """Runs the passes and writes shard after shard, then what makes a checkpoint of them; returns the plan as passes
+    decided it in the end."""
+    context = PassContext(job.device, job.seed)
+    swept = sweep.run(planned, context, space, windows if planned.needs_calibration else None)
     if swept.written:
         space.forget([step.name for step in planned.recipe.export])
     folder = space.folder / "checkpoint"
     writer.write_index(folder, planned.units)
-    _write_companions(planned, folder, sweep.records(planned, swept))
+
+    def write_config(planned: Plan) -> None:
+        _write_companions(planned, folder, sweep.records(planned, swept))
+
+    planned = settling.run(planned, context, space, windows or [], swept, write_config)
+    write_config(planned)
     outcome.passes = sweep.done(planned, swept)
+    return planned
 
 
 def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torch.Tensor]:
@@ -129,7 +137,9 @@ def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torc
         seed=job.seed, folder=job.recipe.folder,
     )  # fmt: skip
     outcome.calibration = prompts.used(sets)
-    return prompts.longest_first(sets)
+    windows = prompts.longest_first(sets)
+    plan.refuse_short_windows(planned, len(windows[0]), "the longest that the prompts give has")
+    return windows
 
 
 def _write_companions(planned: Plan, folder: Path, done: list[Record]) -> None:
@@ -164,21 +174,22 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
     artifacts = {"checkpoint": folder / "checkpoint"}
     artifacts |= {exported.kind: folder / exported.kind / exported.main for exported in outcome.exported}
     original = CheckpointArtifact(planned.opened, job.device, outcome.weights_sha256)
-    outcome.rows, outcome.prompts = judge.check(
+    outcome.checked, outcome.prompts = judge.check(
         original, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
     )
 
 
 def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Report:
     """Report, recipe, and last of all the manifest; then the folder gets its name."""
-    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.rows))
+    resolved = planned.recipe.resolved_yaml()
+    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.checked.rows))
     json_files.write_json(space.folder / "report.json", report)
     files.write_text(space.folder / "report.md", markdown.render(report, outcome.passes))
     files.write_text(space.folder / "recipe.yaml", job.recipe.text)
-    files.write_text(space.folder / "recipe.resolved.yaml", job.recipe.resolved_yaml())
+    files.write_text(space.folder / "recipe.resolved.yaml", resolved)
     formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}
     formats |= {exported.kind: exported.formats for exported in outcome.exported}
-    card = model_card.render(report, formats["checkpoint"], job.source.folder, job.recipe.resolved_yaml())
+    card = model_card.render(report, formats["checkpoint"], job.source.folder, resolved)
     files.write_text(space.folder / "checkpoint" / companions.CARD, card)
     files.sync_tree(space.folder)
     json_files.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))

@@ -20,7 +20,9 @@ from compress.model.hybrid import HybridModel
 from compress.model.weight import Unit
 from compress.output_folder import destination
 from compress.passes import Fact, Found, Pass, PassContext
+from compress.prompts import recall
 from compress.recipe.calibration import Calibration
+from compress.recipe.check import Check
 from compress.recipe.recipe import PassStep, Recipe
 from compress.recipe.source import Source
 from compress.runtime import runtimes
@@ -29,6 +31,7 @@ from compress.strict import yaml_text
 from compress.strict.models import Strict
 from compress.terminal.escaping import printable
 
+TRIED_TOGETHER = 8  # ways to keep the states of a layer, at most
 SPARE = 1.02  # room for headers, graph and report beside the weights
 
 
@@ -103,27 +106,46 @@ class Plan:
         return any(step.needs_calibration for step in self.passes)
 
     @property
+    def needs_settling(self) -> bool:
+        return any(step.needs_settling for step in self.passes)
+
+    @property
+    def needs_windows(self) -> bool:
+        """Whether calibration tokens are read, to calibrate on or to settle by."""
+        return self.needs_calibration or self.needs_settling
+
+    @property
     def calibration(self) -> Calibration:
         return self.recipe.calibration or Calibration()
 
     def calibration_bytes(self) -> int:
         """Hidden states on disk: before a layer, between its blocks and after it, and what passes keep while they work on
-        a layer: more states, and the layer as they leave it."""
-        if not self.needs_calibration:
-            return 0
+        a layer: more states, and the layer as they leave it. To settle: before every layer, and of what is tried."""
         tokens = len(self.calibration.prompts) * self.calibration.samples * self.calibration.length
+        of_model = 4 * tokens * self.model.config.hidden_size
+        settling = of_model * (self.model.config.num_hidden_layers + 1 + TRIED_TOGETHER) if self.needs_settling else 0
+        return max(settling, self._calibrating_bytes(of_model) if self.needs_calibration else 0)
+
+    def _calibrating_bytes(self, of_model: int) -> int:
         more = [step.scratch_states for step in self.passes]
         left = [stage for stage, states in zip(self.stages[1:], more, strict=True) if states]
         kept = sum(max(unit.stored_bytes() for unit in stage.units) for stage in left)
-        return (3 + max(more)) * 4 * tokens * self.model.config.hidden_size + kept
+        return (3 + max(more)) * of_model + kept
 
     def check_bytes(self) -> int:
         """Log-probabilities and hidden states of the baseline on disk."""
         if self.recipe.check is None:
             return 0
         check, config = self.recipe.check, self.model.config
-        tokens = len(check.prompts) * check.samples * check.length
-        return baseline.bytes_needed(tokens, config.vocab_size) + 4 * check.samples * check.length * config.hidden_size
+        tokens = [_tokens_of(name, check) for name in check.prompts]
+        return baseline.bytes_needed(sum(tokens), config.vocab_size) + 4 * max(tokens) * config.hidden_size
+
+
+def _tokens_of(name: str, check: Check) -> int:
+    """At most, of one prompt set."""
+    if name == "recall" and check.recall is not None:
+        return recall.most_tokens(check.recall.distances, check.recall.trials)
+    return check.samples * check.length
 
 
 def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Path, needs_weights: bool = True) -> Plan:
@@ -132,13 +154,27 @@ def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Pa
     model = checkpoint.model if checkpoint else model_of_config(source.folder)
     plan = with_found(Plan(source, checkpoint, (model,), recipe), {}, context)
     of_generation_config(source.folder)  # refuses one that cannot be read
-    folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_calibration else None
+    folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_windows else None
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
         if settings is not None:
             for name in settings.prompts:
-                prompts.refuse_unusable(name, folder, recipe_folder, length=settings.length, purpose=purpose)
+                asking = settings.recall if isinstance(settings, Check) else None
+                prompts.refuse_unusable(
+                    name, folder, recipe_folder, length=settings.length, purpose=purpose, asking=asking
+                )
     _refuse_shared_prompts(recipe, calibration, recipe_folder)
+    refuse_short_windows(plan, plan.calibration.length, "calibration.length is")
     return plan
+
+
+def refuse_short_windows(plan: Plan, longest: int, said: str) -> None:
+    """Calibration windows of which none has the tokens that a pass needs; `said` stands before their length."""
+    for number, step in enumerate(plan.passes):
+        if plan.needs_windows and longest < step.least_window:
+            raise InputError(
+                f"passes.{number}.{plan.recipe.passes[number].name} needs calibration windows of {step.least_window} tokens "
+                f"or more, but {said} {longest}"
+            )
 
 
 def with_found(plan: Plan, found: dict[int, Found], context: PassContext) -> Plan:
@@ -151,13 +187,22 @@ def with_found(plan: Plan, found: dict[int, Found], context: PassContext) -> Pla
     return replace(plan, stages=tuple(stages), found=found)
 
 
+def settled(plan: Plan, number: int, options: Strict, context: PassContext) -> Plan:
+    """The plan with other options for one of its passes."""
+    steps = list(plan.recipe.passes)
+    steps[number] = steps[number].model_copy(update={"options": options})
+    recipe = plan.recipe.model_copy(update={"passes": tuple(steps)})
+    return with_found(replace(plan, recipe=recipe), plan.found, context)
+
+
 def _refuse_order(plan: Plan, number: int) -> None:
     """A survey is of the model as it came. What it will find is not known before the run to a pass that changes which tensors
     there are by calibration too."""
     name, step = plan.recipe.passes[number].name, plan.passes[number]
     if number and step.needs_survey:
         raise InputError(f"passes.{number}.{name} surveys the model as it came: it must be the first pass")
-    if step.restructures and step.needs_calibration and any(earlier.needs_survey for earlier in plan.passes[:number]):
+    decides = step.restructures and step.needs_calibration and not step.follows_surveys
+    if decides and any(earlier.needs_survey for earlier in plan.passes[:number]):
         raise InputError(f"passes.{number}.{name} cannot follow a pass that shares a budget among layers")
 
 
@@ -231,7 +276,7 @@ def describe(plan: Plan, out: Path) -> str:
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
         *(f"loads in  {line}" for line in runtimes.as_lines(runtimes.of(plan.result, plan.recipe.export))),
     ]
-    if plan.needs_calibration:
+    if plan.needs_windows:
         asked = plan.calibration
         lines.append(
             f"calibrate {', '.join(asked.prompts)}: up to {asked.samples} windows of {asked.length} tokens from each"
@@ -242,9 +287,26 @@ def describe(plan: Plan, out: Path) -> str:
     limits = ", ".join(f"{name} {value:g}" for name, value in check.limits.items()) or "no limits"
     lines += [
         f"check     {', '.join(check.prompts)}: up to {check.samples} windows of {check.length} tokens from each; {limits}",
+        *_check_lines(check),
         f"          needs {plan.check_bytes():,} bytes of cache on disk",
     ]
     return _as_lines(lines)
+
+
+def _check_lines(check: Check) -> list[str]:
+    """What is asked for beyond what every check does."""
+    lines = [f"          decodes after a prompt of {check.prefill} tokens"] if check.prefill else []
+    if check.recall is not None and "recall" in check.prompts:
+        distances = ", ".join(map(str, check.recall.distances))
+        lines.append(
+            f"          recall: at least {check.recall.trials} questions at each distance of {distances} tokens"
+        )
+    if check.generate is not None:
+        asked = check.generate
+        lines.append(
+            f"          generates {asked.prompts} texts of up to {asked.tokens} tokens, each from {asked.prompt_tokens} tokens"
+        )
+    return lines
 
 
 def _pass_lines(step: PassStep) -> list[str]:

@@ -55,8 +55,18 @@ def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdic
         "passes": [step.to_json() for step in outcome.passes],
         "artifacts": artifacts,
         "runtimes": [runtime.to_json() for runtime in runtimes.of(result, planned.recipe.export)],
+        "states": sizes.states_as_kept(result.architecture),
+        "state_memory": {
+            "baseline": sizes.state_bytes(model.architecture).memory(),
+            "candidate": sizes.state_bytes(result.architecture).memory(),
+        },
         "prompts": outcome.prompts,
-        "checks": [row.to_json() for row in outcome.rows],
+        "checks": [row.to_json() for row in outcome.checked.rows],
+        "by_position": outcome.checked.by_position,
+        "recall": outcome.checked.recall,
+        "state_health": outcome.checked.state_health,
+        "state_saturation": outcome.checked.state_saturation,
+        "generated": outcome.checked.generated,
         "versions": versions(),
     }
     if outcome.calibration:

@@ -2,10 +2,12 @@
 
 from compress import prompts
 from compress.apply.plan import Plan
-from compress.check import baseline, compare
+from compress.check import baseline, compare, generated, state_costs, states
+from compress.model.config import Config
 from compress.recipe.check import PHASES, Check
 
 SURVEY, COMPRESSING = "survey", "compressing"
+SETTLING = (state_costs.TOGETHER, state_costs.ALONE, state_costs.TOGETHER)  # as begun, state by state, as chosen
 
 
 def exporting(kind: str) -> str:
@@ -14,15 +16,22 @@ def exporting(kind: str) -> str:
 
 def of(planned: Plan) -> list[str]:
     """All that a plan may need. Those that were done before, and those whose result is kept in the cache, are skipped."""
-    calibrated = planned.calibration.prompts if planned.needs_calibration else ()
+    calibrated = planned.calibration.prompts if planned.needs_windows else ()
     surveys = [SURVEY for step in planned.passes if step.needs_survey]
     exports = [step.name for step in planned.recipe.export]
-    names = [*map(prompts.stage, calibrated), *surveys, COMPRESSING, *map(exporting, exports)]
-    return names + (_of_check(planned.recipe.check, ["checkpoint", *exports]) if planned.recipe.check else [])
+    settling = [name for step in planned.passes if step.needs_settling for name in SETTLING]
+    names = [*map(prompts.stage, calibrated), *surveys, COMPRESSING, *settling, *map(exporting, exports)]
+    if planned.recipe.check is None:
+        return names
+    return names + _of_check(planned.recipe.check, planned.result.config, ["checkpoint", *exports])
 
 
-def _of_check(check: Check, artifacts: list[str]) -> list[str]:
-    scored = [
-        compare.stage(artifact, phase, name) for artifact in artifacts for phase in PHASES for name in check.prompts
-    ]
-    return [*map(prompts.stage, check.prompts), *map(baseline.stage, check.prompts), *scored]
+def _of_check(check: Check, config: Config, artifacts: list[str]) -> list[str]:
+    found = [*map(prompts.stage, check.prompts), *map(baseline.stage, check.prompts)]
+    writers = [generated.stage(name) for name in (generated.BASELINE, *artifacts)] if check.generate else []
+    found += writers[:1]
+    found += [states.STAGE] if states.are_watched(check.states, config) else []
+    for place, artifact in enumerate(artifacts, start=1):
+        found += [compare.stage(artifact, phase, name) for phase in PHASES for name in check.prompts]
+        found += writers[place : place + 1]
+    return found

@@ -16,6 +16,10 @@ def causal_conv(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | No
     kept = weight.shape[2] - 1
     if mask is None:
         return y.transpose(1, 2), padded[:, :, -kept:].contiguous()
-    last = (mask * torch.arange(1, x.shape[1] + 1, device=x.device)).amax(1)  # tokens up to the last real one, [B]
-    newest = (last[:, None] + torch.arange(kept, device=x.device)).long()
+    newest = last_token(mask)[:, None] + torch.arange(kept, device=x.device)
     return y.transpose(1, 2), padded.gather(2, newest[:, None].expand(-1, padded.shape[1], -1))
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """mask [B, S] of tokens -> places up to the last real one, [B]; 0 where there is none."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).long()

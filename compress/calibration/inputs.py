@@ -8,7 +8,7 @@ matrices of the unit have been quantized already, what they give is what the lat
 import contextlib
 import operator
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from compress.arithmetic.norm import rms_norm
 from compress.calibration.moments import SAMPLE_ROWS, Moments
 from compress.checkpoint.writer import ShardWriter
 from compress.errors import WorkError
-from compress.model.block import Fold, InputGroup, Level
+from compress.model.block import Fold, InputGroup, Level, Residual
 from compress.model.experts import Experts
 from compress.model.hybrid import HybridModel
 from compress.model.weight import Unit, Weight
@@ -138,6 +138,20 @@ class LayerInputs:
         for number, hidden in self._states(unit, block):
             yield number, hidden, self.layer.residuals[block].normed(ops, hidden)
 
+    def remembered(self, unit: Unit, names: Container[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """What the layer remembers, unrounded, after every token of each block of windows: those states [B, ...] of one of its
+        blocks, by name. Where all that is asked for grows, the end tells it all."""
+        for place, residual in enumerate(self.layer.residuals):
+            wanted = [spec for spec in residual.block.states() if spec.name in names]
+            if not wanted:
+                continue
+            ops, stays = self.operators(unit), any(spec.grows is None for spec in wanted)
+            for _, hidden in self._states(unit, place):
+                past = self._empty_past(residual, len(hidden))
+                for piece in hidden.split(1 if stays else hidden.shape[1], 1):
+                    past = residual.run(ops, piece, past)[1]
+                    yield {spec.name: past[spec.name] for spec in wanted}
+
     def scratch(self, name: str) -> HiddenStates:
         """Room on disk for another set of states of this layer; gone when the layer is left."""
         return self._entering[0].at(self._folder / name)
@@ -200,9 +214,12 @@ class LayerInputs:
     def _run(self, ops: Eager, block: int, hidden: torch.Tensor) -> torch.Tensor:
         """One residual block on hidden states [b, S, H], from an empty past."""
         residual = self.layer.residuals[block]
-        empty = {spec: spec.empty(len(hidden), self.device) for spec in residual.block.states()}
-        past = {spec.name: ops.state_in(spec, state) for spec, state in empty.items()}
-        return residual.run(ops, hidden, past)[0]
+        return residual.run(ops, hidden, self._empty_past(residual, len(hidden)))[0]
+
+    def _empty_past(self, residual: Residual, batch: int) -> dict[str, torch.Tensor]:
+        """In float32: where inputs are looked at, states are not rounded."""
+        specs = residual.block.states()
+        return {spec.name: spec.restored(spec.empty(batch, self.device)) for spec in specs}
 
 
 def expert_of(group: InputGroup) -> int:

@@ -1,16 +1,22 @@
 """Baseline against candidate over prompt sets: rows of the report, and whether every limit held."""
 
 import math
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import dataclass, field
+from typing import NotRequired, TypedDict
 
 import torch
 
+from compress.check import figures, positions, recall
 from compress.check.baseline import Baseline
-from compress.check.metrics import Scores, score, summarize
+from compress.check.figures import Figure
+from compress.check.generated import GeneratedFacts
+from compress.check.metrics import STATISTICS, Scores, WindowScores, score
+from compress.check.positions import PositionFacts
+from compress.check.recall import Answer, Marks, RecallFacts
+from compress.check.states import HealthFacts, SaturationFacts
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet
-from compress.recipe.check import METRICS, PHASES, MetricName
+from compress.recipe.check import DRIFT_FROM, METRICS, PHASES, MetricName
 from compress.runtime.candidates import Candidate
 from compress.terminal import progress
 
@@ -23,7 +29,25 @@ def stage(artifact: str, phase: str, prompt_set: str) -> str:
 
 
 class RowFacts(TypedDict):
-    """A row as JSON has it."""
+    """A row as JSON has it: without a value where it is not finite, or where nothing could be measured (`positions` is 0)."""
+
+    artifact: str
+    metric: MetricName
+    phase: str
+    prompts: str
+    value: float | None
+    low: float | None
+    high: float | None
+    positions: int
+    limit: float | None
+    passed: bool | None
+    note: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report's `checks`. Rows over all prompts carry a limit where the recipe gives one. `value` is None where
+    a limit asks for what the prompts cannot tell; `note` says why, or why there is no interval."""
 
     artifact: str
     metric: MetricName
@@ -31,79 +55,136 @@ class RowFacts(TypedDict):
     prompts: str
     value: float | None
     positions: int
-    limit: float | None
-    passed: bool | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the report's `checks`. Rows over all prompts carry a limit where the recipe gives one."""
-
-    artifact: str
-    metric: MetricName
-    phase: str
-    prompts: str
-    value: float
-    positions: int
     limit: float | None = None
+    low: float | None = None
+    high: float | None = None
+    note: str | None = None
 
     @property
     def passed(self) -> bool | None:
-        return None if self.limit is None else self.is_finite and METRICS[self.metric].holds(self.value, self.limit)
+        if self.limit is None or self.value is None:
+            return None
+        return self.is_finite and METRICS[self.metric].holds(self.value, self.limit)
 
     @property
     def is_finite(self) -> bool:
-        return math.isfinite(self.value)
+        return self.value is None or math.isfinite(self.value)
 
     def to_json(self) -> RowFacts:
         """`value` is None where it is not a number."""
-        return {
+        found: RowFacts = {
             "artifact": self.artifact,
             "metric": self.metric,
             "phase": self.phase,
             "prompts": self.prompts,
             "value": self.value if self.is_finite else None,
+            "low": self.low,
+            "high": self.high,
             "positions": self.positions,
             "limit": self.limit,
             "passed": self.passed,
         }
+        if self.note is not None:
+            found["note"] = self.note
+        return found
+
+
+@dataclass
+class Found:
+    """What a check found: rows with their limits, the same figures by position and by distance, what states and generated
+    texts look like."""
+
+    rows: list[Row] = field(default_factory=list)
+    by_position: list[PositionFacts] = field(default_factory=list)
+    recall: list[RecallFacts] = field(default_factory=list)
+    state_health: list[HealthFacts] = field(default_factory=list)
+    state_saturation: list[SaturationFacts] = field(default_factory=list)
+    generated: list[GeneratedFacts] = field(default_factory=list)
+
+    def add(self, other: "Found") -> None:
+        self.rows += other.rows
+        self.by_position += other.by_position
+        self.recall += other.recall
+        self.state_health += other.state_health
+        self.state_saturation += other.state_saturation
+        self.generated += other.generated
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One phase over one prompt set; windows without a scored position are left out."""
+
+    windows: list[WindowScores]
+    answers: list[Answer]
 
 
 def compare(
     artifact: str, candidate: Candidate, sets: list[tuple[PromptSet, Baseline]], limits: dict[MetricName, float]
-) -> list[Row]:
+) -> Found:
     """Scores one artifact in both phases. Limits bind the rows over all prompts; rows per set inform."""
-    rows = []
+    found = Found()
     for phase in PHASES:
-        by_set = {prompts.name: _scores(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
-        rows += _rows(artifact, phase, ALL, Scores.concatenate(list(by_set.values())), limits)
-        for name, scores in by_set.items():
-            rows += _rows(artifact, phase, name, scores, {})
-    return rows
+        by_set = {prompts.name: _scored(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
+        together = list(by_set.values())
+        found.rows += _rows(artifact, phase, ALL, together, limits)
+        for name, scored in by_set.items():
+            found.rows += _rows(artifact, phase, name, [scored], {})
+        found.by_position += positions.by_position(artifact, phase, [scored.windows for scored in together])
+        found.recall += recall.by_distance(artifact, phase, [scored.answers for scored in together])
+    return found
 
 
 def verdict(rows: list[Row]) -> str:
-    """`fail` where a limit was missed or a metric is not a number, else `pass`; `not_checked` where there was no limit."""
+    """`fail` where a limit was missed or a metric is not a number, else `pass`; `not_checked` where there was no limit, or one
+    that nothing could be compared with."""
     if any(row.passed is False or not row.is_finite for row in rows):
         return "fail"
-    return "pass" if any(row.passed for row in rows) else "not_checked"
+    limited = [row for row in rows if row.limit is not None]
+    return "pass" if limited and all(row.passed for row in limited) else "not_checked"
 
 
-def _rows(artifact: str, phase: str, prompts: str, scores: Scores, limits: dict[MetricName, float]) -> list[Row]:
-    positions = len(scores.kl_divergence)
-    return [
-        Row(artifact, metric, phase, prompts, value, positions, limits.get(metric))
-        for metric, value in summarize(scores).items()
-    ]
+def _rows(artifact: str, phase: str, prompts: str, sets: list[Scored], limits: dict[MetricName, float]) -> list[Row]:
+    told = _figures(phase, sets)
+    asked = [metric for metric in METRICS if metric in told or (metric in limits and phase in METRICS[metric].phases)]
+    return [_row(artifact, metric, phase, prompts, told.get(metric), limits.get(metric)) for metric in asked]
 
 
-def _scores(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scores:
-    """One phase over one prompt set, positions in the order of the windows."""
-    pieces: dict[tuple[int, int], Scores] = {}
+def _row(
+    artifact: str, metric: MetricName, phase: str, prompts: str, figure: Figure | None, limit: float | None
+) -> Row:
+    if figure is None:
+        return Row(artifact, metric, phase, prompts, None, 0, limit, note=METRICS[metric].unmeasured)
+    low, high = figure.interval or (None, None)
+    return Row(artifact, metric, phase, prompts, figure.value, figure.positions, limit, low, high, figure.note)
+
+
+def _figures(phase: str, sets: list[Scored]) -> dict[MetricName, Figure]:
+    """Of every metric that the phase and the prompts tell."""
+    windows = [scored.windows for scored in sets]
+    whole = [[window.scores for window in of_set] for of_set in windows]
+    found = {metric: figures.of(metric, whole) for metric in STATISTICS}
+    late = positions.between(windows, DRIFT_FROM, math.inf)
+    if any(late) and phase in METRICS["decode_drift_ratio"].phases:
+        found["decode_drift_ratio"] = figures.of("perplexity_ratio", late)
+    if lost := recall.drop([scored.answers for scored in sets]):
+        found["recall_accuracy_drop"] = lost
+    return found
+
+
+def _scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scored:
+    pieces: dict[int, dict[int, Scores]] = {}
+    marks = Marks(prompts)
     with progress.task(stage(artifact, phase, prompts.name), candidate.steps(prompts.tokens)) as advance:
         for window, start, logits in candidate.logits(prompts.windows, phase, advance):
             stop = start + len(logits)
             targets = prompts.windows[window][start + 1 : stop + 1]
             with torch.inference_mode():
-                pieces[window, start] = score(baseline.log_probs(window, start, stop), logits, targets)
-    return Scores.concatenate([pieces[key] for key in sorted(pieces)])
+                log_p = baseline.log_probs(window, start, stop)
+                pieces.setdefault(window, {})[start] = score(log_p, logits, targets)
+                marks.hear(window, start, log_p, logits)
+    return Scored([_in_order(pieces[window]) for window in sorted(pieces)], marks.answers())
+
+
+def _in_order(pieces: dict[int, Scores]) -> WindowScores:
+    """Of one window, whose pieces came by their first position."""
+    return WindowScores(min(pieces) + 1, Scores.concatenate([pieces[start] for start in sorted(pieces)]))

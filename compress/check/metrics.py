@@ -6,14 +6,18 @@ At each position the baseline gives a distribution p over the vocabulary, the ca
     perplexity = exp(mean of -log q_y)                   ratio: candidate / baseline
     top-1      = argmax p == argmax q
 
-These are the figures of llama.cpp's `llama-perplexity --kl-divergence`, over the full vocabulary.
+These are the figures of llama.cpp's `llama-perplexity --kl-divergence`, over the full vocabulary. Each is a statistic of the
+windows too (`STATISTICS`), which tells its interval.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from compress.check import statistics
+from compress.check.statistics import Array, Statistic
 from compress.recipe.check import MetricName
 
 
@@ -31,6 +35,20 @@ class Scores:
         return Scores(
             *(np.concatenate([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__)
         )
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """Of consecutive positions of one window, the first of which is its token `first`."""
+
+    first: int
+    scores: Scores
+
+    def between(self, first: int, last: float) -> Scores:
+        """Of the tokens `first` to `last`, both included, as far as they were scored."""
+        places = np.arange(self.first, self.first + len(self.scores.kl_divergence))
+        inside = (first <= places) & (places <= last)
+        return Scores(*(getattr(self.scores, name)[inside] for name in Scores.__dataclass_fields__))
 
 
 def score(log_p: torch.Tensor, logits_q: torch.Tensor, targets: torch.Tensor) -> Scores:
@@ -55,3 +73,21 @@ def summarize(scores: Scores) -> dict[MetricName, float]:
             "kl_divergence_p99": float(np.percentile(scores.kl_divergence, 99)),
             "top1_agreement": float(scores.same_top1.mean()),
         }
+
+
+def perplexity_ratio(windows: Sequence[Scores]) -> Statistic:
+    change = [scores.nll_candidate - scores.nll_baseline for scores in windows]
+    return statistics.exp(_mean(change))
+
+
+STATISTICS: dict[MetricName, Callable[[Sequence[Scores]], Statistic]] = {
+    "perplexity_ratio": perplexity_ratio,
+    "kl_divergence_mean": lambda windows: _mean([scores.kl_divergence for scores in windows]),
+    "kl_divergence_p99": lambda windows: statistics.percentile([scores.kl_divergence for scores in windows], 99),
+    "top1_agreement": lambda windows: _mean([scores.same_top1 for scores in windows]),
+}
+
+
+def _mean(values: Sequence[Array]) -> Statistic:
+    """Over all positions of the windows."""
+    return statistics.ratio(np.array([v.sum(dtype=float) for v in values]), np.array([len(v) for v in values]))

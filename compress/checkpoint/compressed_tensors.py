@@ -57,10 +57,14 @@ def quantization_config(weights: Iterable[Weight]) -> JsonObject | None:
         "quantization_status": "compressed",
         "dequantize": True,  # a plain from_pretrained then loads it, packed embedding included
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-        "ignore": sorted(w.name.removesuffix(".weight") for w in weights if not w.is_quantized and len(w.shape) == 2),
+        "ignore": sorted(w.name.removesuffix(".weight") for w in weights if _is_dense_matrix(w)),
         "kv_cache_scheme": None,
         **_transforms(quantized),
     }
+
+
+def _is_dense_matrix(weight: Weight) -> bool:
+    return not weight.is_quantized and len(weight.shape) == 2 and weight.role != Role.STATE_SCALE
 
 
 def _grouped(quantized: list[Weight]) -> list[tuple[Scheme, list[str]]]:

@@ -6,12 +6,14 @@ an input, and its arithmetic in `Operators`.
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple, TypeVar
 
 from compress.errors import InputError
+from compress.formats.remembered import Precision
+from compress.model import carrying
 from compress.model.experts import Experts
 from compress.model.operators import Operators
 from compress.model.roles import Role
@@ -105,13 +107,14 @@ class Layer:
     prefix: str
     hidden_size: int
     residuals: tuple[Residual, ...]
+    precisions: Mapping[str, Precision] = field(default_factory=dict)  # of states that are not kept in float32, by name
 
     def __post_init__(self) -> None:
         """Raises InputError for what would be run or stored wrong without a word: it names the layer."""
         with_experts = [block for block in self.blocks if block.experts]
         if len(with_experts) > 1:
             raise InputError(f"layer {self.index} has {len(with_experts)} blocks with experts, expected one at most")
-        names = Counter(spec.name for spec in self.states)
+        names = Counter(spec.name for spec in self.carried)
         if twice := [name for name, count in names.items() if count > 1]:
             raise InputError(f"layer {self.index} has several states '{twice[0]}'; expected another name for each")
 
@@ -122,7 +125,14 @@ class Layer:
 
     @cached_property
     def states(self) -> tuple[StateSpec, ...]:
-        return tuple(spec for residual in self.residuals for spec in residual.block.states())
+        """What its blocks remember, in the precisions in which that is kept."""
+        specs = (spec for residual in self.residuals for spec in residual.block.states())
+        return tuple(replace(spec, precision=self.precisions.get(spec.name, spec.precision)) for spec in specs)
+
+    @property
+    def carried(self) -> tuple[StateSpec, ...]:
+        """The tensors it carries from call to call: of a state one, or several."""
+        return tuple(part for spec in self.states for part in spec.parts)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -150,6 +160,9 @@ class Layer:
         for residual in self.residuals:
             for spec in (Spec(residual.norm, (self.hidden_size,), Role.NORM), *residual.block.specs()):
                 yield Spec(self.prefix + spec.name, spec.shape, spec.role)
+        for state in self.states:
+            if state.precision.has_static_scale:
+                yield Spec(self.prefix + state.scale_name, state.scale_shape, Role.STATE_SCALE)
 
     def folds(self) -> tuple[Fold, ...]:
         return tuple(fold for residual in self.residuals for fold in residual.block.folds(residual.norm))
@@ -159,11 +172,19 @@ class Layer:
         experts = self.experts
         return experts.router.top_k / experts.count if experts and role == Role.EXPERTS else 1.0
 
+    def restored(self, ops: Operators[T], kept: Mapping[str, T]) -> dict[str, T]:
+        """What a call begins with, by name, from states as they were kept."""
+        found = dict[str, T]()
+        for spec in self.states:
+            found |= carrying.begun(ops, spec, kept)
+        return found
+
     def run(self, ops: Operators[T], hidden: T, kept: dict[str, T]) -> tuple[T, dict[str, T]]:
         """The whole layer on hidden [B, S, H], from states as they were kept to states as they are kept."""
-        state = {spec.name: ops.state_in(spec, kept[spec.name]) for spec in self.states}
-        new: dict[str, T] = {}
+        given, state, new, left = hidden, self.restored(ops, kept), dict[str, T](), dict[str, T]()
         for residual in self.residuals:
             hidden, found = residual.run(ops, hidden, state)
             new |= found
-        return hidden, {spec.name: ops.state_out(spec, new[spec.name]) for spec in self.states}
+        for spec in self.states:
+            left |= carrying.ended(ops, spec, given, new, kept)
+        return hidden, left

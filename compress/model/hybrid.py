@@ -66,4 +66,5 @@ class HybridModel:
 
     @property
     def parameters(self) -> int:
-        return sum(weight.parameters for weight in self.weights)
+        """Scales of states are none."""
+        return sum(weight.parameters for weight in self.weights if weight.role != Role.STATE_SCALE)

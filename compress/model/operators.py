@@ -37,6 +37,9 @@ class Operators(ABC, Generic[T]):
     def add(self, a: T, b: T) -> T: ...
 
     @abstractmethod
+    def subtract(self, a: T, b: T) -> T: ...
+
+    @abstractmethod
     def multiply(self, a: T, b: T) -> T: ...
 
     @abstractmethod
@@ -68,19 +71,27 @@ class Operators(ABC, Generic[T]):
         y [B, S, D], the state after the last token. x counts as 0 at padding."""
 
     @abstractmethod
-    def selective_scan(self, x: T, dt: T, b: T, c: T, state: T, a_log: str, d: str) -> tuple[T, T]:
+    def selective_scan(
+        self, x: T, dt: T, b: T, c: T, state: T, a_log: str, d: str, earlier: T | None = None
+    ) -> tuple[T, T]:
         """Mamba-1 (Gu & Dao, arXiv 2312.00752, eq. 2, the zero-order hold on A only), A = -exp(A_log):
 
             h_t = exp(dt_t A) h_{t-1} + dt_t b_t x_t        y_t = c_t . h_t + d x_t
 
-        x and dt (after softplus) [B, S, D]; b, c [B, S, N]; state h [B, N, D]; a_log [D, N]; d [D] -> y [B, S, D], state."""
+        x and dt (after softplus) [B, S, D]; b, c [B, S, N]; state h [B, N, D]; a_log [D, N]; d [D] -> y [B, S, D], state.
+        `earlier` [B, tokens, 2 D + N]: x, dt and b of tokens to be read first, none of them padding."""
 
     @abstractmethod
-    def ssd(self, x: T, dt: T, b: T, c: T, state: T, a_log: str, d: str) -> tuple[T, T]:
+    def ssd(self, x: T, dt: T, b: T, c: T, state: T, a_log: str, d: str, earlier: T | None = None) -> tuple[T, T]:
         """Mamba-2 (Dao & Gu, arXiv 2405.21060): as above with one decay a head, heads sharing b and c in groups.
 
         x [B, S, heads * P]; dt (after softplus) [B, S, heads]; b, c [B, S, groups * N]; state [B, heads, N, P]; a_log and
-        d [heads] -> y [B, S, heads * P], the state after the last token."""
+        d [heads] -> y [B, S, heads * P], the state after the last token. `earlier` as above,
+        [B, tokens, heads * P + heads + groups * N]."""
+
+    @abstractmethod
+    def last_inputs(self, x: T, dt: T, b: T) -> T:
+        """What a scan takes of the last token of each row, as `earlier` has it: [B, 1, ...]; anything where the row has none."""
 
     @abstractmethod
     def attention(self, query: T, key: T, value: T, past_key: T, past_value: T, rotary: float | None) -> tuple[T, T, T]:
@@ -100,5 +111,18 @@ class Operators(ABC, Generic[T]):
         """A state as arithmetic takes it, from what was kept between calls."""
 
     @abstractmethod
-    def state_out(self, spec: StateSpec, value: T) -> T:
-        """A state as it is kept between calls: the one place where a state is rounded."""
+    def state_out(self, spec: StateSpec, value: T, kept: T, due: T | None = None) -> T:
+        """A state as it is kept between calls: the one place where a state is rounded. `kept` is what was kept before this
+        call: of a state that grows it stays, and only what is new of `value` is stored behind it; in rows that are not `due`
+        it stays bit for bit."""
+
+    @abstractmethod
+    def due(self, given: T, every: int) -> T:
+        """In which rows a state that is rounded every so many tokens is rounded now: whether they read several tokens of
+        `given` [B, S, H], or one and have now read a multiple of `every`."""
+
+    @abstractmethod
+    def inputs_out(self, value: T, kept: T, given: T, every: int) -> T:
+        """The inputs [B, every - 1, ...] since a state was rounded, in 16 bits: zeros in rows that are `due`; in the others
+        what was `kept`, and `value` [B, 1, ...] in the slot of the row's token, if it read one. What is beyond the range of
+        the type becomes its largest."""

@@ -8,15 +8,16 @@ were made, and speak of the tensors by the names they have after the pass. Numbe
 import base64
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
 
+from compress.formats.state_words import MOST_EVERY, SEEDS, Axis, Format, Residual, Rounding, Scale, why_unfit
 from compress.model.expert_counts import SECTION, ExpertCounts
 from compress.model.tensor_names import written_out
 from compress.strict.json_text import JsonObject
 
-KEY = "passes"  # in the section
+KEY, STATES = "passes", "states"  # in the section
 MOST_EXPERTS = 10_000
 MOST_CHANNELS = 1 << 24
 
@@ -120,10 +121,34 @@ class Record(BaseModel):
     changes: tuple[Annotated[Change, Field(discriminator="kind")], ...] | None = None
 
 
+class KeptState(BaseModel):
+    """How a state of a layer is kept between calls, where not in float32 (`formats/remembered.py`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: Annotated[StrictInt, Field(ge=0)]
+    state: StrictStr  # such as `recurrent_state`
+    format: Format
+    rounding: Rounding = "nearest"
+    residual: Residual | None = None  # of error feedback; None: int8
+    every: Annotated[StrictInt, Field(ge=1, le=MOST_EVERY)] = 1  # tokens between two roundings
+    scale: Scale = "dynamic"
+    axis: Axis | None = None  # along which entries of a recurrent state share a scale; None: d_state
+    block: Annotated[StrictInt, Field(ge=1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=0, lt=SEEDS)] = 0
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if why := why_unfit(self):
+            raise ValueError(why)
+        return self
+
+
 class Compressed(ExpertCounts):
     """The `compress` section of config.json."""
 
     passes: tuple[Record, ...] = ()
+    states: tuple[KeptState, ...] = ()
 
 
 def added(values: JsonObject, records: Sequence[Record]) -> JsonObject:
@@ -135,6 +160,25 @@ def added(values: JsonObject, records: Sequence[Record]) -> JsonObject:
     earlier = kept.get(KEY)
     new = [record.model_dump(mode="json", exclude_none=True) for record in records]
     return values | {SECTION: {**kept, KEY: [*(earlier if isinstance(earlier, list) else ()), *new]}}
+
+
+def with_states(values: JsonObject, decided: Iterable[KeptState]) -> JsonObject:
+    """config.json with these states kept so, in place of what it said of them."""
+    section = values.get(SECTION)
+    kept = dict(section) if isinstance(section, Mapping) else {}
+    earlier = kept.get(STATES)
+    came = map(KeptState.model_validate, earlier if isinstance(earlier, list) else ())
+    states = {(state.layer, state.state): state for state in (*came, *decided)}
+    written = [states[place].model_dump(mode="json", exclude_none=True) for place in sorted(states)]
+    return values | {SECTION: {**kept, STATES: written}}
+
+
+def without_states(values: JsonObject) -> JsonObject:
+    """config.json that says nothing of states: they are kept in float32."""
+    section = values.get(SECTION)
+    if not isinstance(section, Mapping) or STATES not in section:
+        return values
+    return values | {SECTION: {key: value for key, value in section.items() if key != STATES}}
 
 
 def packed(exponents: Iterable[int]) -> str:

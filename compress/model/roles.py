@@ -22,12 +22,15 @@ class Role(StrEnum):
     SSM_A = "ssm_a"
     SSM_D = "ssm_d"
     SSM_DT_BIAS = "ssm_dt_bias"
+    STATE_SCALE = "state_scale"  # of a state that is kept in a number format with fixed scales
     MTP = "mtp"  # layers that guess further tokens: nothing here runs them, they travel as they came
 
 
 # Roles that `quantize` leaves as they came, whatever the recipe; docs/roles.md argues each.
 # All others take the recipe's `weights` format.
-KEPT_BY_DEFAULT = frozenset({Role.NORM, Role.ROUTER, Role.SSM_CONV, Role.SSM_A, Role.SSM_D, Role.SSM_DT_BIAS, Role.MTP})
+KEPT_BY_DEFAULT = frozenset(
+    {Role.NORM, Role.ROUTER, Role.SSM_CONV, Role.SSM_A, Role.SSM_D, Role.SSM_DT_BIAS, Role.STATE_SCALE, Role.MTP}
+)
 
 # Roles whose tensors are matrices applied with a product (or looked up by row): the ones a number format fits.
 QUANTIZABLE = frozenset(Role) - KEPT_BY_DEFAULT

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self, final
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self, final
 
 from compress.strict.json_text import Json
+from compress.strict.models import Strict
 from compress.strict.plugin import ContractError, OptionsT, Plugin
 
 if TYPE_CHECKING:  # a recipe is validated without torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # a recipe is validated without torch
 Note = Mapping[str, Json]  # what a pass noted of a unit while it was calibrated
 Found = Mapping[str, Json]  # what its survey found
 Details = Mapping[str, Json]  # what report.json has of it
-TOGETHER = (("needs_calibration", "calibrate"), ("needs_survey", "survey"))
+TOGETHER = (("needs_calibration", "calibrate"), ("needs_survey", "survey"), ("needs_settling", "settle"))
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,33 @@ class Coverage(NamedTuple):
     sentence: str = ""
 
 
+class Cost(NamedTuple):
+    """What keeping states in narrow formats costs on the calibration windows, decoded token by token. `decode_drift_ratio` is
+    None where no window reaches the tokens it looks at; either may be infinite or NaN."""
+
+    kl_divergence_mean: float
+    decode_drift_ratio: float | None
+
+
+class Finished(Protocol):
+    """The checkpoint as all passes left it, which nobody has seen yet, and what decoding the calibration windows with its
+    states kept in other ways costs against unrounded ones. What was measured is kept over an interruption."""
+
+    @property
+    def model(self) -> HybridModel: ...
+
+    @property
+    def unrounded(self) -> HybridModel:
+        """The same model with all states in float32."""
+
+    def alone(self, tried: Sequence[tuple[int, HybridModel]]) -> list[Cost]:
+        """Of models that differ from the unrounded one in the states of that one layer: it is decoded, the layers above
+        it run in one pass."""
+
+    def together(self, tried: HybridModel) -> Cost:
+        """Of a model of which any states may differ, decoded as a whole."""
+
+
 class Pass(Plugin[OptionsT]):
     """A pass, bound to its block in a recipe: `self.options`. `Options.idle()` names the keys that change nothing as the
     others stand, which a plan leaves out.
@@ -55,6 +83,9 @@ class Pass(Plugin[OptionsT]):
     """
 
     spoken_for: ClassVar[frozenset[str]] = frozenset()  # keys of `details` that report.md need not show as they are
+    follows_surveys: ClassVar[bool] = (
+        False  # restructures, but may follow a pass that shares a budget: whatever that finds
+    )
     scratch_states: ClassVar[int] = 0  # copies of the hidden states it keeps on disk while it works on a layer
 
     def __init_subclass__(cls) -> None:
@@ -110,6 +141,22 @@ class Pass(Plugin[OptionsT]):
         a weight that is finished: it is on disk then, and later passes must leave it as it is.
         """
         raise NotImplementedError
+
+    @property
+    def needs_settling(self) -> bool:
+        """Whether something of it can only be decided on the finished checkpoint, since it takes what all passes left."""
+        return False
+
+    def settle(self, finished: Finished, context: PassContext) -> tuple[Strict, Note]:
+        """Options with everything decided, which take the place of its own in recipe.resolved.yaml and in all that follows,
+        and a note, which comes after those of `calibrate`. It is called once, when every shard is written: the options may
+        change config.json, as `restructure` has it, and no tensor. Whoever applies them gets the same checkpoint."""
+        raise NotImplementedError
+
+    @property
+    def least_window(self) -> int:
+        """The tokens that the longest calibration window must have."""
+        return 2
 
     def changes(self, before: HybridModel, after: HybridModel, found: Found | None) -> tuple[Fact, ...]:
         """What whoever uses the model must know of what became of it."""

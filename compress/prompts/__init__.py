@@ -14,8 +14,10 @@ import torch
 from compress.disk.paths import as_text
 from compress.errors import InputError, nearest
 from compress.prompts import passages, recall, self_text
+from compress.prompts.questions import Asked, Question
 from compress.prompts.seeds import derive_seed
 from compress.prompts.windows import join_and_cut, refuse_foreign_tokens, too_long
+from compress.recipe.check import Recall
 from compress.recipe.source import load_tokenizer
 from compress.recipe.tokenizer import Tokenizer
 from compress.runtime.artifacts import Artifact
@@ -36,6 +38,7 @@ class PromptSet:
     name: str
     windows: list[torch.Tensor]  # token ids, int64, [length] each
     warning: str | None = None
+    questions: tuple[Question, ...] = ()  # of `recall`
 
     @property
     def tokens(self) -> int:
@@ -65,7 +68,7 @@ class Used(TypedDict):
 
 
 def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = None, *, length: int,
-                    purpose: str = "check") -> None:  # fmt: skip
+                    purpose: str = "check", asking: Recall | None = None) -> None:  # fmt: skip
     """Refuses, before any work, a set that is not known, a file that cannot be read as one, or text without a tokenizer.
 
     Without `model_folder` only the name is looked at.
@@ -76,50 +79,64 @@ def refuse_unusable(name: str, model_folder: Path | None, folder: Path | None = 
     tokenizer = load_tokenizer(model_folder)
     if path is not None:
         passages.from_file(path, tokenizer)
-    if name == "recall":
+    if name == "recall" and asking is None:
         recall.windows(tokenizer, ["Any text."], samples=1, length=length, seed=0)
+    elif name == "recall":
+        recall.at_distances(tokenizer, ["Any text."], distances=[0], trials=1, seed=0)
 
 
 def load(name: str, *, purpose: str, tokenizer: Tokenizer | None, model: Artifact | None, model_sha256: str, samples: int,
-         length: int, seed: int, folder: Path | None = None, progress: Advance | None = None) -> PromptSet:  # fmt: skip
-    """At most `samples` windows of `length` tokens. `purpose` (`check` or `calibration`) separates the seeds."""
+         length: int, seed: int, folder: Path | None = None, progress: Advance | None = None,
+         asking: Recall | None = None) -> PromptSet:  # fmt: skip
+    """At most `samples` windows of `length` tokens. `purpose` (`check` or `calibration`) separates the seeds. `recall` is as
+    long as `asking` needs, where that is given."""
     seed = derive_seed(seed, purpose, as_text(name))
     if name == "self":
         assert model is not None  # which writes the text
-        windows = self_text.windows(model, model_sha256, samples, length, seed, progress)
+        found = Asked(self_text.windows(model, model_sha256, samples, length, seed, progress), ())
     else:
         assert tokenizer is not None  # all else is text
-        windows = _of_text(name, purpose, tokenizer, samples, length, seed, folder)
-    if not any(len(window) > 1 for window in windows):
+        if name == "recall":
+            found = _recall(purpose, tokenizer, samples, length, seed, asking)
+        else:
+            found = Asked(_of_text(name, purpose, tokenizer, samples, length, seed, folder), ())
+    if not any(len(window) > 1 for window in found.windows):
         raise InputError(f"prompts '{name}': not enough text for a single window of 2 tokens")
-    return PromptSet(as_text(name), windows)
+    return PromptSet(as_text(name), found.windows, questions=found.questions)
+
+
+def _recall(purpose: str, tokenizer: Tokenizer, samples: int, length: int, seed: int, asking: Recall | None) -> Asked:
+    filler = passages.shipped("heldout" if purpose == "check" else "prose")
+    if asking is not None:
+        return recall.at_distances(tokenizer, filler, asking.distances, asking.trials, seed)
+    return recall.windows(tokenizer, filler, samples, length, seed)
 
 
 def _of_text(name: str, purpose: str, tokenizer: Tokenizer, samples: int, length: int, seed: int,
              folder: Path | None) -> list[torch.Tensor]:  # fmt: skip
-    if name == "recall":
-        filler = passages.shipped("heldout" if purpose == "check" else "prose")
-        return recall.windows(tokenizer, filler, samples, length, seed)
     is_shipped = name in SHIPPED
     texts = passages.shipped(name) if is_shipped else passages.from_file(_find_file(name, folder, purpose), tokenizer)
     return join_and_cut(tokenizer, texts, samples, length, seed)
 
 
 def load_all(
-    model: Artifact, model_sha256: str, settings: Settings, *, purpose: str, seed: int, folder: Path | None = None
-) -> list[PromptSet]:
+    model: Artifact, model_sha256: str, settings: Settings, *, purpose: str, seed: int, folder: Path | None = None,
+    asking: Recall | None = None,
+) -> list[PromptSet]:  # fmt: skip
     """The sets that `settings` names, for a model."""
-    return [_load_for(model, model_sha256, name, settings, purpose, seed, folder) for name in settings.prompts]
+    return [_load_for(model, model_sha256, name, settings, purpose, seed, folder, asking) for name in settings.prompts]
 
 
 def _load_for(
-    model: Artifact, model_sha256: str, name: str, settings: Settings, purpose: str, seed: int, folder: Path | None
-) -> PromptSet:
+    model: Artifact, model_sha256: str, name: str, settings: Settings, purpose: str, seed: int, folder: Path | None,
+    asking: Recall | None,
+) -> PromptSet:  # fmt: skip
     tokenizer = None if name == "self" else load_tokenizer(model.folder)
     with progress_task(stage(name), settings.samples * settings.length) as advance:
         prompt_set = load(
             name, purpose=purpose, tokenizer=tokenizer, model=model, model_sha256=model_sha256,
             samples=settings.samples, length=settings.length, seed=seed, folder=folder, progress=advance,
+            asking=asking,
         )  # fmt: skip
     refuse_foreign_tokens(max(int(window.max()) for window in prompt_set.windows), model.config.vocab_size)
     warning = too_long(max(len(window) for window in prompt_set.windows), model.config)

@@ -4,14 +4,21 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
 PHASES = ("prefill", "decode")
+DRIFT_FROM = 257  # the first token that `decode_drift_ratio` looks at
 
-
-MetricName = Literal["perplexity_ratio", "kl_divergence_mean", "kl_divergence_p99", "top1_agreement"]
+MetricName = Literal[
+    "perplexity_ratio",
+    "kl_divergence_mean",
+    "kl_divergence_p99",
+    "top1_agreement",
+    "decode_drift_ratio",
+    "recall_accuracy_drop",
+]
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,8 @@ class Metric:
     bound: str  # "above": the value must not exceed the limit; "below": it must not fall under it
     meaning: str
     most: float = math.inf  # no value is above this
+    phases: tuple[str, ...] = PHASES
+    unmeasured: str = ""  # why a check may have no value of it; empty where it always has
 
     def holds(self, value: float, limit: float) -> bool:
         return value <= limit if self.bound == "above" else value >= limit
@@ -32,19 +41,69 @@ METRICS: dict[MetricName, Metric] = {
         Metric("kl_divergence_mean", "above", "mean KL(baseline || candidate), nats per token"),
         Metric("kl_divergence_p99", "above", "99th percentile of KL(baseline || candidate), nats"),
         Metric("top1_agreement", "below", "share of positions with the same most likely token", most=1.0),
+        Metric(
+            "decode_drift_ratio",
+            "above",
+            f"candidate / baseline perplexity over tokens {DRIFT_FROM} and later, decoded token by token",
+            phases=("decode",),
+            unmeasured=f"no window has the {DRIFT_FROM + 1} tokens it takes, or more; set 'length'",
+        ),
+        Metric(
+            "recall_accuracy_drop",
+            "above",
+            "baseline minus candidate share of recall questions answered exactly",
+            unmeasured="no recall question was scored; add 'recall' to 'prompts', or lower 'prefill'",
+        ),
     )
 }
 
+NOT_ZERO = ("perplexity_ratio", "decode_drift_ratio")
 Limit = Annotated[Number, Field(ge=0)]
+Distance = Annotated[WholeNumber, Field(ge=0, le=1_048_576)]
+
+
+class Recall(Strict):
+    """What the prompt set `recall` asks where it is to ask at known distances: at least `trials` questions at each of
+    `distances`, in tokens of prose between the facts and the questions."""
+
+    distances: tuple[Distance, ...] = Field(min_length=1)
+    trials: WholeNumber = Field(default=400, ge=1, le=1_000_000)
+
+    @field_validator("distances")
+    @classmethod
+    def _each_once(cls, distances: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(distances)) != len(distances):
+            raise ValueError("a distance is listed twice")
+        return distances
+
+
+class Generate(Strict):
+    """Texts that baseline and artifact go on with, each from the first `prompt_tokens` tokens of a window: `prompts` of them,
+    for `tokens` tokens at most."""
+
+    prompts: WholeNumber = Field(default=8, ge=1, le=1_000_000)
+    tokens: WholeNumber = Field(default=64, ge=1, le=1_048_576)
+    prompt_tokens: WholeNumber = Field(default=32, ge=1, le=4096)
 
 
 class Check(Strict):
-    """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set."""
+    """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set; decoding
+    begins with the first `prefill` tokens of each in one call. `recall` replaces the windows of the set of that name.
+    `states`: whether states are looked at while windows are decoded; None looks where an artifact keeps them in formats of
+    their own."""
 
     prompts: tuple[str, ...] = Field(default=("heldout",), min_length=1)
     samples: WholeNumber = Field(default=48, ge=1, le=1_000_000)
     length: WholeNumber = Field(default=512, ge=2, le=1_048_576)
+    prefill: WholeNumber = Field(default=0, ge=0, le=1_048_574)
+    recall: Recall | None = None
+    states: bool | None = None
+    generate: Generate | None = None
     limits: dict[MetricName, Limit] = Field(default_factory=dict)
+
+    def idle(self) -> set[str]:
+        """So that `--set check.prompts=[heldout]` will do."""
+        return set() if "recall" in self.prompts else {"recall"}
 
     @field_validator("limits")
     @classmethod
@@ -55,7 +114,7 @@ class Check(Strict):
                     name,
                     f"no value can reach {limit:.15g}: it is a {METRICS[name].meaning}, so {METRICS[name].most:g} at most",
                 )
-            if name == "perplexity_ratio" and limit == 0:
+            if name in NOT_ZERO and limit == 0:
                 raise KeyedError(name, "no value can be as low as 0; a ratio of 1 is an unchanged perplexity")
         return limits
 
@@ -67,3 +126,9 @@ class Check(Strict):
         if len(set(prompts)) != len(prompts):
             raise ValueError("a prompt set is listed twice")
         return prompts
+
+    @model_validator(mode="after")
+    def _leaves_something_to_decode(self) -> "Check":
+        if self.prefill > self.length - 2:
+            raise KeyedError("prefill", f"{self.prefill} tokens of {self.length} leave nothing to decode and score")
+        return self

@@ -117,6 +117,13 @@ class Recipe(Strict):
             raise KeyedError("calibration", message)
         return self
 
+    def resolved_yaml(self) -> str:
+        """After overrides and defaults, as YAML that loads again."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        plain["passes"] = [step.as_written() for step in self.passes]
+        plain["export"] = [step.as_written() for step in self.export]
+        return yaml_text.dump(plain)
+
 
 class LoadedRecipe:
     """A validated recipe with where it came from: `recipe`, `name`, `text` (verbatim), `folder`."""
@@ -126,11 +133,7 @@ class LoadedRecipe:
         self.name, self.folder = path.stem, path.resolve().parent
 
     def resolved_yaml(self) -> str:
-        """The recipe after overrides and defaults, as YAML that loads again."""
-        plain = self.recipe.model_dump(mode="json", exclude_none=True)
-        plain["passes"] = [step.as_written() for step in self.recipe.passes]
-        plain["export"] = [step.as_written() for step in self.recipe.export]
-        return yaml_text.dump(plain)
+        return self.recipe.resolved_yaml()
 
 
 def load_recipe(name_or_path: str, overrides: tuple[str, ...] = ()) -> LoadedRecipe:

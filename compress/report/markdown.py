@@ -3,16 +3,25 @@
 from collections.abc import Sequence
 
 from compress.check.compare import RowFacts
+from compress.model.sizes import StateFacts
+from compress.report import measures
 from compress.report.passes import PassDone
 from compress.report.schema import Report
-from compress.report.terminal import value_words, verdict_words
+from compress.report.terminal import interval_words, notes, value_words, verdict_words
 from compress.runtime.runtimes import Runtime, as_lines
 from compress.terminal.escaping import code, markdown
 
 
 def render(report: Report, done: Sequence[PassDone]) -> str:
     """report.json as Markdown, with what the passes say of themselves."""
-    sections = [_headline(report), _artifacts(report), _checks(report), _passes(report, done), _versions(report)]
+    sections = [
+        _headline(report),
+        _artifacts(report),
+        _states(report),
+        _checks(report),
+        _passes(report, done),
+        _versions(report),
+    ]
     return "\n".join(section for section in sections if section)
 
 
@@ -47,21 +56,60 @@ def _runtimes(report: Report) -> list[str]:
     return [f"- Loads in: {line}" for line in as_lines(found)]
 
 
+def _states(report: Report) -> str:
+    """What a sequence takes, where states are kept in formats of their own."""
+    if not report["states"]:
+        return ""
+    before, after = report["state_memory"]["baseline"], report["state_memory"]["candidate"]
+    contexts = [int(tokens) for tokens in after["total"]["at"]]
+    titles = ["kept as", *(f"bytes at {tokens // 1024}K tokens" for tokens in contexts)]
+    rows = [
+        f"| {kind} | {_formats(report, kind)} | "
+        + " | ".join(f"{before[kind]['at'][at]:,} -> {after[kind]['at'][at]:,}" for at in after[kind]["at"])
+        + " |"
+        for kind in after
+    ]
+    header = ["## States of a sequence\n", f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    return "\n".join([*header, *rows, ""])
+
+
+def _formats(report: Report, kind: str) -> str:
+    """Those in which layers keep a kind of state."""
+    rows = [row for row in report["states"] if row["kind"] == kind]
+    return ", ".join(dict.fromkeys(map(_format, rows)))
+
+
+def _format(row: StateFacts) -> str:
+    """Such as `int8 + int8 every 4 tokens`, the second being what rounding loses."""
+    words = [row["format"], "stochastic" if row["rounding"] == "stochastic" else ""]
+    words += [
+        f"+ {row['residual']}" if "residual" in row else "",
+        f"every {row['every']} tokens" if row["every"] > 1 else "",
+    ]
+    return " ".join(filter(None, words))
+
+
 def _checks(report: Report) -> str:
     if not report["checks"]:
         return "## Checks\n\nNone were asked for.\n"
     header = [
         "## Checks\n",
-        "| artifact | phase | prompts | metric | value | limit | |",
-        "|---|---|---|---|---|---|---|",
+        "| artifact | phase | prompts | metric | value | 95 % interval | limit | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*header, *map(_check_row, report["checks"]), "", _prompts(report)])
+    said = [f"- {note}\n" for note in notes(report["checks"])]
+    details = [measures.by_position(report["by_position"]), measures.recall(report["recall"])]
+    details += [measures.states(report["state_health"], report["state_saturation"])]
+    details += [measures.generated(report["generated"])]
+    return "\n".join([*header, *map(_check_row, report["checks"]), "", _prompts(report), *said, *details])
 
 
 def _check_row(row: RowFacts) -> str:
     limit = "" if row["limit"] is None else f"{row['limit']:g}"
     mark = {None: "", True: "held", False: "**missed**"}[row["passed"]]
-    return f"| {row['artifact']} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']} | {value_words(row)} | {limit} | {mark} |"
+    interval = interval_words(row.get("low"), row.get("high"))
+    name = f"{row['artifact']} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']}"
+    return f"| {name} | {value_words(row)} | {interval} | {limit} | {mark} |"
 
 
 def _prompts(report: Report) -> str:

@@ -3,6 +3,11 @@
 from typing import NotRequired, TypedDict
 
 from compress.check.compare import RowFacts
+from compress.check.generated import GeneratedFacts
+from compress.check.positions import PositionFacts
+from compress.check.recall import RecallFacts
+from compress.check.states import HealthFacts, SaturationFacts
+from compress.model.sizes import MemoryFacts, StateFacts
 from compress.prompts import Used
 from compress.runtime.runtimes import RuntimeFacts
 from compress.strict.json_text import JsonObject
@@ -62,6 +67,13 @@ class ArtifactFacts(TypedDict):
     notes: NotRequired[list[str]]
 
 
+class StateMemoryFacts(TypedDict):
+    """What a sequence takes, by kind of state, before and after."""
+
+    baseline: dict[str, MemoryFacts]
+    candidate: dict[str, MemoryFacts]
+
+
 class Report(TypedDict):
     schema: int
     verdict: str
@@ -71,6 +83,13 @@ class Report(TypedDict):
     calibration: NotRequired[CalibrationFacts]
     artifacts: list[ArtifactFacts]
     runtimes: list[RuntimeFacts]
+    states: list[StateFacts]
+    state_memory: StateMemoryFacts
     prompts: list[Used]
     checks: list[RowFacts]
+    by_position: list[PositionFacts]
+    recall: list[RecallFacts]
+    state_health: list[HealthFacts]
+    state_saturation: list[SaturationFacts]
+    generated: list[GeneratedFacts]
     versions: dict[str, str]

@@ -34,23 +34,49 @@ def show(report: Report, out: Path) -> None:
 
 def verdict_words(verdict: str, rows: Sequence[RowFacts]) -> str:
     """The verdict of a report or of a check's result, and why, where no row tells."""
-    words = verdict.replace("_", " ")
-    if verdict == "not_checked" and rows:
-        return f"{words}, no limits were set"
-    return f"{words}, not every figure is finite" if any(row["value"] is None for row in rows) else words
+    words, unmeasured = verdict.replace("_", " "), [row for row in rows if is_unmeasured(row)]
+    if any(row["value"] is None and not is_unmeasured(row) for row in rows):
+        return f"{words}, not every figure is finite"
+    if unmeasured:
+        return f"{words}, {unmeasured[0]['metric']} could not be measured"
+    return f"{words}, no limits were set" if verdict == "not_checked" and rows else words
+
+
+def is_unmeasured(row: RowFacts) -> bool:
+    """Whether a limit asks for what the prompts do not tell."""
+    return row["value"] is None and row["positions"] == 0
 
 
 def value_words(row: RowFacts) -> str:
-    return "not finite" if row["value"] is None else f"{row['value']:.6g}"
+    if row["value"] is None:
+        return "not measured" if is_unmeasured(row) else "not finite"
+    return f"{row['value']:.6g}"
+
+
+def interval_words(low: float | None, high: float | None) -> str:
+    """The 95 % interval; empty where there is none."""
+    return "" if low is None or high is None else f"{low:.5g} to {high:.5g}"
+
+
+def notes(rows: Sequence[RowFacts]) -> list[str]:
+    """What rows over all prompts say beside their value, each sentence once."""
+    said: dict[str, None] = {}
+    for row in rows:
+        if row["prompts"] == ALL and "note" in row:
+            said[f"{row['metric']}: {row['note']}" if is_unmeasured(row) else f"intervals: {row['note']}"] = None
+    return list(said)
 
 
 def show_rows(rows: Sequence[RowFacts], console: Console) -> None:
     """The rows over all prompts."""
     if not rows:
         return
-    table = Table("artifact", "phase", "metric", "value", "limit", "")
+    table = Table("artifact", "phase", "metric", "value", "95 % interval", "limit", "")
     for row in (row for row in rows if row["prompts"] == ALL):
         limit = "" if row["limit"] is None else f"{row['limit']:g}"
         mark = {None: "", True: "held", False: "missed"}[row["passed"]]
-        table.add_row(row["artifact"], row["phase"], row["metric"], value_words(row), limit, mark)
+        interval = interval_words(row["low"], row["high"])
+        table.add_row(row["artifact"], row["phase"], row["metric"], value_words(row), interval, limit, mark)
     console.print(table)
+    for note in notes(rows):
+        console.print(note)

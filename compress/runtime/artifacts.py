@@ -16,8 +16,8 @@ from compress.errors import InputError
 from compress.model import sizes
 from compress.model.config import Config
 from compress.output_folder import integrity, onnx_layouts
-from compress.runtime.candidates import Candidate, CheckpointCandidate, OnnxCandidate
-from compress.runtime.inference import Decoder
+from compress.runtime.candidates import CheckpointCandidate, OnnxCandidate, StatefulCandidate
+from compress.runtime.inference import Decoder, fits_in_memory
 from compress.runtime.onnx_session import OnnxDecoder, OnnxSession
 
 PREFERRED = ("onnxruntime", "onnx", "checkpoint")  # of an output folder: the first that is there
@@ -60,9 +60,13 @@ class Artifact(Protocol):
     def sha256(self) -> str:
         """Digest of everything that decides its logits."""
 
-    def candidate(self) -> Candidate: ...
+    def candidate(self, prefill: int = 0) -> StatefulCandidate:
+        """What scores windows; it decodes after a prompt of so many tokens."""
 
     def steps(self, batch: int) -> Steps: ...
+
+    def bytes_read_per_step(self) -> int:
+        """Of weights, which every step of `steps` reads again; 0 where they stay in memory."""
 
 
 class CheckpointArtifact:
@@ -80,11 +84,14 @@ class CheckpointArtifact:
         self._weights_sha256 = self._weights_sha256 or self._checkpoint.files.sha256()
         return self._checkpoint.sha256(self._weights_sha256)
 
-    def candidate(self) -> Candidate:
-        return CheckpointCandidate(self._model, self._device)
+    def candidate(self, prefill: int = 0) -> StatefulCandidate:
+        return CheckpointCandidate(self._model, self._device, prefill)
 
     def steps(self, batch: int) -> Steps:
         return Decoder(self._model, batch, self._device)
+
+    def bytes_read_per_step(self) -> int:
+        return 0 if fits_in_memory(self._model) else sizes.stored_bytes(self._model.units)
 
 
 class OnnxArtifact:
@@ -106,11 +113,14 @@ class OnnxArtifact:
             self._sha256 = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
         return self._sha256
 
-    def candidate(self) -> Candidate:
-        return OnnxCandidate(self._path)
+    def candidate(self, prefill: int = 0) -> StatefulCandidate:
+        return OnnxCandidate(self._path, prefill=prefill)
 
     def steps(self, batch: int) -> Steps:
         return OnnxDecoder(OnnxSession(self._path).start(batch))
+
+    def bytes_read_per_step(self) -> int:
+        return 0
 
 
 def open_artifact(path: Path, device: str = "cpu") -> Artifact:

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from compress.arithmetic.attention import attention, rotated
-from compress.arithmetic.convolution import causal_conv
+from compress.arithmetic.convolution import causal_conv, last_token
 from compress.arithmetic.mixture import mixture
 from compress.arithmetic.norm import rms_norm
 from compress.arithmetic.selective_scan import selective_scan
 from compress.arithmetic.ssd import ssd_scan
-from compress.model import routing
+from compress.model import routing, states
 from compress.model.operators import Operators
 from compress.model.routing import Router
 from compress.model.states import StateSpec
@@ -31,11 +31,12 @@ class Weights(Protocol):
 
 
 class Eager(Operators[Tensor]):
-    """`mask` [B, past + S] is 1 for tokens and 0 for padding, or None. `only` limits mixtures to some experts, to look at
-    what reaches them."""
+    """`mask` [B, T] is 1 for tokens and 0 for padding, or None where there is none; then `total` is T, which only rotary positions
+    ask for, and states that are rounded with a dither or every so many tokens. `only` limits mixtures to some experts, to look
+    at what reaches them."""
 
-    def __init__(self, weights: Weights, mask: Tensor | None = None, only: set[int] | None = None):
-        self.weights, self._mask, self._only = weights, mask, only
+    def __init__(self, weights: Weights, mask: Tensor | None = None, only: set[int] | None = None, total: int = 0):
+        self.weights, self._mask, self._only, self._total = weights, mask, only, total
 
     def linear(self, name: str, x: Tensor, bias: str | None = None) -> Tensor:
         return self.weights.linear(name, x, None if bias is None else self.weights(bias))
@@ -45,6 +46,9 @@ class Eager(Operators[Tensor]):
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+    def subtract(self, a: Tensor, b: Tensor) -> Tensor:
+        return a - b
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         return a * b
@@ -72,19 +76,36 @@ class Eager(Operators[Tensor]):
         return causal_conv(self._without_padding(x), state, kernel, shift, self._new(x))
 
     def selective_scan(
-        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a_log: str, d: str
-    ) -> tuple[Tensor, Tensor]:
-        a = -torch.exp(self.weights(a_log)).T
-        return selective_scan(x, self._without_padding(dt), a, b, c, self.weights(d), state)
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a_log: str, d: str,
+        earlier: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        a, skip = -torch.exp(self.weights(a_log)).T, self.weights(d)
+        if earlier is not None:
+            ex, edt, eb = _joined_as(earlier, x, dt, b)
+            state = selective_scan(ex, edt, a, eb, eb, skip, state)[1]
+        return selective_scan(x, self._without_padding(dt), a, b, c, skip, state)
 
     def ssd(
-        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a_log: str, d: str
-    ) -> tuple[Tensor, Tensor]:
-        a = -torch.exp(self.weights(a_log))
-        heads, width = x.unflatten(2, (len(a), -1)), state.shape[2]
-        b, c = (matrix.unflatten(2, (-1, width)) for matrix in (b, c))
-        y, state = ssd_scan(heads, self._without_padding(dt), a, b, c, self.weights(d), state)
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, a_log: str, d: str,
+        earlier: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        a, skip = -torch.exp(self.weights(a_log)), self.weights(d)
+        by_head, by_group = (len(a), -1), (-1, state.shape[2])
+        if earlier is not None:
+            ex, edt, eb = _joined_as(earlier, x, dt, b)
+            ex, eb = ex.unflatten(2, by_head), eb.unflatten(2, by_group)
+            state = ssd_scan(ex, edt, a, eb, eb, skip, state)[1]
+        heads, b, c = x.unflatten(2, by_head), b.unflatten(2, by_group), c.unflatten(2, by_group)
+        y, state = ssd_scan(heads, self._without_padding(dt), a, b, c, skip, state)
         return y.flatten(2), state
+
+    def last_inputs(self, x: Tensor, dt: Tensor, b: Tensor) -> Tensor:
+        new = self._new(x)
+        if new is None:
+            return torch.cat([each[:, -1:] for each in (x, dt, b)], -1)
+        last = last_token(new).sub(1).clamp_min(0)
+        rows = torch.arange(len(x), device=x.device)
+        return torch.cat([each[rows, last] for each in (x, dt, b)], -1)[:, None]
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, rotary: float | None
@@ -111,10 +132,31 @@ class Eager(Operators[Tensor]):
         return routing.logits(x, self.weights(router.weight))
 
     def state_in(self, spec: StateSpec, stored: Tensor) -> Tensor:
-        return stored.float()
+        return spec.restored(stored, self._scales(spec))
 
-    def state_out(self, spec: StateSpec, value: Tensor) -> Tensor:
-        return spec.stored(value)
+    def state_out(self, spec: StateSpec, value: Tensor, kept: Tensor, due: Tensor | None = None) -> Tensor:
+        stored = spec.stored(value, kept, self._read(value), self._scales(spec))
+        return stored if due is None else torch.where(due.view(-1, *[1] * len(spec.shape)), stored, kept)
+
+    def due(self, given: Tensor, every: int) -> Tensor:
+        return states.due(self._read(given), given.shape[1], every)
+
+    def inputs_out(self, value: Tensor, kept: Tensor, given: Tensor, every: int) -> Tensor:
+        read, slots = self._read(given), torch.arange(every - 1, device=kept.device)
+        place = (read[:, -1] - 1) % every
+        is_new = (slots == place[:, None]) & (states.read_now(read, given.shape[1]) > 0)[:, None]
+        most = torch.finfo(kept.dtype).max
+        with_new = torch.where(is_new[..., None], value.clamp(-most, most).to(kept.dtype), kept)
+        return torch.where(self.due(given, every)[:, None, None], 0, with_new)
+
+    def _scales(self, spec: StateSpec) -> Tensor | None:
+        return self.weights(spec.scale_name) if spec.precision.has_static_scale else None
+
+    def _read(self, like: Tensor) -> Tensor:
+        """Real tokens read up to each token, itself included, [B, T] or [1, T]."""
+        if self._mask is None:
+            return torch.arange(1, max(1, self._total) + 1, device=like.device)[None]
+        return self._mask.long().cumsum(1)
 
     def _new(self, x: Tensor) -> Tensor | None:
         """The mask of the new tokens, [B, S]."""
@@ -130,3 +172,8 @@ class Eager(Operators[Tensor]):
         if self._mask is None:
             return torch.arange(past, past + length, device=device).expand(batch, -1)
         return (self._mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+
+
+def _joined_as(joined: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Tensors [B, tokens, ...] that stand side by side in one, each as wide as one of `parts`."""
+    return torch.split(joined, [part.shape[2] for part in parts], 2)

@@ -20,7 +20,7 @@ def past_of(index: int, spec: StateSpec) -> str:
 
 def dimensions(spec: StateSpec, length: str) -> tuple[int | str, ...]:
     """A state's shape; `length` names the dimension that grows."""
-    return (BATCH, *(length if axis == spec.grows else size for axis, size in enumerate(spec.shape)))
+    return (BATCH, *(length if axis == spec.grows else size for axis, size in enumerate(spec.stored_shape)))
 
 
 def is_past(name: str) -> bool:

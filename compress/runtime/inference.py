@@ -4,7 +4,8 @@ Both ways touch one layer at a time, and inside it one expert, unless what was r
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
 from compress.model.weight import Unit, is_finite
 from compress.runtime.eager import Eager
+from compress.runtime.kept import Kept, Listen
 
 CACHE_BYTES = 512 << 20  # of float32 weights of a layer kept between blocks; beyond that they are read again
 BLOCK_TOKENS = 4096  # tokens whose hidden states are in memory together, in prefill
@@ -28,6 +30,7 @@ EMBEDDING_ROWS = 256  # rows read together where a few of a large embedding are 
 
 Advance = Callable[[int], None]
 Tap = Callable[[str, torch.Tensor], None]
+Cuts = Callable[[int], Iterable[tuple[int, int]]]  # tokens of a window -> where each call starts and stops
 
 
 class LayerWeights:
@@ -61,7 +64,7 @@ def layer_weights(model: HybridModel, index: int, device: str, budget: int = CAC
 
 def empty_state(layer: Layer, batch: int, device: str | torch.device) -> dict[str, torch.Tensor]:
     """The past of a layer before the first token."""
-    return {spec.name: spec.empty(batch, device) for spec in layer.states}
+    return {spec.name: spec.empty(batch, device) for spec in layer.carried}
 
 
 def embed(model: HybridModel, ids: torch.Tensor, device: str = "cpu") -> torch.Tensor:
@@ -165,67 +168,123 @@ def embed_windows(model: HybridModel, windows: list[torch.Tensor], states: Hidde
         states.write(number, embed(model, torch.stack([windows[i] for i in block])))
 
 
+def in_one_call(length: int) -> Iterator[tuple[int, int]]:
+    yield 0, length
+
+
+def calls(length: int, prefill: int) -> Iterator[tuple[int, int]]:
+    """Where each call starts and stops that decodes so many tokens, after the first `prefill` (at least one) together."""
+    first = min(length, max(1, prefill))
+    yield 0, first
+    yield from ((t, t + 1) for t in range(first, length))
+
+
+ONE_BY_ONE = partial(calls, prefill=1)
+
+
 @torch.inference_mode()
 def stream(model: HybridModel, windows: list[torch.Tensor], scratch: Path, *, device: str = "cpu",
-           decode: bool = False, advance: Advance = lambda tokens: None) -> Iterator[tuple[list[int], torch.Tensor]]:  # fmt: skip
+           decode: bool = False, prefill: int = 1, advance: Advance = lambda tokens: None,
+           cuts: Cuts = in_one_call, listen: Listen | None = None) -> Iterator[tuple[list[int], torch.Tensor]]:  # fmt: skip
     """Yields (window indices, final hidden states [b, S, H]) for blocks of windows, weights read once per layer and block.
 
     Hidden states wait on disk under `scratch` between layers. With `decode`, every layer takes its tokens one at a
-    time and carries its state, as in generation: what rounds or drifts there shows. `advance` hears of tokens x layers.
+    time, but the first `prefill` in one call, and carries its state, as in generation: what rounds or drifts there shows.
+    Otherwise `cuts` says where calls begin and end. `advance` hears of tokens x layers, `listen` of what every layer keeps at
+    the end of each call.
     """
-    states = HiddenStates(scratch, windows, model.config.hidden_size, DECODE_TOKENS if decode else BLOCK_TOKENS)
+    tokens = _decoded_together(max(map(len, windows)), prefill) if decode else BLOCK_TOKENS
+    cuts = partial(calls, prefill=prefill) if decode else cuts
+    states = HiddenStates(scratch, windows, model.config.hidden_size, tokens)
     embed_windows(model, windows, states)
     for index in range(model.config.num_hidden_layers):
-        run_layer(model, index, layer_weights(model, index, device), states, states, device, advance, decode=decode)
+        weights = layer_weights(model, index, device)
+        run_layer(model, index, weights, states, states, device, advance, cuts=cuts, listen=listen)
     for number, block in enumerate(states.blocks):
         yield block, states.read(number).to(device)
         states.remove(number)
 
 
+def _decoded_together(longest: int, prefill: int) -> int:
+    """Tokens of windows that are decoded side by side: a prompt takes as much memory as in prefill."""
+    return min(DECODE_TOKENS, longest * max(1, BLOCK_TOKENS // max(1, prefill)))
+
+
 def run_layer(model: HybridModel, index: int, weights: LayerWeights, entering: HiddenStates, leaving: HiddenStates,
-              device: str, advance: Advance, *, decode: bool = False) -> None:  # fmt: skip
+              device: str, advance: Advance, *, cuts: Cuts = in_one_call, listen: Listen | None = None) -> None:  # fmt: skip
     """One layer, block by block; `leaving` may be `entering`. `advance` hears of tokens."""
-    for number in range(len(entering)):
+    for number, windows in enumerate(entering.blocks):
         hidden = entering.read(number).to(device)
-        leaving.write(number, _run_block(model, index, weights, hidden, decode))
+        leaving.write(number, _run_block(model, index, weights, hidden, cuts, windows, listen))
         advance(hidden.shape[0] * hidden.shape[1])
 
 
-def _run_block(
-    model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, decode: bool
-) -> torch.Tensor:
-    layer, ops = model.layer(index), Eager(weights)
+def decode_layer(model: HybridModel, index: int, weights: LayerWeights, entering: HiddenStates, leaving: HiddenStates,
+                 device: str, advance: Advance) -> None:  # fmt: skip
+    """One layer, token by token, on blocks that are small enough for prefill: as many together as decode takes."""
+    for numbers in _decoded_blocks(entering):
+        blocks = [entering.read(number) for number in numbers]
+        hidden = torch.cat(blocks).to(device)
+        windows = [window for number in numbers for window in entering.blocks[number]]
+        pieces = _run_block(model, index, weights, hidden, ONE_BY_ONE, windows).split([len(block) for block in blocks])
+        for number, piece in zip(numbers, pieces, strict=True):
+            leaving.write(number, piece)
+        advance(hidden.shape[0] * hidden.shape[1])
+
+
+def _decoded_blocks(states: HiddenStates) -> Iterator[list[int]]:
+    """Consecutive blocks of windows of equal length, DECODE_TOKENS at most together; at least one."""
+    together: list[int] = []
+    for number, (windows, length, _) in enumerate(states.shapes):
+        tokens = sum(states.shapes[other][0] for other in together) * length + windows * length
+        if together and (states.shapes[together[0]][1] != length or tokens > DECODE_TOKENS):
+            yield together
+            together = []
+        together.append(number)
+    yield together
+
+
+def _run_block(model: HybridModel, index: int, weights: LayerWeights, hidden: torch.Tensor, cuts: Cuts,
+               windows: list[int], listen: Listen | None = None) -> torch.Tensor:  # fmt: skip
+    """One layer on hidden states [b, S, H] of these windows, call by call."""
+    layer, length = model.layer(index), hidden.shape[1]
     state = empty_state(layer, hidden.shape[0], hidden.device)
-    if not decode:
-        return layer.run(ops, hidden, state)[0]
     outputs = []
-    for t in range(hidden.shape[1]):
-        output, state = layer.run(ops, hidden[:, t : t + 1], state)
+    for start, stop in cuts(length):
+        output, state = layer.run(Eager(weights, total=stop), hidden[:, start:stop], state)
         outputs.append(output)
+        if listen is not None:
+            listen(Kept(layer, windows, stop, length, state, weights))
     return torch.cat(outputs, 1)
+
+
+def fits_in_memory(model: HybridModel) -> bool:
+    """Whether its weights, as float32, take at most half of what is free."""
+    return bool(4 * model.parameters <= psutil.virtual_memory().available // 2)
 
 
 class Decoder:
     """Token-by-token inference with the states held between steps. `step(ids [B, S])` returns the last logits [B, V].
 
-    Weights stay in memory as float32 where they take at most half of what is free; otherwise every step reads them
-    again, layer by layer, which is slow but bounded.
+    Weights stay in memory where they fit; otherwise every step reads them again, layer by layer, which is slow but bounded.
     """
 
     def __init__(self, model: HybridModel, batch: int = 1, device: str = "cpu"):
         self._model, self._device = model, device
-        fits = 4 * model.parameters <= psutil.virtual_memory().available // 2
-        self._budget = 4 * model.parameters if fits else 0
+        self._budget = 4 * model.parameters if fits_in_memory(model) else 0
         layers = range(model.config.num_hidden_layers)
         self._weights = [layer_weights(model, i, device, self._budget) for i in layers]
         self._states = [empty_state(layer, batch, device) for layer in model.layers]
         self._head = Head(model, device, self._budget)
+        self._read = 0
 
     @torch.inference_mode()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = embed(self._model, ids, self._device)
+        self._read += ids.shape[1]
         for index, weights in enumerate(self._weights):
-            hidden, self._states[index] = self._model.layer(index).run(Eager(weights), hidden, self._states[index])
+            ops = Eager(weights, total=self._read)
+            hidden, self._states[index] = self._model.layer(index).run(ops, hidden, self._states[index])
         return self._head(hidden[:, -1])
 
 

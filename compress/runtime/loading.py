@@ -17,6 +17,7 @@ from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import Weight, is_finite
 from compress.output_folder import integrity
+from compress.runtime import rounding_cache
 
 GENERATION = "generation_config.json"
 
@@ -30,6 +31,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     _fill(model, checkpoint)
     if (folder / GENERATION).is_file():
         model.generation_config = _generation_config(folder)
+    rounding_cache.round_states(model, checkpoint.model)
     model.eval()
     return model
 
@@ -79,10 +81,11 @@ def _fill(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 
 def _placed(model: HybridModel) -> Iterator[tuple[Weight, Place]]:
-    """Every tensor and its place; no two have the same. What travels along has none: transformers leaves it out too."""
+    """Every tensor and its place; no two have the same. What travels along has none: transformers leaves it out too. Nor have
+    scales of states, which the cache takes."""
     taken: dict[str, str] = {}
     for weight in model.weights:
-        if weight.role == Role.MTP:
+        if weight.role in (Role.MTP, Role.STATE_SCALE):
             continue
         place = model.architecture.transformers_place(weight.name)
         other = taken.setdefault(str(place), weight.name)

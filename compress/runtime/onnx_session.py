@@ -1,5 +1,7 @@
 """Runs an exported decoder under onnxruntime: states are held as OrtValues and handed from step to step uncopied."""
 
+import ctypes
+import math
 import os
 from collections.abc import Set
 from pathlib import Path
@@ -18,7 +20,22 @@ LOG_LEVEL = 3 if os.environ.get("COMPRESS_TRACEBACK") else 4
 ort.set_default_logger_severity(LOG_LEVEL)
 
 # of states: numpy's type of as many bytes, whose zeros are the same, and ONNX's own
-ELEMENTS = {"tensor(float)": (np.float32, 1), "tensor(float16)": (np.float16, 10), "tensor(bfloat16)": (np.uint16, 16)}
+ELEMENTS = {
+    "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 10),
+    "tensor(bfloat16)": (np.uint16, 16),
+    "tensor(float8e4m3fn)": (np.uint8, 17),
+    "tensor(int8)": (np.int8, 3),
+    "tensor(uint8)": (np.uint8, 2),
+}
+TORCH_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(float8e4m3fn)": torch.float8_e4m3fn,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+}
 LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
 
 
@@ -80,6 +97,10 @@ class Generation:
         values: np.ndarray = logits.numpy()
         return values
 
+    def states(self) -> dict[str, torch.Tensor]:
+        """What is kept, by name of the input it comes in by, in the type it is stored in: views, until the next step."""
+        return {name: _view(value, self._session.past[name].type) for name, value in self._state.items()}
+
 
 class OnnxDecoder:
     """`step(ids [B, S])` returns the last logits [B, V]: the tensors-only view that generation shares with checkpoints."""
@@ -96,6 +117,16 @@ def _empty(value: ort.NodeArg, batch: int) -> ort.OrtValue:
     shape = [batch] + [size if isinstance(size, int) else 0 for size in value.shape[1:]]
     held_as, element = ELEMENTS[value.type]
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, held_as), element)
+
+
+def _view(value: ort.OrtValue, type_name: str) -> torch.Tensor:
+    """numpy knows neither bfloat16 nor fp8, torch does."""
+    dtype, shape = TORCH_TYPES[type_name], value.shape()
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    raw = (ctypes.c_byte * size).from_address(value.data_ptr())
+    return torch.frombuffer(raw, dtype=dtype).view(shape)
 
 
 def _refuse_foreign(

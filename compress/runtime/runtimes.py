@@ -14,10 +14,13 @@ from compress.model.roles import Role
 from compress.model.states import StateKind
 from compress.model.weight import Weight
 from compress.recipe.recipe import ExportStep
+from compress.runtime.state_support import why_not_genai, why_not_transformers_js
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
 ONNXRUNTIME = "1.19"
 INT4_TABLE = "1.23"  # the first that casts to int4, as an int4 embedding is when it is the output matrix too
+IGNORES_STATES = "its cache does not round states"
+NARROW_STATES = "1.20"  # the first whose Python interface hands over bf16 and fp8
 BLOCKS = "it wants inputs that blocks of 128 divide"
 SIDE_BY_SIDE = "it has no word for a layer with a key-value cache and Mamba states side by side"
 SAME_SCALES = {"int8-tensor": "int8", "fp8-e4m3-tensor": "fp8-e4m3"}  # transformers reads either for the other
@@ -35,7 +38,7 @@ class RuntimeFacts(TypedDict):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Whether a runtime takes an artifact, from which version on, and in a sentence why not."""
+    """Whether a runtime takes an artifact, from which version on, and in a sentence why not, or what it leaves out."""
 
     artifact: str
     name: str
@@ -54,7 +57,8 @@ class Runtime:
 
     @property
     def title(self) -> str:
-        return self.name if self.minimum is None else f"{self.name} {self.minimum}"
+        named = self.name if self.minimum is None else f"{self.name} {self.minimum}"
+        return f"{named} ({self.why})" if self.loads and self.why else named
 
 
 def of(model: HybridModel, exports: Iterable[ExportStep]) -> list[Runtime]:
@@ -75,7 +79,8 @@ def as_lines(found: list[Runtime]) -> list[str]:
 
 def of_checkpoint(model: HybridModel) -> list[Runtime]:
     why = why_not_stock(model)
-    stock = Runtime("checkpoint", "transformers", TRANSFORMERS, why is None, why)
+    said = IGNORES_STATES if why is None and model.config.compress.states else why
+    stock = Runtime("checkpoint", "transformers", TRANSFORMERS, why is None, said)
     return [stock, Runtime("checkpoint", "compress.load")]
 
 
@@ -126,18 +131,28 @@ def _has_several_blocks(weight: Weight) -> bool:
 def of_onnx(model: HybridModel, artifact: str, layout: str) -> list[Runtime]:
     """The portable graph."""
     weights = list(model.weights)
-    takes_int4_table = any(weight.role == Role.EMBEDDING and weight.format.startswith("int4") for weight in weights)
     why = BLOCKS if any(map(_ends_in_a_block, weights)) else None
     return [
-        Runtime(artifact, "onnxruntime", INT4_TABLE if takes_int4_table else ONNXRUNTIME),
-        Runtime(artifact, "onnxruntime-genai", GENAI) if layout == "genai" else _transformers_js(model, artifact),
+        Runtime(artifact, "onnxruntime", _least_onnxruntime(model)),
+        _of_layout(model, artifact, layout),
         Runtime(artifact, "openvino", OPENVINO, why is None, why),
     ]
 
 
-def _transformers_js(model: HybridModel, artifact: str) -> Runtime:
+def _least_onnxruntime(model: HybridModel) -> str:
+    if any(weight.role == Role.EMBEDDING and weight.format.startswith("int4") for weight in model.weights):
+        return INT4_TABLE
+    formats = {spec.precision.format for layer in model.layers for spec in layer.carried}
+    return NARROW_STATES if formats & {"bf16", "fp8-e4m3"} else ONNXRUNTIME
+
+
+def _of_layout(model: HybridModel, artifact: str, layout: str) -> Runtime:
+    if layout == "genai":
+        why = why_not_genai(model.layers)
+        return Runtime(artifact, "onnxruntime-genai", GENAI, why is None, why)
     kinds = [{spec.kind for spec in layer.states} for layer in model.layers]
-    why = SIDE_BY_SIDE if any(StateKind.KV in one and len(one) > 1 for one in kinds) else None
+    is_mixed = any(StateKind.KV in one and len(one) > 1 for one in kinds)
+    why = why_not_transformers_js(model.layers) or (SIDE_BY_SIDE if is_mixed else None)
     return Runtime(artifact, "transformers.js", TRANSFORMERS_JS, why is None, why)
 
 

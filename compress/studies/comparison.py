@@ -20,11 +20,34 @@ from compress.terminal import output
 
 
 def settings(
-    prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None, samples: int, length: int
-) -> Check:
+    prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None, samples: int, length: int,
+    prefill: int = 0, distances: tuple[int, ...] = (), trials: int | None = None, states: bool | None = None,
+    generate: int | None = None, tokens: int | None = None,
+) -> Check:  # fmt: skip
     """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
     values = _file_limits(limits_file) | dict(_limit(text) for text in limits)
-    return from_flags(Check, prompts=prompts or ("heldout",), samples=samples, length=length, limits=values)
+    asked = {"distances": distances} | ({} if trials is None else {"trials": trials})
+    recall = asked if distances or trials is not None else None
+    if recall is not None and "recall" not in prompts:
+        raise InputError("--distance and --trials are about the prompt set 'recall', which is not in 'prompts'")
+    return from_flags(
+        Check,
+        prompts=prompts or ("heldout",),
+        samples=samples,
+        length=length,
+        prefill=prefill,
+        recall=recall,
+        states=states,
+        generate=_generate(generate, tokens),
+        limits=values,
+    )
+
+
+def _generate(prompts: int | None, tokens: int | None) -> dict[str, int] | None:
+    if prompts is None and tokens is not None:
+        raise InputError("--tokens says how long the texts of --generate are, which is not there")
+    given = {"prompts": prompts, "tokens": tokens}
+    return None if prompts is None else {key: value for key, value in given.items() if value is not None}
 
 
 def _limit(text: str) -> tuple[str, float]:
@@ -59,24 +82,29 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
         integrity.verify(artifact)
     original = open_artifact(original_path, device)
     for name in checks.prompts:
-        prompts.refuse_unusable(name, original.folder, length=checks.length)
+        prompts.refuse_unusable(name, original.folder, length=checks.length, asking=checks.recall)
     for artifact in (original_path, path):  # last: it reads everything
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
-    rows, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
-    figures = [row.to_json() for row in rows]
+    found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
+    figures, decided = [row.to_json() for row in found.rows], verdict(found.rows)
     result: dict[str, object] = {
         "schema": 1,
-        "verdict": verdict(rows),
+        "verdict": decided,
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
         "candidate": as_text(str(candidate)),
         "prompts": used,
         "checks": figures,
+        "by_position": found.by_position,
+        "recall": found.recall,
+        "state_health": found.state_health,
+        "state_saturation": found.state_saturation,
+        "generated": found.generated,
         "versions": versions(),
     }
     console = output.console(stderr=True)
     terminal.show_rows(figures, console)
-    console.print(f"verdict: {terminal.verdict_words(verdict(rows), figures)}")
+    console.print(f"verdict: {terminal.verdict_words(decided, figures)}")
     return result
 
 

@@ -1,6 +1,7 @@
 """`compress inspect`: what a model or an artifact is made of. A folder with only config.json is enough for the arithmetic."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -52,6 +53,8 @@ class Facts(TypedDict):
     kv_bytes_per_token: int
     ssm_state_bytes: int
     conv_state_bytes: int
+    state_memory: dict[str, sizes.MemoryFacts]  # by kind, and in all
+    states: list[sizes.StateFacts]  # that are kept in a format of their own
     weight_bytes: int
     formats: dict[str, int]
     travelling: NotRequired[list[str]]
@@ -120,7 +123,7 @@ def _onnx_facts(path: Path) -> Facts:
 
 def _declared_state_bytes(architecture: Architecture, graph: "ir.Model") -> sizes.StateBytes:
     """State bytes of one sequence in the types of the graph's past inputs."""
-    kinds = {spec.name: spec.kind for layer in architecture.layers for spec in layer.states}
+    kinds = {spec.name: spec.kind for layer in architecture.layers for spec in layer.carried}
     totals = dict.fromkeys(StateKind, 0)
     for value in graph.graph.inputs:
         name = value.name or ""
@@ -145,6 +148,8 @@ def _described(architecture: Architecture, units: Sequence[Unit | UnitSpec], sta
         kv_bytes_per_token=states.kv_bytes_per_token,
         ssm_state_bytes=states.ssm_state_bytes,
         conv_state_bytes=states.conv_state_bytes,
+        state_memory=states.memory(),
+        states=sizes.states_as_kept(architecture),
         weight_bytes=weight_bytes,
         formats=formats,
     )
@@ -172,6 +177,8 @@ def as_text(facts: Facts) -> str:
         f"kv_bytes_per_token     {facts['kv_bytes_per_token']:,}",
         f"ssm_state_bytes        {facts['ssm_state_bytes']:,} per sequence",
         f"conv_state_bytes       {facts['conv_state_bytes']:,} per sequence",
+        *(f"remembered at {tokens:>7}  {size:,} bytes" for tokens, size in _totals(facts).items()),
+        *(f"kept as {form:<14} {states}" for form, states in _kept_states(facts).items()),
         f"layers                 {len(kinds)}: {' '.join(kinds)}",
     ]
     lines += [f"verified               {verified['files']} files, {verified['bytes']:,} bytes"] if verified else []
@@ -179,6 +186,22 @@ def as_text(facts: Facts) -> str:
     lines += [f"{role:<22} {count:,}" for role, count in sorted(facts["roles"].items(), key=lambda item: -item[1])]
     lines += [f"travels unused         {name}" for name in facts.get("travelling", [])]
     return "\n".join(map(printable, lines))
+
+
+def _totals(facts: Facts) -> dict[str, int]:
+    """Of all states of one sequence, by tokens read: 4K, 32K, 256K."""
+    return {f"{int(tokens) // 1024}K": size for tokens, size in facts["state_memory"]["total"]["at"].items()}
+
+
+def _kept_states(facts: Facts) -> dict[str, str]:
+    """Formats of states, each with how many layers keep which kind so."""
+    counts: dict[str, Counter[str]] = {}
+    for row in facts["states"]:
+        form = row["format"] + (", stochastic" if row["rounding"] == "stochastic" else "")
+        counts.setdefault(form, Counter())[row["kind"]] += 1
+    return {
+        form: ", ".join(f"{kind} of {count} layers" for kind, count in kinds.items()) for form, kinds in counts.items()
+    }
 
 
 def _expert_range(facts: Facts) -> str:

@@ -8,14 +8,14 @@ import torch
 from compress.model.routing import Router
 from compress.model.states import StateKind, StateSpec
 from exporters.dialects.base import Dialect
-from exporters.graph import moe
+from exporters.graph import cadence, mamba, moe, position, remembered
 from exporters.graph.attention import Angles, attention, causal_bias, past_bias, rotary_angles
-from exporters.graph.builder import fixed_shape, sizes_of, width_of, with_width
+from exporters.graph.builder import DTYPES, fixed_shape, like, sizes_of, width_of, with_width
 from exporters.graph.linear import linear
 from exporters.graph.mamba import TokenMask, causal_conv, decay, scan_step, selective_scan, token_mask
 from exporters.graph.norm import rms_norm
-from exporters.graph.ssd import ssd
-from exporters.graph.stored import TYPES, as_stored, matrix, plain, widened
+from exporters.graph.ssd import replayed, ssd
+from exporters.graph.stored import as_stored, matrix, plain, widened
 from exporters.graph.table import Table
 
 Value = ir.Value
@@ -29,7 +29,10 @@ class Portable(Dialect):
         return rms_norm(self.graph, x, self.weight(name), eps, groups)
 
     def add(self, a: Value, b: Value) -> Value:
-        return self.graph.op("Add", a, b)
+        return like(self.graph.op("Add", a, b), a)
+
+    def subtract(self, a: Value, b: Value) -> Value:
+        return self.graph.op("Sub", a, b)
 
     def multiply(self, a: Value, b: Value) -> Value:
         return self.graph.op("Mul", a, b)
@@ -67,27 +70,46 @@ class Portable(Dialect):
         return causal_conv(graph, x, state, real, taps, shift, kernel.shape[2])
 
     def selective_scan(
-        self, x: Value, dt: Value, b: Value, c: Value, state: Value, a_log: str, d: str
+        self, x: Value, dt: Value, b: Value, c: Value, state: Value, a_log: str, d: str, earlier: Value | None = None
     ) -> tuple[Value, Value]:
         """In float32, whatever the type of hidden states."""
         graph = self.graph
         dt = self._without_padding(dt)
         stored = as_stored(graph, self.weight(a_log), torch.t)
+        if earlier is not None:
+            state = mamba.replayed(graph, earlier, stored, state)
         scan = scan_step if self.tokens.is_one else selective_scan
         wide_x, wide_dt, wide_b, wide_c = map(graph.float32, (x, dt, b, c))
         y, state = scan(graph, wide_x, wide_dt, stored, wide_b, wide_c, state)
         skipped = graph.op("Mul", x, plain(graph, self.weight(d)))
         return graph.op("Add", graph.from_float32(y), skipped), state
 
-    def ssd(self, x: Value, dt: Value, b: Value, c: Value, state: Value, a_log: str, d: str) -> tuple[Value, Value]:
+    def ssd(
+        self, x: Value, dt: Value, b: Value, c: Value, state: Value, a_log: str, d: str, earlier: Value | None = None
+    ) -> tuple[Value, Value]:
         """In float32, whatever the type of hidden states."""
         graph, stored = self.graph, as_stored(self.graph, self.weight(a_log))
         skip = widened(graph, as_stored(graph, self.weight(d)), to=ir.DataType.FLOAT)
         _, heads, d_state, head_dim = sizes_of(state)
         sizes = {"heads": heads, "head_dim": head_dim, "groups": width_of(b) // d_state, "d_state": d_state}
+        if earlier is not None:
+            state = replayed(graph, earlier, decay(graph, stored), state, **sizes)
         x, dt, b, c = map(graph.float32, (x, self._without_padding(dt), b, c))
         y, state = ssd(graph, x, dt, lambda body: decay(body, stored), b, c, skip, state, **sizes)
         return graph.from_float32(y), state
+
+    def last_inputs(self, x: Value, dt: Value, b: Value) -> Value:
+        """float32."""
+        inputs = [self.graph.float32(each) for each in (x, dt, b)]
+        if not self.tokens.is_one:
+            last = self.graph.once("last token", self._last_token)
+            inputs = [self.graph.op("MatMul", last, each) for each in inputs]
+        return self.graph.op("Concat", *inputs, axis=2)
+
+    def _last_token(self) -> Value:
+        graph, given, mask = self.graph, self.tokens.given, self.tokens.mask
+        read, in_all = position.read(graph, given, mask), position.read_in_all(graph, mask)
+        return cadence.last_token(graph, read, in_all, self._token_mask().keep)
 
     def attention(
         self, query: Value, key: Value, value: Value, past_key: Value, past_value: Value, rotary: float | None
@@ -109,13 +131,64 @@ class Portable(Dialect):
         return with_width(graph.op("Reshape", summed, graph.op("Shape", rows)), width)
 
     def state_in(self, spec: StateSpec, stored: Value) -> Value:
-        value = self.graph.cast(stored, self.state_type(spec))
+        dtype = self.state_type(spec)
+        if spec.precision.is_plain:
+            value = self.graph.cast(stored, dtype)
+        else:
+            restored = remembered.decoded(self.graph, spec, stored, self._scales(spec))
+            value = self.graph.cast(restored, dtype, ir.DataType.FLOAT)
         if value is not stored:
-            value.type, value.shape = ir.TensorType(self.state_type(spec)), ir.Shape(fixed_shape(stored))
+            shape = remembered.restored_shape(spec, fixed_shape(stored))
+            value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
         return value
 
-    def state_out(self, spec: StateSpec, value: Value) -> Value:
-        return self.graph.cast(value, TYPES[spec.format], self.state_type(spec))
+    def state_out(self, spec: StateSpec, value: Value, kept: Value, due: Value | None = None) -> Value:
+        graph, dtype = self.graph, self.state_type(spec)
+        if spec.precision.is_plain and spec.precision.rounding != "stochastic" and due is None:
+            return self._like_kept(spec, graph.cast(value, DTYPES[spec.precision.dtype], dtype), kept)
+        wide = graph.cast(value, ir.DataType.FLOAT, dtype)
+        stored = remembered.kept_on(graph, spec, wide, kept, self._dithers(spec), self._scales(spec), due)
+        return self._like_kept(spec, stored, kept)
+
+    @staticmethod
+    def _like_kept(spec: StateSpec, stored: Value, kept: Value) -> Value:
+        return like(stored, kept) if spec.grows is None else stored
+
+    def due(self, given: Value, every: int) -> Value:
+        """bool [B, 1]."""
+        return self.graph.once(("due", every), lambda: cadence.due(self.graph, self._read(), every))
+
+    def inputs_out(self, value: Value, kept: Value, given: Value, every: int) -> Value:
+        slot = self.graph.once(("slot", every), lambda: cadence.slot(self.graph, self._read(), every))
+        return cadence.inputs_kept(self.graph, value, kept, self.due(given, every), slot)
+
+    def _read(self) -> cadence.Read:
+        graph, given, mask = self.graph, self.tokens.given, self.tokens.mask
+        now = None if self.tokens.is_one else position.read_now(graph, given, mask)
+        return cadence.Read(position.read_in_all(graph, mask), now)
+
+    def _scales(self, spec: StateSpec) -> Value | None:
+        """The static ones."""
+        if not spec.precision.has_static_scale:
+            return None
+        weight = self.weight(spec.scale_name)
+        return self.graph.once(
+            ("scales", weight.name), lambda: widened(self.graph, as_stored(self.graph, weight), to=ir.DataType.FLOAT)
+        )
+
+    def _dithers(self, spec: StateSpec) -> Value | None:
+        """What rounding adds; the same for all states of one shape."""
+        graph, mask, rank = self.graph, self.tokens.mask, len(spec.shape)
+        if spec.precision.rounding != "stochastic":
+            return None
+
+        def make() -> Value:
+            grows = -1 if spec.grows is None else spec.grows
+            read = position.read_in_all(graph, mask) if grows < 0 else position.read(graph, self.tokens.given, mask)
+            others = [1 + axis for axis in range(rank) if axis != max(grows, 0)]
+            return remembered.dithers(graph, spec, graph.op("Unsqueeze", read, graph.constant(others)))
+
+        return graph.once(("dithers", spec.shape, spec.grows, spec.precision.seed), make)
 
     def state_type(self, spec: StateSpec) -> ir.DataType:
         """That arithmetic takes a state in."""

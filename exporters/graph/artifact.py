@@ -14,7 +14,8 @@ from compress.checkpoint.companions import without_code
 from compress.disk.paths import with_text_name
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
-from compress.output_folder.onnx_layouts import Layout
+from compress.output_folder.onnx_layouts import GENAI, Layout
+from compress.runtime.state_support import why_not_genai
 from compress.strict.json_text import JsonObject
 from exporters import Exported
 from exporters.graph import reading
@@ -33,10 +34,22 @@ def save(graph: ir.Graph, config_json: JsonObject, path: Path) -> None:
 
 def describe(folder: Path, kind: str, layout: Layout) -> Exported:
     """What an exported folder holds, read from model.onnx itself."""
-    tensors = reading.external_tensors(reading.load(folder / layout.model))
+    graph = reading.load(folder / layout.model)
+    tensors = reading.external_tensors(graph)
     weight_bytes = sum(tensor.nbytes for tensor in tensors)
-    files = (layout.model, layout.data, layout.config)
-    return Exported(kind, layout.model, files, weight_bytes, reading.stored_formats(tensors))
+    names = [layout.model, layout.data, layout.config]
+    files = tuple(name for name in names if (folder / name).is_file())
+    return Exported(
+        kind, layout.model, files, weight_bytes, reading.stored_formats(tensors), _notes(graph, folder, layout)
+    )
+
+
+def _notes(graph: ir.Model, folder: Path, layout: Layout) -> tuple[str, ...]:
+    """Why a file is not there."""
+    if layout != GENAI:
+        return ()
+    why = why_not_genai(reading.architecture(graph, folder / layout.model).layers)
+    return () if why is None else (f"no {GENAI.config}: onnxruntime-genai does not run it, since {why}",)
 
 
 def predict_bytes(units: Iterable[Unit]) -> int:

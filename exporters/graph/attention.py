@@ -5,6 +5,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 import torch
 
+from exporters.graph import position
 from exporters.graph.builder import FLOAT, Graph, sizes_of
 
 
@@ -93,11 +94,9 @@ def rotary_angles(graph: Graph, given: ir.Value, attention_mask: ir.Value, base:
 
 def _positions(graph: Graph, given: ir.Value, attention_mask: ir.Value) -> ir.Value:
     """float32 [B, 1, S, 1]; 0 at padding in front."""
-    counted = graph.op("Sub", graph.op("CumSum", attention_mask, graph.constant(1)), graph.constant(1))
-    counted = graph.op("Max", counted, graph.constant(0))
-    length, total = graph.shape_of(given, 1), graph.shape_of(attention_mask, 1)
-    new = graph.op("Slice", counted, graph.op("Sub", total, length), total, graph.constant([1]))
-    return graph.op("Cast", graph.op("Unsqueeze", new, graph.constant([1, 3])), to=ir.DataType.FLOAT)
+    place = graph.op("Sub", position.read(graph, given, attention_mask), graph.constant(1))
+    place = graph.op("Max", place, graph.constant(0))
+    return graph.op("Cast", graph.op("Unsqueeze", place, graph.constant([1, 3])), to=ir.DataType.FLOAT)
 
 
 def _turned(graph: Graph, x: ir.Value, angles: Angles | None) -> ir.Value:

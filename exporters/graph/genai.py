@@ -2,11 +2,13 @@
 
 from compress.checkpoint.end_tokens import end_tokens
 from compress.checkpoint.reader import Checkpoint
+from compress.model.architecture import Architecture
 from compress.model.config import Config
+from compress.model.states import StateKind
 from compress.output_folder.onnx_layouts import GENAI
 from compress.recipe.source import tokenizer_of
 from compress.strict.json_text import JsonObject
-from exporters.graph.heads import heads_of
+from exporters.graph.heads import Heads, heads_of
 
 
 def config(checkpoint: Checkpoint) -> JsonObject:
@@ -24,7 +26,7 @@ def config(checkpoint: Checkpoint) -> JsonObject:
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": GENAI.model,
                 "hidden_size": ours.hidden_size,
-                "head_size": heads.size,
+                "head_size": _key_size(model.architecture, heads),
                 "num_attention_heads": heads.queries,
                 "num_key_value_heads": heads.key_values,
                 "num_hidden_layers": ours.num_hidden_layers,
@@ -43,6 +45,12 @@ def config(checkpoint: Checkpoint) -> JsonObject:
         },
         "search": {"max_length": ours.max_position_embeddings, "do_sample": False, "past_present_share_buffer": False},
     }
+
+
+def _key_size(architecture: Architecture, heads: Heads) -> int:
+    """Of a key as it is kept: what the cache is made by."""
+    specs = (spec for layer in architecture.layers for spec in layer.states)
+    return next((spec.stored_shape[-1] for spec in specs if spec.kind == StateKind.KV), heads.size)
 
 
 def _special_tokens(config: Config, ends: list[int]) -> dict[str, int | list[int]]:

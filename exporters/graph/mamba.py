@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from exporters.graph.builder import Dimension, Graph, declare, fixed_shape
+from exporters.graph.builder import Dimension, Graph, declare, fixed_shape, like, sizes_of
 from exporters.graph.stored import widened
 
 END = (1 << 63) - 1  # "to the end" for Slice
@@ -25,7 +25,7 @@ def token_mask(graph: Graph, given: ir.Value, attention_mask: ir.Value) -> Token
     place = graph.op(
         "Range", graph.constant(1), graph.op("Squeeze", graph.op("Add", length, graph.constant([1]))), graph.constant(1)
     )
-    real = graph.row_max(graph.op("Mul", new, place))
+    real = graph.largest(graph.op("Mul", new, place))
     return TokenMask(graph.op("Unsqueeze", graph.op("Cast", new, to=graph.body_type), graph.constant([2])), real)
 
 
@@ -97,6 +97,22 @@ def scan_step(
     """`selective_scan` of one token, S = 1, without a loop."""
     b = graph.op("Transpose", b, perm=[0, 2, 1])  # [B, N, 1]
     return _advanced(graph, a_log, state, dt, graph.op("Mul", dt, x), b, c)
+
+
+def replayed(graph: Graph, earlier: ir.Value, a_log: ir.Value, state: ir.Value) -> ir.Value:
+    """The state [B, N, D] after the tokens of `earlier` [B, tokens, 2 D + N], their x, dt and b: what is left of each at their
+    end, summed. They are few, and this needs no loop."""
+    _, n, d = sizes_of(state)
+    x, dt, b = graph.several(3, "Split", earlier, graph.constant([d, d, n]), axis=2)
+    axis, a = graph.constant(1), decay(graph, a_log)
+    until_end = graph.op("CumSum", dt, axis, exclusive=1, reverse=1)
+    fed = graph.op("Unsqueeze", graph.op("Mul", dt, x), graph.constant([2]))
+    fed = graph.op("Mul", graph.op("Unsqueeze", b, graph.constant([3])), fed)  # [B, tokens, N, D]
+    left = graph.op("Exp", graph.op("Mul", graph.op("Unsqueeze", until_end, graph.constant([2])), a))
+    added = graph.op("ReduceSum", graph.op("Mul", left, fed), graph.constant([1]), keepdims=0)
+    whole = graph.op("ReduceSum", dt, graph.constant([1]), keepdims=1)
+    kept = graph.op("Mul", graph.op("Exp", graph.op("Mul", whole, a)), state)
+    return like(graph.op("Add", kept, added), state)
 
 
 def _body(step: Graph, a_log: ir.Value, state: tuple[Dimension, ...]) -> ir.Graph:

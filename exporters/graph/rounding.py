@@ -107,5 +107,5 @@ def _scale(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
 
 def _token_scales(graph: Graph, x: ir.Value, is_fp8: bool) -> ir.Value:
     """max |x| / largest for every token, 1 for a token of zeros."""
-    scales = graph.op("Div", graph.row_max(graph.op("Abs", x)), graph.number(largest(is_fp8)))
+    scales = graph.op("Div", graph.largest(graph.op("Abs", x)), graph.number(largest(is_fp8)))
     return graph.op("Where", graph.op("Greater", scales, graph.number(TINY)), scales, graph.number(1.0))

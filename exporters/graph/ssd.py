@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from exporters.graph.builder import FLOAT, Dimension, Graph, declare, fixed_shape
+from exporters.graph.builder import FLOAT, Dimension, Graph, declare, fixed_shape, like
 
 CHUNK = 64  # tokens at most; 32 is as fast, 128 slower in a long prompt
 LENGTH = 3  # the axis of L in a body's values, [B, G, R, L, ...]
@@ -74,6 +74,32 @@ def ssd(
     y = chunks.joined(y, x, heads * head_dim)
     skipped = graph.op("Mul", x, by_channel(graph, d, heads, head_dim))
     return graph.op("Add", y, skipped), graph.reshape(following, 0, heads, d_state, head_dim)
+
+
+def replayed(
+    graph: Graph,
+    earlier: ir.Value,
+    a: ir.Value,
+    state: ir.Value,
+    *,
+    heads: int,
+    head_dim: int,
+    groups: int,
+    d_state: int,
+) -> ir.Value:
+    """The state after the tokens of `earlier` [B, T, heads * P + heads + G * N], their x, dt and b: as a chunk that nobody asks
+    an output of. a [heads]."""
+    shared, axis = heads // groups, graph.constant(1)
+    x, dt, b = graph.several(3, "Split", earlier, graph.constant([heads * head_dim, heads, groups * d_state]), axis=2)
+    until_end = graph.op("CumSum", dt, axis, exclusive=1, reverse=1)
+    share = graph.op("Mul", graph.op("Exp", graph.op("Mul", until_end, a)), dt)
+    x = graph.op("Mul", graph.reshape(x, 0, 0, groups, shared, head_dim), graph.reshape(share, 0, 0, groups, shared, 1))
+    x = graph.op("Transpose", x, perm=[0, 2, 3, 1, 4])  # [B, G, R, T, P]
+    b = graph.op("Transpose", graph.reshape(b, 0, 0, groups, 1, d_state), perm=[0, 2, 3, 4, 1])
+    added = graph.reshape(graph.op("MatMul", b, x), 0, heads, d_state, head_dim)
+    whole = graph.op("Mul", graph.op("ReduceSum", dt, graph.constant([1]), keepdims=1), a)
+    kept = graph.op("Mul", graph.op("Exp", graph.reshape(whole, 0, heads, 1, 1)), state)
+    return like(graph.op("Add", kept, added), state)
 
 
 def by_channel(graph: Graph, d: ir.Value, heads: int, head_dim: int) -> ir.Value:

@@ -13,9 +13,8 @@ from compress.model.hybrid import HybridModel
 from compress.model.weight import Weight
 from compress.runtime.graph_names import BATCH, PAST, SEQUENCE, TOTAL, dimensions, past_of, present_of
 from exporters.dialects.base import Dialect, Tokens
-from exporters.graph.builder import WeightFile, declare, rename
+from exporters.graph.builder import DTYPES, WeightFile, declare, rename
 from exporters.graph.form import WHOLE, Form
-from exporters.graph.stored import TYPES
 
 Advance = Callable[[int], None]
 
@@ -61,14 +60,14 @@ class _Wiring:
     def _layer(self, layer: Layer, hidden: ir.Value) -> ir.Value:
         weights = self._model.unit(f"layer.{layer.index}").weights
         past = {
-            spec.name: self._declare(past_of(layer.index, spec), TYPES[spec.format], dimensions(spec, PAST))
-            for spec in layer.states
+            spec.name: self._declare(past_of(layer.index, spec), DTYPES[spec.precision.dtype], dimensions(spec, PAST))
+            for spec in layer.carried
         }
         self._inputs += past.values()
         hidden, new = layer.run(self._ops.of(weights, layer.prefix), hidden, past)
-        for spec in layer.states:
+        for spec in layer.carried:
             name, shape = present_of(past_of(layer.index, spec)), self._form.shape(dimensions(spec, TOTAL))
-            self._states.append(rename(new[spec.name], name, TYPES[spec.format], shape))
+            self._states.append(rename(new[spec.name], name, DTYPES[spec.precision.dtype], shape))
         self._advance(_parameters(weights.values()))
         return hidden
 

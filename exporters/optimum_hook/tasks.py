@@ -23,7 +23,7 @@ class HybridConfig(NormalizedTextConfig):
 
     def states(self) -> list[tuple[int, StateSpec]]:
         """With the index of their layer."""
-        return [(layer.index, spec) for layer in self.architecture.layers for spec in layer.states]
+        return [(layer.index, spec) for layer in self.architecture.layers for spec in layer.carried]
 
 
 class HybridStateGenerator(DummyInputGenerator):
@@ -45,7 +45,9 @@ class HybridStateGenerator(DummyInputGenerator):
         self, input_name: str, framework: str = "pt", int_dtype: str = "int64", float_dtype: str = "fp32"
     ) -> object:
         spec = self._states[input_name]
-        return self.random_float_tensor(list(spec.sized(self._batch)), framework=framework, dtype=spec.format)
+        if not spec.precision.is_plain:
+            return spec.empty(self._batch)  # of bytes that mean nothing by themselves
+        return self.random_float_tensor(list(spec.sized(self._batch)), framework=framework, dtype=spec.precision.format)
 
 
 class HybridExporterConfig(ExporterConfig):

@@ -20,6 +20,10 @@ from compress.recipe.recipe import load_recipe
 
 MODELS = Path(__file__).resolve().parents[2] / "models"  # the wheel has one of them only
 BRIEF = ("calibration.samples=4", "calibration.length=128", "calibration.prompts=[prose]")
+BRIEFLY = {
+    "tiny-int8": (),
+    "state-auto": ("calibration.samples=1", "calibration.length=280", "calibration.prompts=[prose]"),
+}
 SELF = {"prompts": ["self"], "samples": 4, "length": 32}
 
 
@@ -46,21 +50,21 @@ def recipes(tmp_path_factory) -> dict[str, Exported]:
     """Every shipped recipe on both reference models, calibrated briefly."""
     root, found = tmp_path_factory.mktemp("recipes"), {}
     for name, (recipe, model) in RECIPES.items():
-        loaded = load_recipe(recipe, ("check=null", *(() if recipe == "tiny-int8" else BRIEF)))
+        loaded = load_recipe(recipe, ("check=null", *BRIEFLY.get(recipe, BRIEF)))
         found[name] = exported(loaded, MODELS / model, root / name)
     return found
 
 
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory) -> dict[str, Exported]:
-    """Small models in every format."""
+    """Small models in every format of matrices and states."""
     root, found = tmp_path_factory.mktemp("variants"), {}
     sources = {
         name: make_jamba(root / name, spread=SPREAD, **{"num_hidden_layers": 4, **changes})
         for name, changes in SHAPES.items()
     } | {name: make_nemotron_h(root / name, spread=SPREAD, **changes) for name, changes in NEMOTRON_H.items()}
-    for number, (name, (shape, options)) in enumerate(settings().items()):
-        text = {"version": 1, "calibration": SELF, "passes": [{"quantize": options}], "export": [{"onnx": {}}]}
+    for number, (name, (shape, step)) in enumerate(settings().items()):
+        text = {"version": 1, "calibration": SELF, "passes": [step], "export": [{"onnx": {}}]}
         (root / f"{number}.yaml").write_text(json.dumps(text))
         found[name] = exported(load_recipe(str(root / f"{number}.yaml")), sources[shape], root / f"out{number}")
     return found

@@ -11,6 +11,7 @@ from test_onnx_formats import FORMATS, ROUNDED, SHAPES
 
 from compress.apply import pipeline
 from compress.checkpoint.reader import Checkpoint
+from compress.model.hybrid import HybridModel
 from compress.recipe import resources
 from compress.recipe.source import resolve
 from compress.runtime.runtimes import Runtime, of_onnx
@@ -35,10 +36,12 @@ class Exported(NamedTuple):
     def model(self) -> Path:
         return self.folder / "onnx" / "model.onnx"
 
+    def stored(self) -> HybridModel:
+        return Checkpoint(self.folder / "checkpoint", allow_quantized=True).model
+
     def row(self, runtime: str) -> Runtime:
         """What we say of a runtime beforehand."""
-        model = Checkpoint(self.folder / "checkpoint", allow_quantized=True).model
-        return next(row for row in of_onnx(model, "onnx", "genai") if row.name == runtime)
+        return next(row for row in of_onnx(self.stored(), "onnx", "genai") if row.name == runtime)
 
     def minimum(self, runtime: str) -> str:
         return self.row(runtime).minimum
@@ -50,9 +53,42 @@ def exported(recipe, source: Path, out: Path) -> Exported:
     return Exported(out, vocabulary, with_onnxruntime.logits(str(out / "onnx" / "model.onnx"), vocabulary, "1"))
 
 
+# how states may be kept: recurrent ones, a convolution's, a cache's
+STATES = {
+    "bf16": ("bf16", "bf16", "bf16"),
+    "fp16": ("fp16", "fp16", "fp16"),
+    "int8, stochastic, dynamic": ({"format": "int8", "rounding": "stochastic"}, "bf16", "int8"),
+    "int4, stochastic, dynamic": ({"format": "int4", "rounding": "stochastic"}, "fp16", "int4"),
+    "int8, static": ({"format": "int8", "scale": "static"},) * 3,
+    "int4, static": ({"format": "int4", "scale": "static"},) * 3,
+    "fp8-e4m3, dynamic": ("fp8-e4m3", "bf16", "fp8-e4m3"),
+    "fp8-e4m3, static": ({"format": "fp8-e4m3", "scale": "static"},) * 3,
+    "fp8-e4m3, stochastic": ({"format": "fp8-e4m3", "rounding": "stochastic"}, "bf16", "int8"),
+    "int8 with feedback": ({"format": "int8", "rounding": "error_feedback"}, "fp16", "fp16"),
+    "int4, every 3": ({"format": "int4", "rounding": "stochastic", "every": 3}, "fp16", "int8"),
+    "int8 with feedback, every 2, blocks of d_inner": (
+        {"format": "int8", "rounding": "error_feedback", "residual": "int4", "every": 2, "axis": "d_inner", "block": 3},
+        "bf16", "int4",
+    ),
+}  # fmt: skip
+
+
 def settings() -> dict[str, tuple[str, dict]]:
-    """Every format, every rounding of inputs and rotations: name -> shape and options of `quantize`. Nemotron-H, whose
-    products are spelled as Jamba's, in one format for every shape."""
+    """Name -> shape and pass: matrices in every format, every rounding of inputs and rotations, and states in every format.
+    Nemotron-H, whose products are spelled as Jamba's, has its matrices in one format for every shape."""
+    quantized = {name: (shape, {"quantize": options}) for name, (shape, options) in _quantized().items()}
+    stored = {
+        f"states in {name}, {shape}": (
+            shape,
+            {"state_precision": {"ssm_state": ssm, "conv_state": conv, "kv_cache": kv}},
+        )
+        for name, (ssm, conv, kv) in STATES.items()
+        for shape in ("awkward", "awkward, nemotron_h")
+    }
+    return quantized | stored
+
+
+def _quantized() -> dict[str, tuple[str, dict]]:
     named = {
         f"{number_format}, {shape}": (shape, {"weights": number_format})
         for number_format in FORMATS
@@ -65,9 +101,9 @@ def settings() -> dict[str, tuple[str, dict]]:
     return named | {"int8, dynamic-int8, rotated": ("fitting tied", rotated)} | others
 
 
-def rounds_inputs(name: str) -> bool:
-    """Of a shipped recipe or one of `settings`."""
-    return any(word in name for word in ("static", "dynamic", "w8a8"))
+def rounds_while_it_runs(name: str) -> bool:
+    """Inputs of matrices, or states: of a shipped recipe or one of `settings`."""
+    return any(word in name for word in ("static", "dynamic", "w8a8", "state"))
 
 
 def divergence(expected: np.ndarray, actual: np.ndarray) -> float:
@@ -77,8 +113,8 @@ def divergence(expected: np.ndarray, actual: np.ndarray) -> float:
 
 
 def assert_alike(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], is_rounding: bool, name: str):
-    """To 1e-3 where only weights are stored in few bits. Where inputs are rounded too, the last bit of a float can tip a
-    rounding: there the distributions must agree."""
+    """To 1e-3 where only weights are stored in few bits. Where inputs or states are rounded too, the last bit of a float can
+    tip a rounding: there the distributions must agree."""
     assert actual.keys() == expected.keys()
     for sequence, logits in expected.items():
         assert np.isfinite(actual[sequence]).all() and actual[sequence].shape == logits.shape, (name, sequence)

@@ -31,9 +31,6 @@ def run(start, vocabulary: int) -> dict[str, np.ndarray]:
     return found
 
 
-def empty_past(shapes: dict[str, list], batch: int) -> dict[str, np.ndarray]:
-    """`shapes` of the past inputs; what is no number there is a past of length 0, but for the batch in front."""
-    return {
-        name: np.zeros([batch, *(size if isinstance(size, int) else 0 for size in shape[1:])], np.float32)
-        for name, shape in shapes.items()
-    }
+def past_shape(shape: list, batch: int) -> list[int]:
+    """Of a past input before the first token; what is no number in `shape` is a past of length 0, but for the batch in front."""
+    return [batch, *(size if isinstance(size, int) else 0 for size in shape[1:])]

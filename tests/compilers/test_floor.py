@@ -1,14 +1,14 @@
 """The oldest onnxruntime that we say takes a graph takes it, and gives the logits of the newest."""
 
 import pytest
-from exported_models import RECIPES, assert_alike, rounds_inputs, settings
+from exported_models import RECIPES, assert_alike, rounds_while_it_runs, settings
 
-from compress.runtime.runtimes import INT4_TABLE, ONNXRUNTIME
+from compress.runtime.runtimes import INT4_TABLE, NARROW_STATES, ONNXRUNTIME
 
 pytestmark = pytest.mark.compilers
 
 
-@pytest.fixture(scope="module", params=[ONNXRUNTIME, INT4_TABLE])
+@pytest.fixture(scope="module", params=[ONNXRUNTIME, NARROW_STATES, INT4_TABLE])
 def at_the_floor(request, from_environment, run_elsewhere, recipes, variants) -> dict[str, dict]:
     """Logits of all graphs whose minimum is this version."""
     many = {name: one for name, one in (recipes | variants).items() if one.minimum("onnxruntime") == request.param}
@@ -21,9 +21,13 @@ def at_the_floor(request, from_environment, run_elsewhere, recipes, variants) ->
 
 def test_every_graph_runs_at_its_floor(recipes, variants, at_the_floor):
     for name, logits in at_the_floor.items():
-        assert_alike(logits, (recipes | variants)[name].logits, rounds_inputs(name), name)
+        assert_alike(logits, (recipes | variants)[name].logits, rounds_while_it_runs(name), name)
 
 
 def test_every_recipe_and_format_has_a_floor(recipes, variants):
     assert {*recipes} == {*RECIPES} and {*variants} == {*settings()}
-    assert {one.minimum("onnxruntime") for one in (recipes | variants).values()} == {ONNXRUNTIME, INT4_TABLE}
+    assert {one.minimum("onnxruntime") for one in (recipes | variants).values()} == {
+        ONNXRUNTIME,
+        NARROW_STATES,
+        INT4_TABLE,
+    }

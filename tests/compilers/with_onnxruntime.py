@@ -10,6 +10,12 @@ import numpy as np
 import onnxruntime as ort
 import sequences
 
+# what onnxruntime calls a state's type: the numpy type that holds its bytes, and ONNX's number where numpy has no such type
+TYPES = {
+    "tensor(float)": (np.float32, None), "tensor(float16)": (np.float16, None), "tensor(int8)": (np.int8, None),
+    "tensor(uint8)": (np.uint8, None), "tensor(bfloat16)": (np.uint16, 16), "tensor(float8e4m3fn)": (np.uint8, 17),
+}  # fmt: skip
+
 
 def logits(model: str, vocabulary: int, level: str | None) -> dict[str, np.ndarray]:
     """By sequence; `level` is the accuracy level of fused products, onnxruntime's own where None."""
@@ -18,20 +24,31 @@ def logits(model: str, vocabulary: int, level: str | None) -> dict[str, np.ndarr
     if level is not None:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    past = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values.")}
-    outputs = ["logits", *(name.replace("past_key_values", "present") for name in past)]
+    past = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+    outputs = ["logits", *(i.name.replace("past_key_values", "present") for i in past)]
 
     def start(batch: int):
-        state = sequences.empty_past(past, batch)
+        state = {i.name: empty(i, batch) for i in past}
 
         def step(ids, mask):
-            new, *present = session.run(outputs, {"input_ids": ids, "attention_mask": mask, **state})
-            state.update(zip(past, present, strict=True))
-            return new
+            given = {"input_ids": ids, "attention_mask": mask}
+            given = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in given.items()}
+            new, *present = session.run_with_ort_values(outputs, {**given, **state})
+            state.update(zip(state, present, strict=True))
+            return new.numpy()
 
         return step
 
     return sequences.run(start, vocabulary)
+
+
+def empty(given, batch: int) -> ort.OrtValue:
+    """A past of zeros."""
+    held_as, number = TYPES[given.type]
+    zeros = np.zeros(sequences.past_shape(given.shape, batch), held_as)
+    if number is None:
+        return ort.OrtValue.ortvalue_from_numpy(zeros)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, number)
 
 
 if __name__ == "__main__":

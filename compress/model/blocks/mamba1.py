@@ -52,7 +52,9 @@ class Mamba1(Block):
     def states(self) -> tuple[StateSpec, ...]:
         return (
             StateSpec("conv_state", StateKind.CONV, (self.d_inner, self.d_conv - 1)),
-            StateSpec("recurrent_state", StateKind.SSM, (self.d_state, self.d_inner)),
+            StateSpec(
+                "recurrent_state", StateKind.SSM, (self.d_state, self.d_inner), inputs=2 * self.d_inner + self.d_state
+            ),
         )
 
     def levels(self) -> tuple[Level, ...]:
@@ -70,11 +72,14 @@ class Mamba1(Block):
         x, conv_state = ops.causal_conv(x, state["conv_state"], f"{self.prefix}conv1d.weight", conv_bias)
         x = ops.silu(x)
         dt, b, c = self._time_step_and_matrices(ops, x)
+        earlier = state.get("recurrent_inputs")
         y, recurrent_state = ops.selective_scan(
-            x, dt, b, c, state["recurrent_state"], f"{self.prefix}A_log", f"{self.prefix}D"
+            x, dt, b, c, state["recurrent_state"], f"{self.prefix}A_log", f"{self.prefix}D", earlier
         )
         output = self._linear(ops, "out_proj", ops.multiply(y, ops.silu(gate)), bias)
-        return output, {"conv_state": conv_state, "recurrent_state": recurrent_state}
+        new = {"conv_state": conv_state, "recurrent_state": recurrent_state}
+        new |= {} if earlier is None else {"recurrent_inputs": ops.last_inputs(x, dt, b)}
+        return output, new
 
     def _time_step_and_matrices(self, ops: Operators[T], x: T) -> tuple[T, T, T]:
         """dt [B, S, D], b and c [B, S, N] from the scan's input; Jamba normalises each, unlike Mamba."""

@@ -60,7 +60,12 @@ class Mamba2(Block):
     def states(self) -> tuple[StateSpec, ...]:
         return (
             StateSpec("conv_state", StateKind.CONV, (self.conv_channels, self.d_conv - 1)),
-            StateSpec("recurrent_state", StateKind.SSM, (self.heads, self.d_state, self.head_dim)),
+            StateSpec(
+                "recurrent_state",
+                StateKind.SSM,
+                (self.heads, self.d_state, self.head_dim),
+                inputs=self.d_inner + self.heads + self.groups * self.d_state,
+            ),
         )
 
     def levels(self) -> tuple[Level, ...]:
@@ -78,9 +83,12 @@ class Mamba2(Block):
         xbc, conv_state = ops.causal_conv(xbc, state["conv_state"], f"{p}conv1d.weight", conv_bias)
         x, b, c = ops.split(ops.silu(xbc), (self.d_inner, shared, shared))
         dt = ops.softplus(ops.add_weight(dt, f"{p}dt_bias"))
-        y, recurrent_state = ops.ssd(x, dt, b, c, state["recurrent_state"], f"{p}A_log", f"{p}D")
+        earlier = state.get("recurrent_inputs")
+        y, recurrent_state = ops.ssd(x, dt, b, c, state["recurrent_state"], f"{p}A_log", f"{p}D", earlier)
         gated = ops.rms_norm(ops.multiply(y, ops.silu(gate)), f"{p}norm.weight", self.eps, self.groups)
-        return self._linear(ops, "out_proj", gated), {"conv_state": conv_state, "recurrent_state": recurrent_state}
+        new = {"conv_state": conv_state, "recurrent_state": recurrent_state}
+        new |= {} if earlier is None else {"recurrent_inputs": ops.last_inputs(x, dt, b)}
+        return self._linear(ops, "out_proj", gated), new
 
     def _linear(self, ops: Operators[T], name: str, x: T) -> T:
         return ops.linear(f"{self.prefix}{name}.weight", x, f"{self.prefix}{name}.bias" if self.proj_bias else None)

@@ -1,0 +1,35 @@
+"""What a check finds of one metric: the value, of how many positions, and how sure it is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compress.check import statistics
+from compress.check.metrics import STATISTICS, Scores, summarize
+from compress.check.statistics import Interval
+from compress.recipe.check import MetricName
+
+ONE_WINDOW = "a single window, which tells no interval"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`interval` is None where it cannot be told, as of one window."""
+
+    value: float
+    positions: int
+    windows: int
+    interval: Interval | None
+
+    @property
+    def note(self) -> str | None:
+        return ONE_WINDOW if self.windows == 1 else None
+
+
+def of(metric: MetricName, sets: Sequence[Sequence[Scores]]) -> Figure:
+    """A metric of `summarize`, over windows by prompt set; some window has positions."""
+    windows = [scores for of_set in sets for scores in of_set]
+    together = Scores.concatenate(windows)
+    value, statistic = summarize(together)[metric], STATISTICS[metric](windows)
+    interval = statistics.interval(statistic, [len(of_set) for of_set in sets]) if math.isfinite(value) else None
+    return Figure(value, len(together.kl_divergence), len(windows), interval)

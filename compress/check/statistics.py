@@ -1,0 +1,117 @@
+"""How sure a figure is: 95 % intervals from a paired bootstrap over windows.
+
+Positions of a window depend on each other, windows do not: windows are drawn anew with replacement, as many from each prompt
+set as it has, and the figure is computed again of what was drawn, baseline and candidate on the same windows. The interval is
+BCa (Efron 1987), which follows the skew of divergences. Any such interval is too narrow where windows are few, so its level is
+raised by what Student's t has over the normal distribution (Hesterberg 2015, "expanded").
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+RESAMPLES = 2000
+BATCH = 250  # resamples computed together: of a percentile, each takes memory for all positions near it
+SEED = 13
+
+Array = np.ndarray
+Statistic = Callable[[Array], Array]  # how often each window counts [R, W] -> the figure of each row [R]
+Interval = tuple[float, float]
+
+
+def ratio(tops: Array, bottoms: Array) -> Statistic:
+    """The sum over windows of `tops` [W] by that of `bottoms` [W]: means over positions, differences of rates."""
+    return lambda counts: (counts @ tops) / (counts @ bottoms)
+
+
+def exp(statistic: Statistic) -> Statistic:
+    """Of means of log-probabilities: perplexities and their ratios."""
+    return lambda counts: np.exp(statistic(counts))
+
+
+def percentile(windows: Sequence[Array], percent: float) -> Statistic:
+    """Of all positions of the windows, as numpy interpolates it. Only the top of the values is looked at, as far as needed."""
+    values = np.concatenate(windows)
+    order = np.argsort(-values, kind="stable")
+    lengths = np.array([len(window) for window in windows])
+    values, owners = values[order], np.repeat(np.arange(len(windows)), lengths)[order]
+
+    def figure(counts: Array) -> Array:
+        place = (counts @ lengths - 1) * (1 - percent / 100)  # from the top
+        upper = np.floor(place).astype(np.int64)
+        seen = _seen(counts, owners, int(upper.max()) + 1)
+        above, below = (values[(seen <= rank[:, None]).sum(1).clip(max=len(values) - 1)] for rank in (upper, upper + 1))
+        mixed: Array = above + (below - above) * (place - upper)
+        return mixed
+
+    return figure
+
+
+def _seen(counts: Array, owners: Array, rank: int) -> Array:
+    """How many drawn positions are among the first j + 1 of the order, [R, j]: far enough to meet `rank` in every row."""
+    size = max(64, 4 * rank)
+    while True:
+        seen = np.cumsum(counts[:, owners[:size]], axis=1)
+        if size >= len(owners) or seen[:, -1].min() > rank:
+            return seen
+        size *= 2
+
+
+def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED) -> Interval | None:
+    """Of a figure of windows, of which each prompt set has so many; they count on from set to set.
+
+    None where there is one window, which tells nothing of others, or where a figure of a resample is not finite.
+    """
+    strata = [size for size in strata if size]
+    if min(strata, default=0) < 2:
+        strata = [sum(strata)]  # one window cannot be drawn anew by itself
+    if strata[0] < 2:
+        return None
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # of scipy, where all resamples agree: seen below
+        found = stats.bootstrap(
+            _places(strata), _of_places(statistic, sum(strata)), vectorized=True, axis=-1, n_resamples=RESAMPLES,
+            batch=BATCH, confidence_level=_level(strata), method="BCa", random_state=np.random.default_rng(seed),
+        )  # fmt: skip
+    drawn = found.bootstrap_distribution
+    if not np.isfinite(drawn).all():
+        return None
+    low, high = (float(edge) for edge in found.confidence_interval)
+    if not np.isfinite([low, high]).all():  # no skew can be told, as where all windows agree
+        low, high = (float(edge) for edge in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return low, high
+
+
+def of_no_change(trials: int) -> Interval:
+    """Of a difference of rates where none of the pairs differed, which drawing them anew would take for certainty: as many may
+    differ as binomially show none among so many (Clopper and Pearson), one way or the other."""
+    most = float(stats.binomtest(0, trials).proportion_ci(LEVEL, "exact").high)
+    return -most, most
+
+
+def _places(strata: Sequence[int]) -> tuple[Array, ...]:
+    """The windows of each set by their place among all."""
+    return tuple(np.split(np.arange(sum(strata)), np.cumsum(strata)[:-1]))
+
+
+def _of_places(statistic: Statistic, windows: int) -> Callable[..., Array]:
+    """The statistic of windows drawn by place, [..., n] of each set, as scipy draws them."""
+
+    def figure(*drawn: Array, axis: int = -1) -> Array:
+        shape = np.broadcast_shapes(*(places.shape[:-1] for places in drawn))
+        places = np.concatenate([np.broadcast_to(p, (*shape, p.shape[-1])) for p in drawn], axis=-1)
+        rows = places.reshape(-1, places.shape[-1])
+        flat = (rows + windows * np.arange(len(rows))[:, None]).ravel()
+        counts = np.bincount(flat, minlength=len(rows) * windows).reshape(len(rows), windows)
+        return statistic(counts).reshape(shape)
+
+    return figure
+
+
+def _level(strata: Sequence[int]) -> float:
+    windows, free = sum(strata), sum(strata) - len(strata)
+    reach = stats.t.ppf((1 + LEVEL) / 2, free) * np.sqrt(windows / free)
+    return float(1 - 2 * stats.norm.sf(reach))

@@ -1,0 +1,1 @@
+"""What `state_precision` decides, and the scales it finds."""
