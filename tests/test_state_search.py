@@ -391,6 +391,7 @@ def test_bytes_that_are_met_as_it_begins_narrow_nothing_and_say_so(run, monkeypa
         ("{auto: {bytes: 1000, metric: kl_divergence_mean}}", ("metric", "bytes are counted")),
         ("{auto: {bytes: 0}}", ("bytes", "greater than or equal to 1")),
         ("{auto: {bytes: 1000, context: 0}}", ("context", "greater than or equal to 1")),
+        ("{auto: {bytes: 1000, context: 99999999999999999999}}", ("context", "less than or equal to 1073741824")),
         ("{auto: {bytes: 1000, contexts: 3}}", ("unknown key 'contexts'", "'context'")),
         ("{auto: 1.01}", ("auto", "expected a mapping")),
         ("{ssm_state: int8, conv_state: bf16, kv_cache: int8, auto: {budget: 1.01}}", ("auto", "nothing to decide")),

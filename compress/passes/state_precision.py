@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # a recipe is validated without torch
 
 Measured = Literal["decode_drift_ratio", "kl_divergence_mean"]
 EVERY = "every"  # layer
+MOST_CONTEXT = 1 << 30  # tokens
 KINDS: tuple[Kind, ...] = ("ssm_state", "conv_state", "kv_cache")
 
 
@@ -75,6 +76,8 @@ class Override(StateFormat):
     def _every(cls, given: Json) -> Json:
         if isinstance(given, str) and given != EVERY:
             raise ValueError(f"expected a list of layers, such as [0, 2], or {EVERY}, not '{given:.80}'")
+        if given == [] or given == ():
+            raise ValueError(f"names no layer; expected a list of layers, such as [0, 2], or {EVERY}")
         return None if given == EVERY else given
 
     def covers(self, kind: str, layer: int) -> bool:
@@ -87,7 +90,7 @@ class Auto(Strict):
     budget: Number | None = Field(default=None, ge=0)
     metric: Measured | None = None  # None: decode_drift_ratio
     bytes: WholeNumber | None = Field(default=None, ge=1)
-    context: WholeNumber = Field(default=4096, ge=1)  # tokens, at which bytes are counted
+    context: WholeNumber = Field(default=4096, ge=1, le=MOST_CONTEXT)  # tokens, at which bytes are counted
 
     @property
     def measured(self) -> Measured:

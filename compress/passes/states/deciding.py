@@ -69,7 +69,7 @@ def _refuse_elsewhere(where: str, override: Override, model: HybridModel) -> Non
     """A pattern of layers that matches nothing, in part or as a whole."""
     having = [layer.index for layer in model.layers if any(spec.kind == override.kind for spec in layer.states)]
     for index in override.layers or ():
-        if index >= len(model.layers):
+        if not 0 <= index < len(model.layers):
             raise InputError(f"{where} names layer {index}, but the model has layers 0 to {len(model.layers) - 1}")
         if index not in having:
             known = f"layers {', '.join(map(str, having))} have one" if having else "no layer of this model has one"
