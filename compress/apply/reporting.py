@@ -10,7 +10,7 @@ from compress.checkpoint.companions import left_behind
 from compress.model import sizes
 from compress.output_folder.manifest import versions
 from compress.passes import Coverage
-from compress.report.schema import ArtifactFacts, CalibrationFacts, CoverageFacts, Report
+from compress.report.schema import ArtifactFacts, CalibrationFacts, CoverageFacts, ModelFacts, Report, SizeFacts
 from compress.runtime import runtimes
 
 if TYPE_CHECKING:
@@ -25,53 +25,66 @@ CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.
 
 def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdict: str) -> Report:
     """Assembles the report from the plan, what was done and the files as written."""
-    model, result = planned.model, planned.result
-    artifacts = [_checkpoint_artifact(planned, folder / "checkpoint")]
-    notes = [fact.text for fact in planned.changes] + config_dtype.changes(model, result) + sizes.travelling(result)
-    if notes := notes + left_behind(planned.source.folder):
-        artifacts[0]["notes"] = notes
-    artifacts += [
-        _exported_artifact(exported, folder / exported.kind, model.parameters) for exported in outcome.exported
-    ]
-    smallest = min(artifacts, key=lambda artifact: artifact["weight_bytes"])
+    artifacts, checked = _artifacts(planned, outcome, folder), outcome.checked
+    before, after = planned.model.architecture, planned.result.architecture
     found: Report = {
         "schema": 1,
         "verdict": verdict,
-        "model": {
-            "name": source.name,
-            "revision": source.revision,
-            "weights_sha256": outcome.weights_sha256,
-            "model_type": model.model_type,
-            "parameters": model.parameters,
-            "active_parameters": sizes.active_parameters(model.architecture, model.units),
-        },
-        "size": {
-            "baseline_bytes": planned.opened.files.bytes,
-            "baseline_float32_bytes": 4 * model.parameters,
-            "candidate_bytes": smallest["weight_bytes"],
-            "bits_per_weight": smallest["bits_per_weight"],
-            "candidate_parameters": planned.result.parameters,
-        },
+        "model": _model(source, planned, outcome),
+        "size": _size(planned, min(artifacts, key=lambda artifact: artifact["weight_bytes"])),
         "passes": [step.to_json() for step in outcome.passes],
         "artifacts": artifacts,
-        "runtimes": [runtime.to_json() for runtime in runtimes.of(result, planned.recipe.export)],
-        "states": sizes.states_as_kept(result.architecture),
+        "runtimes": [runtime.to_json() for runtime in runtimes.of(planned.result, planned.recipe.export)],
+        "states": sizes.states_as_kept(after),
         "state_memory": {
-            "baseline": sizes.state_bytes(model.architecture).memory(),
-            "candidate": sizes.state_bytes(result.architecture).memory(),
+            "baseline": sizes.state_bytes(before).memory(),
+            "candidate": sizes.state_bytes(after).memory(),
         },
         "prompts": outcome.prompts,
-        "checks": [row.to_json() for row in outcome.checked.rows],
-        "by_position": outcome.checked.by_position,
-        "recall": outcome.checked.recall,
-        "state_health": outcome.checked.state_health,
-        "state_saturation": outcome.checked.state_saturation,
-        "generated": outcome.checked.generated,
+        "checks": [row.to_json() for row in checked.rows],
+        "by_position": checked.by_position,
+        "recall": checked.recall,
+        "state_health": checked.state_health,
+        "state_saturation": checked.state_saturation,
+        "generated": checked.generated,
         "versions": versions(),
     }
     if outcome.calibration:
         found["calibration"] = _calibration(outcome)
     return found
+
+
+def _artifacts(planned: Plan, outcome: Outcome, folder: Path) -> list[ArtifactFacts]:
+    """The checkpoint, with what whoever uses it must know, then the exports."""
+    model, result = planned.model, planned.result
+    checkpoint = _checkpoint_artifact(planned, folder / "checkpoint")
+    notes = [fact.text for fact in planned.changes] + config_dtype.changes(model, result) + sizes.travelling(result)
+    if notes := notes + left_behind(planned.source.folder):
+        checkpoint["notes"] = notes
+    exports = (_exported_artifact(made, folder / made.kind, model.parameters) for made in outcome.exported)
+    return [checkpoint, *exports]
+
+
+def _model(source: Source, planned: Plan, outcome: Outcome) -> ModelFacts:
+    model = planned.model
+    return {
+        "name": source.name,
+        "revision": source.revision,
+        "weights_sha256": outcome.weights_sha256,
+        "model_type": model.model_type,
+        "parameters": model.parameters,
+        "active_parameters": sizes.active_parameters(model.architecture, model.units),
+    }
+
+
+def _size(planned: Plan, smallest: ArtifactFacts) -> SizeFacts:
+    return {
+        "baseline_bytes": planned.opened.files.bytes,
+        "baseline_float32_bytes": 4 * planned.model.parameters,
+        "candidate_bytes": smallest["weight_bytes"],
+        "bits_per_weight": smallest["bits_per_weight"],
+        "candidate_parameters": planned.result.parameters,
+    }
 
 
 def _calibration(outcome: Outcome) -> CalibrationFacts:

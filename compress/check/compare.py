@@ -18,6 +18,7 @@ from compress.disk.paths import as_text
 from compress.prompts import PromptSet
 from compress.recipe.check import DRIFT_FROM, METRICS, PHASES, MetricName
 from compress.runtime.candidates import Candidate
+from compress.strict.json_text import finite
 from compress.terminal import progress
 
 ALL = "all"
@@ -77,7 +78,7 @@ class Row:
             "metric": self.metric,
             "phase": self.phase,
             "prompts": self.prompts,
-            "value": self.value if self.is_finite else None,
+            "value": finite(self.value),
             "low": self.low,
             "high": self.high,
             "positions": self.positions,

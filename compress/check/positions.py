@@ -1,6 +1,5 @@
 """Figures by position in the window: whether an error grows with what was read before."""
 
-import math
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -9,6 +8,7 @@ import numpy as np
 from compress.check import figures
 from compress.check.metrics import Scores, WindowScores
 from compress.prompts.questions import buckets
+from compress.strict.json_text import finite
 
 
 class PositionFacts(TypedDict):
@@ -49,7 +49,7 @@ def _row(artifact: str, phase: str, first: int, last: int, sets: list[list[Score
         "first": first,
         "last": last,
         "positions": figure.positions,
-        "kl_divergence_mean": _finite(figure.value),
+        "kl_divergence_mean": finite(figure.value),
         "low": low,
         "high": high,
         "baseline_perplexity": _perplexity(together.nll_baseline),
@@ -59,8 +59,4 @@ def _row(artifact: str, phase: str, first: int, last: int, sets: list[list[Score
 
 def _perplexity(nll: np.ndarray) -> float | None:
     with np.errstate(over="ignore", invalid="ignore"):
-        return _finite(float(np.exp(nll.mean())))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        return finite(float(np.exp(nll.mean())))

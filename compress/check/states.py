@@ -25,6 +25,7 @@ from compress.prompts import PromptSet
 from compress.prompts.questions import buckets
 from compress.runtime.candidates import StatefulCandidate
 from compress.runtime.kept import Kept
+from compress.strict.json_text import finite
 from compress.terminal import progress
 
 WINDOWS = 8  # of each prompt set, whose states are measured: a root mean square is an average of many entries already
@@ -71,8 +72,7 @@ class Size:
 
     @property
     def rms(self) -> float | None:
-        found = math.sqrt(self.squares / self.entries) if self.squares >= 0 and self.entries else math.nan
-        return found if math.isfinite(found) else None
+        return finite(math.sqrt(self.squares / self.entries)) if self.squares >= 0 and self.entries else None
 
 
 Key = tuple[int, StateKind, int]  # layer, kind, first position of the range

@@ -118,9 +118,13 @@ def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def encode(value: Tensor, precision: Precision, position: Tensor, scales: Tensor | None = None) -> Tensor:
-    """value [B, ...] as it is stored. `position` broadcasts against it; `scales` are the static ones, in `scale_shape`."""
-    dithers = dither(value.shape, position, precision.seed) if precision.rounding == "stochastic" else None
+def encode(value: Tensor, precision: Precision, position: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+    """value [B, ...] as it is stored. `position`, which stochastic rounding asks for, broadcasts against it; `scales` are the
+    static ones, in `scale_shape`."""
+    dithers = None
+    if precision.rounding == "stochastic":
+        assert position is not None, "the dither is that of a position"
+        dithers = dither(value.shape, position, precision.seed)
     if precision.is_plain:
         return (value if dithers is None else _dithered(value, dithers, precision.format)).to(precision.dtype)
     size, codes = value.shape[precision.axis], tuple[Tensor, ...]()

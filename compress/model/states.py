@@ -123,10 +123,14 @@ class StateSpec:
         return remembered.decode(stored, self.precision, self.shape[self.precision.axis], scales)
 
     def stored(
-        self, value: torch.Tensor, kept: torch.Tensor, positions: torch.Tensor, scales: torch.Tensor | None = None
+        self,
+        value: torch.Tensor,
+        kept: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As it is kept between calls: `value` [B, ...] after this call, what was `kept` before it; positions [B, T] of all
-        tokens, real ones counted from 1 (that of the last token is the state's)."""
+        tokens (`tokens_read`; that of the last token is the state's), which only stochastic rounding asks for."""
         if self.grows is None:
             return self.encoded(value, positions, scales)
         axis = self.grows + 1
@@ -134,12 +138,22 @@ class StateSpec:
         new = value.narrow(axis, past, value.shape[axis] - past)
         return torch.cat([kept, self.encoded(new, positions, scales)], axis)
 
-    def encoded(self, value: torch.Tensor, positions: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
+    def encoded(
+        self, value: torch.Tensor, positions: torch.Tensor | None = None, scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The state [B, ...], or of one that grows the entries of the last tokens, as `stored` keeps them."""
-        new = 1 if self.grows is None else value.shape[self.grows + 1]
-        sizes = [-1, *(new if axis == self.grows else 1 for axis in range(len(self.shape)))]
-        position = positions[:, -new:].reshape(sizes) if self.precision.rounding == "stochastic" else positions[:1, :1]
+        position = None
+        if self.precision.rounding == "stochastic":
+            assert positions is not None, f"{self.name}: the dither is that of a position"
+            new = 1 if self.grows is None else value.shape[self.grows + 1]
+            sizes = [-1, *(new if axis == self.grows else 1 for axis in range(len(self.shape)))]
+            position = positions[:, -new:].reshape(sizes)
         return remembered.encode(value, self.precision, position, scales)
+
+
+def tokens_read(mask: torch.Tensor | None, total: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Real tokens up to each token, itself included: [B, T] of a mask [B, T], or [1, total] where there is no padding."""
+    return torch.arange(1, total + 1, device=device)[None] if mask is None else mask.long().cumsum(1)
 
 
 def due(read: torch.Tensor, new: int, every: int) -> torch.Tensor:

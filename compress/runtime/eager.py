@@ -31,8 +31,8 @@ class Weights(Protocol):
 
 
 class Eager(Operators[Tensor]):
-    """`mask` [B, T] is 1 for tokens and 0 for padding, or None where there is none; then `total` is T, which only rotary positions
-    ask for, and states that are rounded with a dither or every so many tokens. `only` limits mixtures to some experts, to look
+    """`mask` [B, T] is 1 for tokens and 0 for padding, or None where there is none; then `total` is T, which only states
+    ask for that are rounded with a dither or every so many tokens. `only` limits mixtures to some experts, to look
     at what reaches them."""
 
     def __init__(self, weights: Weights, mask: Tensor | None = None, only: set[int] | None = None, total: int = 0):
@@ -135,7 +135,8 @@ class Eager(Operators[Tensor]):
         return spec.restored(stored, self._scales(spec))
 
     def state_out(self, spec: StateSpec, value: Tensor, kept: Tensor, due: Tensor | None = None) -> Tensor:
-        stored = spec.stored(value, kept, self._read(value), self._scales(spec))
+        positions = self._read(value) if spec.precision.rounding == "stochastic" else None
+        stored = spec.stored(value, kept, positions, self._scales(spec))
         return stored if due is None else torch.where(due.view(-1, *[1] * len(spec.shape)), stored, kept)
 
     def due(self, given: Tensor, every: int) -> Tensor:
@@ -154,9 +155,7 @@ class Eager(Operators[Tensor]):
 
     def _read(self, like: Tensor) -> Tensor:
         """Real tokens read up to each token, itself included, [B, T] or [1, T]."""
-        if self._mask is None:
-            return torch.arange(1, max(1, self._total) + 1, device=like.device)[None]
-        return self._mask.long().cumsum(1)
+        return states.tokens_read(self._mask, max(1, self._total), like.device)
 
     def _new(self, x: Tensor) -> Tensor | None:
         """The mask of the new tokens, [B, S]."""
@@ -169,9 +168,8 @@ class Eager(Operators[Tensor]):
 
     def _positions(self, batch: int, past: int, length: int, device: torch.device) -> Tensor:
         """Of the new tokens among the real ones, [B, S]; 0 at padding in front."""
-        if self._mask is None:
-            return torch.arange(past, past + length, device=device).expand(batch, -1)
-        return (self._mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
+        read = states.tokens_read(self._mask, past + length, device)[:, -length:]
+        return (read - 1).clamp_min(0).expand(batch, -1)
 
 
 def _joined_as(joined: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:

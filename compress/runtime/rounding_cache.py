@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
-from compress.model.states import StateKind, StateSpec, due
+from compress.model.states import StateKind, StateSpec, due, tokens_read
 
 READ = "_compress_tokens_read"  # of a cache: how many tokens it has seen
 
@@ -86,7 +86,7 @@ class RoundedStates:
         scales = None if scales is None else scales.to(value.device)
         found = spec.restored(spec.encoded(value.float(), positions, scales), scales)
         if (residual := spec.residual) is not None:
-            found = found + residual.restored(residual.encoded(value.float() - found, positions))
+            found = found + residual.restored(residual.encoded(value.float() - found))
         return found.to(value.dtype)
 
 
@@ -94,9 +94,7 @@ def _positions(cache: Cache, mask: object, new: int) -> Tensor:
     """Real tokens read up to each token, itself included, [B, T] or [1, T]."""
     read = getattr(cache, READ, 0) + new
     setattr(cache, READ, read)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.long().cumsum(1)
-    return torch.arange(1, read + 1)[None]
+    return tokens_read(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, read)
 
 
 def round_states(model: PreTrainedModel, ours: HybridModel) -> None:

@@ -27,6 +27,11 @@ def dumps_as_it_came(value: Json) -> str:
     return json.dumps(value, indent=2)
 
 
+def finite(value: float | None) -> float | None:
+    """A figure as JSON can hold it: None where it is no number."""
+    return None if value is None or not math.isfinite(value) else value
+
+
 def _without_duplicates(pairs: list[tuple[str, Json]]) -> JsonObject:
     result: JsonObject = {}
     for name, value in pairs:
@@ -41,4 +46,4 @@ def _without_nan(value: object) -> object:
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite(value) if isinstance(value, float) else value

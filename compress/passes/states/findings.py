@@ -1,14 +1,13 @@
 """What a search found, as report.json has it and as report.md tells it."""
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Self
 
 from compress.formats.state_words import Kind
 from compress.passes import Cost
 from compress.passes.state_precision import Auto, StateFormat
-from compress.strict.json_text import Json, JsonObject
+from compress.strict.json_text import Json, JsonObject, finite
 from compress.strict.models import Strict
 
 Words = Callable[[StateFormat], str]
@@ -23,7 +22,7 @@ class Figures(Strict):
     @classmethod
     def of(cls, cost: Cost) -> Self:
         return cls(
-            kl_divergence_mean=_finite(cost.kl_divergence_mean), decode_drift_ratio=_finite(cost.decode_drift_ratio)
+            kl_divergence_mean=finite(cost.kl_divergence_mean), decode_drift_ratio=finite(cost.decode_drift_ratio)
         )
 
 
@@ -96,7 +95,3 @@ def _cost(cost: Figures) -> str:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2g}"
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
