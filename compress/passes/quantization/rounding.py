@@ -33,12 +33,17 @@ def lazily(weight: Weight, options: Options, device: str) -> Weight:
     number_format = formats.get(formats.fitting(asked, weight.shape))
     activation = options.activation_of(weight.role)
     rotation = rotation_of(weight) if weight.role in options.rotate else None
-    rounded = _Rounded(weight, number_format, search_for(number_format, options.clip == "mse"), device, rotation)
-    return replace(
-        weight.with_load(number_format.name, rounded.load),
-        activation=None if activation == formats.AS_IT_CAME else Activation(activation),
-        rotation=rotation,
-    )
+    rounded = to_nearest(weight, number_format, clips=options.clip == "mse", device=device, rotation=rotation)
+    return replace(rounded, activation=None if activation == formats.AS_IT_CAME else Activation(activation))
+
+
+def to_nearest(
+    weight: Weight, number_format: NumberFormat, *, clips: bool, device: str = "cpu", rotation: int | None = None
+) -> Weight:
+    """The weight in a format with scales: those of least error, or (where nothing `clips`) those that reach its largest
+    magnitudes."""
+    rounded = _Rounded(weight, number_format, search_for(number_format, clips), device, rotation)
+    return replace(weight.with_load(number_format.name, rounded.load), rotation=rotation)
 
 
 def as_plain(weight: Weight, format_name: str) -> Weight:
