@@ -41,12 +41,7 @@ def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdic
             "candidate": sizes.state_bytes(after).memory(),
         },
         "prompts": outcome.prompts,
-        "checks": [row.to_json() for row in checked.rows],
-        "by_position": checked.by_position,
-        "recall": checked.recall,
-        "state_health": checked.state_health,
-        "state_saturation": checked.state_saturation,
-        "generated": checked.generated,
+        **checked.facts(),  # type: ignore[typeddict-item]  # which holds no `calibration`, as it need not
         "versions": versions(),
     }
     if outcome.calibration:

@@ -1,19 +1,24 @@
 """Baseline against candidate over prompt sets: rows of the report, and whether every limit held."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NotRequired, TypedDict
 
 import torch
 
 from compress.check import figures, positions, recall
+from compress.check.audit import AuditFacts
 from compress.check.baseline import Baseline
 from compress.check.figures import Figure
+from compress.check.flips import FlipFacts
 from compress.check.generated import GeneratedFacts
+from compress.check.layer_audit import LayerAuditFacts
 from compress.check.metrics import STATISTICS, Scores, WindowScores, score
 from compress.check.positions import PositionFacts
 from compress.check.recall import Answer, Marks, RecallFacts
 from compress.check.states import HealthFacts, SaturationFacts
+from compress.check.tasks import TaskFacts
+from compress.check.worst import WorstFacts
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet
 from compress.recipe.check import DRIFT_FROM, METRICS, PHASES, MetricName
@@ -90,25 +95,60 @@ class Row:
         return found
 
 
+class FoundFacts(TypedDict):
+    """What report.json and `check --json` have of a check."""
+
+    remarks: list[str]
+    checks: list[RowFacts]
+    audit: list[AuditFacts]
+    layer_audit: list[LayerAuditFacts]
+    flips: list[FlipFacts]
+    worst_prompts: list[WorstFacts]
+    tasks: list[TaskFacts]
+    by_position: list[PositionFacts]
+    recall: list[RecallFacts]
+    state_health: list[HealthFacts]
+    state_saturation: list[SaturationFacts]
+    generated: list[GeneratedFacts]
+
+
 @dataclass
 class Found:
-    """What a check found: rows with their limits, the same figures by position and by distance, what states and generated
-    texts look like."""
+    """What a check found: rows with their limits, what the audit says of tensors and layers, the same figures by position and
+    by distance, what states and generated texts look like. `remarks` are sentences on whether to believe it."""
 
     rows: list[Row] = field(default_factory=list)
+    audit: list[AuditFacts] = field(default_factory=list)
+    layer_audit: list[LayerAuditFacts] = field(default_factory=list)
+    flips: list[FlipFacts] = field(default_factory=list)
+    worst_prompts: list[WorstFacts] = field(default_factory=list)
+    tasks: list[TaskFacts] = field(default_factory=list)
     by_position: list[PositionFacts] = field(default_factory=list)
     recall: list[RecallFacts] = field(default_factory=list)
     state_health: list[HealthFacts] = field(default_factory=list)
     state_saturation: list[SaturationFacts] = field(default_factory=list)
     generated: list[GeneratedFacts] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def add(self, other: "Found") -> None:
-        self.rows += other.rows
-        self.by_position += other.by_position
-        self.recall += other.recall
-        self.state_health += other.state_health
-        self.state_saturation += other.state_saturation
-        self.generated += other.generated
+        for part in fields(self):
+            getattr(self, part.name).extend(getattr(other, part.name))
+
+    def facts(self) -> FoundFacts:
+        return {
+            "remarks": self.remarks,
+            "checks": [row.to_json() for row in self.rows],
+            "audit": self.audit,
+            "layer_audit": self.layer_audit,
+            "flips": self.flips,
+            "worst_prompts": self.worst_prompts,
+            "tasks": self.tasks,
+            "by_position": self.by_position,
+            "recall": self.recall,
+            "state_health": self.state_health,
+            "state_saturation": self.state_saturation,
+            "generated": self.generated,
+        }
 
 
 @dataclass(frozen=True)

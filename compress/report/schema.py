@@ -2,11 +2,7 @@
 
 from typing import NotRequired, TypedDict
 
-from compress.check.compare import RowFacts
-from compress.check.generated import GeneratedFacts
-from compress.check.positions import PositionFacts
-from compress.check.recall import RecallFacts
-from compress.check.states import HealthFacts, SaturationFacts
+from compress.check.compare import FoundFacts
 from compress.model.sizes import MemoryFacts, StateFacts
 from compress.prompts import Used
 from compress.runtime.runtimes import RuntimeFacts
@@ -74,7 +70,7 @@ class StateMemoryFacts(TypedDict):
     candidate: dict[str, MemoryFacts]
 
 
-class Report(TypedDict):
+class Report(FoundFacts):
     schema: int
     verdict: str
     model: ModelFacts
@@ -86,10 +82,4 @@ class Report(TypedDict):
     states: list[StateFacts]
     state_memory: StateMemoryFacts
     prompts: list[Used]
-    checks: list[RowFacts]
-    by_position: list[PositionFacts]
-    recall: list[RecallFacts]
-    state_health: list[HealthFacts]
-    state_saturation: list[SaturationFacts]
-    generated: list[GeneratedFacts]
     versions: dict[str, str]

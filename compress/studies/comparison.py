@@ -94,12 +94,7 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
         "candidate": as_text(str(candidate)),
         "prompts": used,
-        "checks": figures,
-        "by_position": found.by_position,
-        "recall": found.recall,
-        "state_health": found.state_health,
-        "state_saturation": found.state_saturation,
-        "generated": found.generated,
+        **found.facts(),
         "versions": versions(),
     }
     console = output.console(stderr=True)
