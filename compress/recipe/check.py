@@ -89,14 +89,15 @@ class Generate(Strict):
 class Check(Strict):
     """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set; decoding
     begins with the first `prefill` tokens of each in one call. `recall` replaces the windows of the set of that name.
-    `states`: whether states are looked at while windows are decoded; None looks where an artifact keeps them in formats of
-    their own."""
+    `audit`: whether every stored tensor and every layer is held against the original. `states`: whether states are looked at
+    while windows are decoded; None looks where an artifact keeps them in formats of their own."""
 
     prompts: tuple[str, ...] = Field(default=("heldout",), min_length=1)
     samples: WholeNumber = Field(default=48, ge=1, le=1_000_000)
     length: WholeNumber = Field(default=512, ge=2, le=1_048_576)
     prefill: WholeNumber = Field(default=0, ge=0, le=1_048_574)
     recall: Recall | None = None
+    audit: bool = True
     states: bool | None = None
     generate: Generate | None = None
     limits: dict[MetricName, Limit] = Field(default_factory=dict)
