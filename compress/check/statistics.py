@@ -92,6 +92,12 @@ def of_no_change(trials: int) -> Interval:
     return -most, most
 
 
+def mcnemar(only_baseline: int, only_candidate: int) -> float:
+    """The exact two-sided p-value of pairs that only one of the two got right: how often a fair coin would be as one-sided."""
+    flips = only_baseline + only_candidate
+    return float(stats.binomtest(only_candidate, flips, 0.5).pvalue) if flips else 1.0
+
+
 def _places(strata: Sequence[int]) -> tuple[Array, ...]:
     """The windows of each set by their place among all."""
     return tuple(np.split(np.arange(sum(strata)), np.cumsum(strata)[:-1]))
