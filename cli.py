@@ -16,7 +16,7 @@ from compress.errors import InputError
 from compress.recipe import completion
 from compress.terminal import streams
 from compress.terminal.escaping import printable, without_controls
-from compress.terminal.exits import MISSED, Commands
+from compress.terminal.exits import Commands
 
 if TYPE_CHECKING:
     from compress.recipe.recipe import LoadedRecipe
@@ -76,8 +76,9 @@ def apply(recipe: str, model: str | None, out: Path | None, overrides: tuple[str
         return
     with progress.logged():
         report = pipeline.apply(job)
-    terminal.show(report, job.out)
-    sys.exit(0 if report["verdict"] in terminal.GOOD else MISSED)
+    code = terminal.exit_code(report["verdict"], loaded.recipe.check.on_undecided if loaded.recipe.check else "fail")
+    terminal.show(report, job.out, code)
+    sys.exit(code)
 
 
 def _model_name(loaded: "LoadedRecipe", model: str | None) -> str:
@@ -139,6 +140,13 @@ def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, 
     help="A limit that decides the exit code; may be repeated.",
 )
 @click.option("--limits", "limits_file", type=click.Path(path_type=Path), help="YAML file of METRIC: VALUE.")
+@click.option(
+    "--on-undecided",
+    type=click.Choice(["fail", "pass"]),
+    default="fail",
+    show_default=True,
+    help="Whether exit code is 1 or 0 where an interval reaches over its limit, and none is missed.",
+)
 @click.option("--samples", type=int, default=48, show_default=True, help="Windows from each prompt set, at most.")
 @click.option("--length", type=int, default=512, show_default=True, help="Tokens in a window.")
 @click.option(
@@ -163,19 +171,19 @@ def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, 
 @DEVICE
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
 def check(baseline: str, candidate: Path, prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None,
-          samples: int, length: int, prefill: int, distances: tuple[int, ...], trials: int | None, states: bool | None,
+          on_undecided: str, samples: int, length: int, prefill: int, distances: tuple[int, ...], trials: int | None, states: bool | None,
           generate: int | None, tokens: int | None, seed: int, device: str, json_file: str | None) -> None:  # fmt: skip
-    """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
+    """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed or undecided."""
     from compress.report import terminal
     from compress.studies import comparison, results
 
     settings = comparison.settings(prompts, limits, limits_file, samples, length, prefill, distances, trials,
-                                   states, generate, tokens)  # fmt: skip
+                                   states, generate, tokens, on_undecided)  # fmt: skip
     results.refuse_unwritable(json_file)
     _refuse_missing_device(device)
     result = comparison.compare(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
-    sys.exit(0 if result["verdict"] in terminal.GOOD else MISSED)
+    sys.exit(terminal.exit_code(result["verdict"], settings.on_undecided))
 
 
 @main.command()

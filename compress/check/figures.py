@@ -9,21 +9,26 @@ from compress.check.metrics import STATISTICS, Scores, summarize
 from compress.check.statistics import Interval
 from compress.recipe.check import MetricName
 
-ONE_WINDOW = "a single window, which tells no interval"
+ONE_WINDOW = "a single window, which tells no interval; more text or a smaller 'length' gives several"
+NOT_FINITE = "windows drawn anew give a figure that is not finite, which tells no interval"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """`interval` is None where it cannot be told, as of one window."""
+    """`interval` is None where it cannot be told, as of one window; its width goes with the amount of text to the power of
+    -`narrowing`."""
 
     value: float
     positions: int
     windows: int
     interval: Interval | None
+    narrowing: float = 0.5
 
     @property
     def note(self) -> str | None:
-        return ONE_WINDOW if self.windows == 1 else None
+        if self.windows == 1:
+            return ONE_WINDOW
+        return NOT_FINITE if self.interval is None and math.isfinite(self.value) else None
 
 
 def of(metric: MetricName, sets: Sequence[Sequence[Scores]]) -> Figure:

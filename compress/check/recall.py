@@ -70,9 +70,10 @@ def drop(sets: Sequence[Sequence[Answer]]) -> Figure | None:
     lost, trials = np.concatenate([of_set[0] for of_set in windows]), np.concatenate([of_set[1] for of_set in windows])
     if len(trials) == 1 or any(answer.baseline != answer.candidate for answers in sets for answer in answers):
         interval = statistics.interval(statistics.ratio(lost, trials), [len(of_set[0]) for of_set in windows])
+        narrowing = 0.5
     else:
-        interval = statistics.of_no_change(int(trials.sum()))
-    return Figure(float(lost.sum() / trials.sum()), int(trials.sum()), len(trials), interval)
+        interval, narrowing = statistics.of_no_change(int(trials.sum())), 1.0
+    return Figure(float(lost.sum() / trials.sum()), int(trials.sum()), len(trials), interval, narrowing)
 
 
 def by_distance(artifact: str, phase: str, sets: Sequence[Sequence[Answer]]) -> list[RecallFacts]:

@@ -1,10 +1,11 @@
 """`compress check`: settings from flags, one comparison, rows to the terminal."""
 
 from pathlib import Path
+from typing import TypedDict
 
 from compress import prompts
 from compress.check import genai, judge, tokenizers
-from compress.check.compare import verdict
+from compress.check.compare import FoundFacts, Verdict, verdict
 from compress.disk.paths import as_text
 from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
@@ -19,10 +20,26 @@ from compress.strict.models import from_flags, no_truth_value
 from compress.terminal import output
 
 
+class BaselineFacts(TypedDict):
+    name: str
+    sha256: str
+
+
+class Result(FoundFacts):
+    """What `--json` writes."""
+
+    schema: int
+    verdict: Verdict
+    baseline: BaselineFacts
+    candidate: str
+    prompts: list[prompts.Used]
+    versions: dict[str, str]
+
+
 def settings(
     prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None, samples: int, length: int,
     prefill: int = 0, distances: tuple[int, ...] = (), trials: int | None = None, states: bool | None = None,
-    generate: int | None = None, tokens: int | None = None,
+    generate: int | None = None, tokens: int | None = None, on_undecided: str = "fail",
 ) -> Check:  # fmt: skip
     """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
     values = _file_limits(limits_file) | dict(_limit(text) for text in limits)
@@ -40,6 +57,7 @@ def settings(
         states=states,
         generate=_generate(generate, tokens),
         limits=values,
+        on_undecided=on_undecided,
     )
 
 
@@ -75,7 +93,7 @@ def _file_limits(path: Path | None) -> JsonObject:
     return values
 
 
-def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict[str, object]:
+def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> Result:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, original_path = find_artifact(candidate), _baseline_path(baseline)
     for artifact in (original_path, path):
@@ -87,19 +105,19 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
     found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
-    figures, decided = [row.to_json() for row in found.rows], verdict(found.rows)
-    result: dict[str, object] = {
+    facts, decided = found.facts(), verdict(found)
+    result: Result = {
         "schema": 1,
         "verdict": decided,
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
         "candidate": as_text(str(candidate)),
         "prompts": used,
-        **found.facts(),
+        **facts,
         "versions": versions(),
     }
     console = output.console(stderr=True)
-    terminal.show_rows(figures, console)
-    console.print(f"verdict: {terminal.verdict_words(decided, figures)}")
+    terminal.show_found(facts, console)
+    console.print(f"verdict: {terminal.verdict_words(decided, facts)}")
     return result
 
 
