@@ -16,31 +16,32 @@ from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.json_text import JsonObject
 from compress.strict.models import from_flags, no_truth_value
+from compress.studies.check_options import Flags
 from compress.terminal import output
 
 
-def settings(
-    prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None, samples: int, length: int,
-    prefill: int = 0, distances: tuple[int, ...] = (), trials: int | None = None, states: bool | None = None,
-    generate: int | None = None, tokens: int | None = None,
-) -> Check:  # fmt: skip
+def settings(flags: Flags) -> Check:
     """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
-    values = _file_limits(limits_file) | dict(_limit(text) for text in limits)
-    asked = {"distances": distances} | ({} if trials is None else {"trials": trials})
-    recall = asked if distances or trials is not None else None
-    if recall is not None and "recall" not in prompts:
-        raise InputError("--distance and --trials are about the prompt set 'recall', which is not in 'prompts'")
     return from_flags(
         Check,
-        prompts=prompts or ("heldout",),
-        samples=samples,
-        length=length,
-        prefill=prefill,
-        recall=recall,
-        states=states,
-        generate=_generate(generate, tokens),
-        limits=values,
+        prompts=flags["prompts"] or ("heldout",),
+        samples=flags["samples"],
+        length=flags["length"],
+        prefill=flags["prefill"],
+        recall=_recall(flags),
+        states=flags["states"],
+        generate=_generate(flags["generate"], flags["tokens"]),
+        limits=_file_limits(flags["limits_file"]) | dict(_limit(text) for text in flags["limits"]),
     )
+
+
+def _recall(flags: Flags) -> dict[str, object] | None:
+    distances, trials = flags["distances"], flags["trials"]
+    if not distances and trials is None:
+        return None
+    if "recall" not in flags["prompts"]:
+        raise InputError("--distance and --trials are about the prompt set 'recall', which is not in 'prompts'")
+    return {"distances": distances} | ({} if trials is None else {"trials": trials})
 
 
 def _generate(prompts: int | None, tokens: int | None) -> dict[str, int] | None:

@@ -1,0 +1,74 @@
+"""The options of `compress check`, as the command line has them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., object])
+PATH = click.Path(path_type=Path)
+
+
+class Flags(TypedDict):
+    """What the options below give, under the names of their parameters."""
+
+    prompts: tuple[str, ...]
+    limits: tuple[str, ...]
+    limits_file: Path | None
+    samples: int
+    length: int
+    prefill: int
+    distances: tuple[int, ...]
+    trials: int | None
+    states: bool | None
+    generate: int | None
+    tokens: int | None
+
+
+TEXT = (
+    click.option(
+        "--prompts",
+        multiple=True,
+        help="heldout, recall, self or a .txt/.jsonl file; may be repeated. Default: heldout.",
+    ),
+    click.option("--samples", type=int, default=48, show_default=True, help="Windows from each prompt set, at most."),
+    click.option("--length", type=int, default=512, show_default=True, help="Tokens in a window."),
+    click.option(
+        "--prefill", type=int, default=0, show_default=True, help="Tokens read in one call before decoding begins."
+    ),
+    click.option(
+        "--distance",
+        "distances",
+        type=int,
+        multiple=True,
+        help="Tokens between facts and questions of recall; may be repeated.",
+    ),
+    click.option("--trials", type=int, help="Recall questions at each --distance, at least; default 400."),
+)
+LIMITS = (
+    click.option(
+        "--limit",
+        "limits",
+        multiple=True,
+        metavar="METRIC=VALUE",
+        help="A limit that decides the exit code; may be repeated.",
+    ),
+    click.option("--limits", "limits_file", type=PATH, help="YAML file of METRIC: VALUE."),
+)
+MEASURED = (
+    click.option(
+        "--states/--no-states",
+        default=None,
+        help="Measure states while decoding; default where CANDIDATE keeps them in formats of their own.",
+    ),
+    click.option("--generate", type=int, metavar="N", help="Compare what both go on with from N prompts, too."),
+    click.option("--tokens", type=int, help="Of each text of --generate, at most; default 64."),
+)
+
+
+def check_options(command: Command) -> Command:
+    """Gives the command all of them, in the order of the help."""
+    for option in reversed((*TEXT, *LIMITS, *MEASURED)):
+        command = option(command)
+    return command
