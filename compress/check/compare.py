@@ -6,7 +6,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 
-from compress.check import figures, positions, recall
+from compress.check import figures, positions, recall, tasks
 from compress.check.audit import AuditFacts
 from compress.check.baseline import Baseline
 from compress.check.figures import Figure
@@ -17,7 +17,7 @@ from compress.check.metrics import STATISTICS, Scores, WindowScores, score
 from compress.check.positions import PositionFacts
 from compress.check.recall import Answer, Marks, RecallFacts
 from compress.check.states import HealthFacts, SaturationFacts
-from compress.check.tasks import TaskFacts
+from compress.check.tasks import Answered, TaskFacts
 from compress.check.worst import WorstFacts
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet
@@ -27,6 +27,7 @@ from compress.strict.json_text import finite
 from compress.terminal import progress
 
 ALL = "all"
+OF_TASKS: MetricName = "task_accuracy_drop"
 
 
 def stage(artifact: str, phase: str, prompt_set: str) -> str:
@@ -175,6 +176,16 @@ def compare(
     return found
 
 
+def of_tasks(artifact: str, answered: list[Answered], limits: dict[MetricName, float]) -> Found:
+    """What the tasks tell of an artifact: a row over all of them, which the limit binds, and one for each."""
+    found, dropped = Found(), tasks.drop(answered)
+    if dropped is not None or OF_TASKS in limits:
+        found.rows.append(_row(artifact, OF_TASKS, tasks.PHASE, ALL, dropped, limits.get(OF_TASKS)))
+    for one in answered:
+        found.tasks += tasks.facts(artifact, one)
+    return found
+
+
 def verdict(rows: list[Row]) -> str:
     """`fail` where a limit was missed or a metric is not a number, else `pass`; `not_checked` where there was no limit, or one
     that nothing could be compared with."""
@@ -186,7 +197,11 @@ def verdict(rows: list[Row]) -> str:
 
 def _rows(artifact: str, phase: str, prompts: str, sets: list[Scored], limits: dict[MetricName, float]) -> list[Row]:
     told = _figures(phase, sets)
-    asked = [metric for metric in METRICS if metric in told or (metric in limits and phase in METRICS[metric].phases)]
+    asked = [
+        metric
+        for metric in METRICS
+        if metric in told or (metric in limits and metric != OF_TASKS and phase in METRICS[metric].phases)
+    ]
     return [_row(artifact, metric, phase, prompts, told.get(metric), limits.get(metric)) for metric in asked]
 
 

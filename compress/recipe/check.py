@@ -18,6 +18,7 @@ MetricName = Literal[
     "top1_agreement",
     "decode_drift_ratio",
     "recall_accuracy_drop",
+    "task_accuracy_drop",
 ]
 
 
@@ -53,6 +54,13 @@ METRICS: dict[MetricName, Metric] = {
             "above",
             "baseline minus candidate share of recall questions answered exactly",
             unmeasured="no recall question was scored; add 'recall' to 'prompts', or lower 'prefill'",
+        ),
+        Metric(
+            "task_accuracy_drop",
+            "above",
+            "baseline minus candidate share of items of 'tasks' answered rightly",
+            phases=("prefill",),
+            unmeasured="no task was given; list files in 'tasks' (--tasks FILE)",
         ),
     )
 }
@@ -90,7 +98,7 @@ class Check(Strict):
     """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set; decoding
     begins with the first `prefill` tokens of each in one call. `recall` replaces the windows of the set of that name.
     `states`: whether states are looked at while windows are decoded; None looks where an artifact keeps them in formats of
-    their own."""
+    their own. `tasks` are .jsonl files of questions and texts to complete."""
 
     prompts: tuple[str, ...] = Field(default=("heldout",), min_length=1)
     samples: WholeNumber = Field(default=48, ge=1, le=1_000_000)
@@ -99,6 +107,7 @@ class Check(Strict):
     recall: Recall | None = None
     states: bool | None = None
     generate: Generate | None = None
+    tasks: tuple[str, ...] = ()
     limits: dict[MetricName, Limit] = Field(default_factory=dict)
 
     def idle(self) -> set[str]:
@@ -117,6 +126,13 @@ class Check(Strict):
             if name in NOT_ZERO and limit == 0:
                 raise KeyedError(name, "no value can be as low as 0; a ratio of 1 is an unchanged perplexity")
         return limits
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_task_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) != len(tasks):
+            raise ValueError("a task file is listed twice")
+        return tasks
 
     @field_validator("prompts")
     @classmethod

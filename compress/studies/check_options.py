@@ -24,6 +24,7 @@ class Flags(TypedDict):
     states: bool | None
     generate: int | None
     tokens: int | None
+    tasks: tuple[str, ...]
 
 
 TEXT = (
@@ -64,6 +65,12 @@ MEASURED = (
     ),
     click.option("--generate", type=int, metavar="N", help="Compare what both go on with from N prompts, too."),
     click.option("--tokens", type=int, help="Of each text of --generate, at most; default 64."),
+    click.option(
+        "--tasks",
+        multiple=True,
+        metavar="FILE",
+        help="A .jsonl file of questions with choices, or of texts to complete; may be repeated.",
+    ),
 )
 
 

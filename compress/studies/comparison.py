@@ -9,6 +9,7 @@ from compress.disk.paths import as_text
 from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
 from compress.output_folder.manifest import versions
+from compress.prompts import task_files
 from compress.recipe import source
 from compress.recipe.check import Check
 from compress.report import terminal
@@ -31,6 +32,7 @@ def settings(flags: Flags) -> Check:
         recall=_recall(flags),
         states=flags["states"],
         generate=_generate(flags["generate"], flags["tokens"]),
+        tasks=flags["tasks"],
         limits=_file_limits(flags["limits_file"]) | dict(_limit(text) for text in flags["limits"]),
     )
 
@@ -84,6 +86,7 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
     original = open_artifact(original_path, device)
     for name in checks.prompts:
         prompts.refuse_unusable(name, original.folder, length=checks.length, asking=checks.recall)
+    task_files.load_all(checks.tasks, original.folder, original.config)
     for artifact in (original_path, path):  # last: it reads everything
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
@@ -106,7 +109,9 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
 
 def _refuse_unfit(original: Artifact, path: Path, checks: Check) -> None:
     """What ships beside the weights decides what users get, too: the tokenizer, and how genai runs the graph."""
-    tokenizers.refuse_other(original.folder, onnx_layouts.folder_of(path), text_needed=checks.prompts != ("self",))
+    tokenizers.refuse_other(
+        original.folder, onnx_layouts.folder_of(path), text_needed=checks.prompts != ("self",) or bool(checks.tasks)
+    )
     if path.suffix == ".onnx":
         genai.refuse_broken(path, open_artifact(path).config)
 
