@@ -6,7 +6,7 @@ from typing import NotRequired, TypedDict
 
 import torch
 
-from compress.check import figures, positions, recall, tasks
+from compress.check import figures, positions, recall, standing, tasks
 from compress.check.audit import AuditFacts
 from compress.check.baseline import Baseline
 from compress.check.figures import Figure
@@ -16,12 +16,13 @@ from compress.check.layer_audit import LayerAuditFacts
 from compress.check.metrics import STATISTICS, Scores, WindowScores, score
 from compress.check.positions import PositionFacts
 from compress.check.recall import Answer, Marks, RecallFacts
+from compress.check.standing import OnTask, OnText, Place
 from compress.check.states import HealthFacts, SaturationFacts
 from compress.check.tasks import Answered, TaskFacts
 from compress.check.worst import WorstFacts
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet
-from compress.recipe.check import DRIFT_FROM, METRICS, PHASES, MetricName
+from compress.recipe.check import DRIFT_FROM, METRICS, PHASES, MetricName, Phase
 from compress.runtime.candidates import Candidate
 from compress.strict.json_text import finite
 from compress.terminal import progress
@@ -116,7 +117,8 @@ class FoundFacts(TypedDict):
 @dataclass
 class Found:
     """What a check found: rows with their limits, what the audit says of tensors and layers, the same figures by position and
-    by distance, what states and generated texts look like. `remarks` are sentences on whether to believe it."""
+    by distance, what states and generated texts look like. `remarks` are sentences on whether to believe it. `text` and
+    `answered` are sums that a later check is paired with; they are no part of a report."""
 
     rows: list[Row] = field(default_factory=list)
     audit: list[AuditFacts] = field(default_factory=list)
@@ -130,6 +132,8 @@ class Found:
     state_saturation: list[SaturationFacts] = field(default_factory=list)
     generated: list[GeneratedFacts] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    text: list[OnText] = field(default_factory=list)
+    answered: list[OnTask] = field(default_factory=list)
 
     def add(self, other: "Found") -> None:
         for part in fields(self):
@@ -159,6 +163,14 @@ class Scored:
     windows: list[WindowScores]
     answers: list[Answer]
 
+    def sums(self, artifact: str, prompts: str, phase: Phase) -> list[OnText]:
+        """The baseline's, then the artifact's."""
+        places = Place(None, prompts, phase), Place(artifact, prompts, phase)
+        return [
+            standing.of_baseline(places[0], self.windows, self.answers),
+            standing.of_candidate(places[1], self.windows, self.answers),
+        ]
+
 
 def compare(
     artifact: str, candidate: Candidate, sets: list[tuple[PromptSet, Baseline]], limits: dict[MetricName, float]
@@ -166,13 +178,14 @@ def compare(
     """Scores one artifact in both phases. Limits bind the rows over all prompts; rows per set inform."""
     found = Found()
     for phase in PHASES:
-        by_set = {prompts.name: _scored(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
+        by_set = {prompts.name: scored(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
         together = list(by_set.values())
         found.rows += _rows(artifact, phase, ALL, together, limits)
-        for name, scored in by_set.items():
-            found.rows += _rows(artifact, phase, name, [scored], {})
-        found.by_position += positions.by_position(artifact, phase, [scored.windows for scored in together])
-        found.recall += recall.by_distance(artifact, phase, [scored.answers for scored in together])
+        for name, one in by_set.items():
+            found.rows += _rows(artifact, phase, name, [one], {})
+            found.text += one.sums(artifact, name, phase)
+        found.by_position += positions.by_position(artifact, phase, [one.windows for one in together])
+        found.recall += recall.by_distance(artifact, phase, [one.answers for one in together])
     return found
 
 
@@ -183,6 +196,7 @@ def of_tasks(artifact: str, answered: list[Answered], limits: dict[MetricName, f
         found.rows.append(_row(artifact, OF_TASKS, tasks.PHASE, ALL, dropped, limits.get(OF_TASKS)))
     for one in answered:
         found.tasks += tasks.facts(artifact, one)
+        found.answered += [standing.of_task(None, one, "baseline"), standing.of_task(artifact, one, "candidate")]
     return found
 
 
@@ -227,7 +241,8 @@ def _figures(phase: str, sets: list[Scored]) -> dict[MetricName, Figure]:
     return found
 
 
-def _scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scored:
+def scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scored:
+    """An artifact on one prompt set, beside the baseline."""
     pieces: dict[int, dict[int, Scores]] = {}
     marks = Marks(prompts)
     with progress.task(stage(artifact, phase, prompts.name), candidate.steps(prompts.tokens)) as advance:

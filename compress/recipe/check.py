@@ -8,7 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
-PHASES = ("prefill", "decode")
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 DRIFT_FROM = 257  # the first token that `decode_drift_ratio` looks at
 
 MetricName = Literal[
