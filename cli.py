@@ -17,7 +17,7 @@ from compress.recipe import completion
 from compress.studies.check_options import Flags, check_options
 from compress.terminal import streams
 from compress.terminal.escaping import printable, without_controls
-from compress.terminal.exits import MISSED, Commands
+from compress.terminal.exits import Commands
 
 if TYPE_CHECKING:
     from compress.recipe.recipe import LoadedRecipe
@@ -77,8 +77,9 @@ def apply(recipe: str, model: str | None, out: Path | None, overrides: tuple[str
         return
     with progress.logged():
         report = pipeline.apply(job)
-    terminal.show(report, job.out)
-    sys.exit(0 if report["verdict"] in terminal.GOOD else MISSED)
+    code = terminal.exit_code(report["verdict"], loaded.recipe.check.on_undecided if loaded.recipe.check else "fail")
+    terminal.show(report, job.out, code)
+    sys.exit(code)
 
 
 def _model_name(loaded: "LoadedRecipe", model: str | None) -> str:
@@ -136,7 +137,8 @@ def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, 
 def check(
     baseline: str, candidate: Path, seed: int, device: str, json_file: str | None, **flags: Unpack[Flags]
 ) -> None:
-    """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
+    """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed or
+    undecided."""
     from compress.report import terminal
     from compress.studies import comparison, results
 
@@ -145,7 +147,7 @@ def check(
     _refuse_missing_device(device)
     result = comparison.compare(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
-    sys.exit(0 if result["verdict"] in terminal.GOOD else MISSED)
+    sys.exit(terminal.exit_code(result["verdict"], settings.on_undecided))
 
 
 @main.command()

@@ -229,7 +229,6 @@ def test_the_drop_is_over_the_items_of_all_tasks():
     figure = tasks.drop([answered([1, 1, 1, 0], [1, 0, 1, 0]), answered([1] * 12, [1] * 11 + [0])])
     assert (figure.value, figure.positions) == (2 / 16, 16)
     assert figure.interval[0] < 2 / 16 < figure.interval[1]
-    assert tasks.drop([]) is None
 
 
 def test_a_check_has_tasks_by_kind_and_a_row_that_a_limit_binds(compress_cli, tiny, applied, write, tmp_path):

@@ -46,6 +46,11 @@ class WindowScores:
     first: int
     scores: Scores
 
+    @property
+    def tokens(self) -> int:
+        """Of the window, those before the first position included."""
+        return self.first + len(self.scores.kl_divergence)
+
     def between(self, first: int, last: float) -> Scores:
         """Of the tokens `first` to `last`, both included, as far as they were scored."""
         places = np.arange(self.first, self.first + len(self.scores.kl_divergence))

@@ -12,6 +12,7 @@ from pydantic import model_validator
 from compress.check.metrics import WindowScores
 from compress.check.recall import Answer
 from compress.check.statistics import Array
+from compress.prompts import PromptSet, digest
 from compress.recipe.check import Phase
 from compress.strict.json_text import finite
 from compress.strict.models import Strict
@@ -23,13 +24,15 @@ Who = Literal["baseline", "candidate"]
 
 
 class OnText(Strict):
-    """Of one prompt set in one phase, over the scored positions of each window: how many there are, the negative
-    log-probability (nats) of the text's tokens, and at how many positions the text's token is the most likely one. Beside a
-    baseline: the divergence from it (nats), and at how many positions both have the same most likely token. `answered` of
-    `asked` recall questions are right, of each window with some. A sum that is no number is None, and so is the artifact of a baseline's sums."""
+    """Of one prompt set (`sha256` is of its tokens) in one phase, over the scored positions of each window: how many there are,
+    the negative log-probability (nats) of the text's tokens, and at how many positions the text's token is the most likely
+    one. Beside a baseline: the divergence from it (nats), and at how many positions both have the same most likely token.
+    `answered` of `asked` recall questions are right, of each window with some. A sum that is no number is None; so is the
+    artifact where these are a baseline's."""
 
     artifact: str | None
     prompts: str
+    sha256: str
     phase: Phase
     positions: tuple[int, ...]
     nll: tuple[float | None, ...]
@@ -71,7 +74,7 @@ class Place:
     """Where sums are of."""
 
     artifact: str | None
-    prompts: str
+    prompts: PromptSet
     phase: Phase
 
 
@@ -103,7 +106,8 @@ def _on_text(place: Place, nll: list[Array], right: list[Array], answers: Sequen
         asked.setdefault(answer.question.window, []).append(getattr(answer, who))
     return OnText(
         artifact=place.artifact,
-        prompts=place.prompts,
+        prompts=place.prompts.name,
+        sha256=digest(place.prompts.windows),
         phase=place.phase,
         positions=tuple(map(len, nll)),
         nll=_sums(nll),

@@ -87,7 +87,8 @@ def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED) -> I
 
 def of_no_change(trials: int) -> Interval:
     """Of a difference of rates where none of the pairs differed, which drawing them anew would take for certainty: as many may
-    differ as binomially show none among so many (Clopper and Pearson), one way or the other."""
+    differ as binomially show none among so many (Clopper and Pearson), one way or the other. It narrows with the trials
+    themselves, not with their root."""
     most = float(stats.binomtest(0, trials).proportion_ci(LEVEL, "exact").high)
     return -most, most
 

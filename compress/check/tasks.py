@@ -13,7 +13,7 @@ from typing import BinaryIO, TypedDict
 import numpy as np
 import torch
 
-from compress.check import statistics
+from compress.check import figures, statistics
 from compress.check.figures import Figure
 from compress.check.statistics import Array
 from compress.disk import cache
@@ -100,7 +100,7 @@ def _options(artifact: str, candidate: Candidate, task: Task) -> tuple[Array, Ar
     """Of every option the sum of its tokens' log-probabilities (nats), and whether each was the most likely one, [options]."""
     options = sorted(enumerate(task.options), key=lambda placed: len(placed[1].ids))  # equal lengths run together
     log_probs, is_greedy = np.zeros(len(options)), np.ones(len(options), bool)
-    total = candidate.steps(sum(len(option.ids) for _, option in options))
+    total = candidate.steps(task.tokens)
     with progress.task(stage(artifact, task.name), total) as advance, torch.inference_mode():
         for window, start, logits in candidate.logits([option.ids for _, option in options], PHASE, advance):
             place, option = options[window]
@@ -127,7 +127,6 @@ def facts(artifact: str, answered: Answered) -> list[TaskFacts]:
 
 def _row(artifact: str, kind: Kind, answered: Answered) -> TaskFacts:
     before, after, figure = answered.baseline, answered.candidate, drop([answered])
-    assert figure is not None  # a kind that is there has items
     low, high = figure.interval or (None, None)
     only = int((before & ~after).sum()), int((after & ~before).sum())
     return {
@@ -146,13 +145,9 @@ def _row(artifact: str, kind: Kind, answered: Answered) -> TaskFacts:
     }
 
 
-def drop(answered: Sequence[Answered]) -> Figure | None:
-    """`task_accuracy_drop`, over the items of all tasks; None where there is none. Items are drawn anew, those of each task."""
-    if not answered:
-        return None
+def drop(answered: Sequence[Answered]) -> Figure:
+    """`task_accuracy_drop`, over the items of all tasks, of which there are some. Items are drawn anew, those of each task."""
     lost = np.concatenate([one.baseline.astype(float) - one.candidate for one in answered])
-    if lost.any() or len(lost) == 1:
-        interval = statistics.interval(statistics.ratio(lost, np.ones(len(lost))), [len(a.baseline) for a in answered])
-    else:
-        interval = statistics.of_no_change(len(lost))
-    return Figure(float(lost.mean()), len(lost), len(lost), interval)
+    return figures.drop(
+        lost, np.ones(len(lost), int), [len(one.baseline) for one in answered], has_changed=bool(lost.any())
+    )

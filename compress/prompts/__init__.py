@@ -64,7 +64,6 @@ class Used(TypedDict):
     name: str
     windows: int
     tokens: int
-    sha256: str  # of the tokens
     warning: NotRequired[str]
 
 
@@ -165,8 +164,7 @@ def used(sets: list[PromptSet]) -> list[Used]:
 
 
 def _used(prompt_set: PromptSet) -> Used:
-    windows = prompt_set.windows
-    found = Used(name=prompt_set.name, windows=len(windows), tokens=prompt_set.tokens, sha256=digest(windows))
+    found = Used(name=prompt_set.name, windows=len(prompt_set.windows), tokens=prompt_set.tokens)
     if prompt_set.warning:
         found["warning"] = prompt_set.warning
     return found

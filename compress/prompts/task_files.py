@@ -57,6 +57,10 @@ class Task:
         """Of all items, in order."""
         return [option for item in self.items for option in item.options]
 
+    @property
+    def tokens(self) -> int:
+        return sum(len(option.ids) for option in self.options)
+
     def digest(self) -> str:
         """Of everything that decides how it is answered."""
         found = hashlib.sha256()

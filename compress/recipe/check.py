@@ -99,7 +99,8 @@ class Check(Strict):
     """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set; decoding
     begins with the first `prefill` tokens of each in one call. `recall` replaces the windows of the set of that name.
     `states`: whether states are looked at while windows are decoded; None looks where an artifact keeps them in formats of
-    their own. `tasks` are .jsonl files of questions and texts to complete."""
+    their own. `tasks` are .jsonl files of questions and texts to complete. `on_undecided`: whether a verdict of that name ends as
+    a failure does."""
 
     prompts: tuple[str, ...] = Field(default=("heldout",), min_length=1)
     samples: WholeNumber = Field(default=48, ge=1, le=1_000_000)
@@ -110,6 +111,7 @@ class Check(Strict):
     generate: Generate | None = None
     tasks: tuple[str, ...] = ()
     limits: dict[MetricName, Limit] = Field(default_factory=dict)
+    on_undecided: Literal["fail", "pass"] = "fail"
 
     def idle(self) -> set[str]:
         """So that `--set check.prompts=[heldout]` will do."""

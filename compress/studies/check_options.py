@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 import click
 
@@ -25,6 +25,7 @@ class Flags(TypedDict):
     generate: int | None
     tokens: int | None
     tasks: tuple[str, ...]
+    on_undecided: Literal["fail", "pass"]
 
 
 TEXT = (
@@ -56,6 +57,13 @@ LIMITS = (
         help="A limit that decides the exit code; may be repeated.",
     ),
     click.option("--limits", "limits_file", type=PATH, help="YAML file of METRIC: VALUE."),
+    click.option(
+        "--on-undecided",
+        type=click.Choice(["fail", "pass"]),
+        default="fail",
+        show_default=True,
+        help="Whether exit code is 1 or 0 where an interval reaches over its limit, and none is missed.",
+    ),
 )
 MEASURED = (
     click.option(

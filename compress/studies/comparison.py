@@ -1,10 +1,11 @@
 """`compress check`: settings from flags, one comparison, rows to the terminal."""
 
 from pathlib import Path
+from typing import TypedDict
 
 from compress import prompts
 from compress.check import genai, judge, tokenizers
-from compress.check.compare import verdict
+from compress.check.compare import FoundFacts, Verdict, verdict
 from compress.disk.paths import as_text
 from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
@@ -21,6 +22,22 @@ from compress.studies.check_options import Flags
 from compress.terminal import output
 
 
+class BaselineFacts(TypedDict):
+    name: str
+    sha256: str
+
+
+class Result(FoundFacts):
+    """What `--json` writes."""
+
+    schema: int
+    verdict: Verdict
+    baseline: BaselineFacts
+    candidate: str
+    prompts: list[prompts.Used]
+    versions: dict[str, str]
+
+
 def settings(flags: Flags) -> Check:
     """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
     return from_flags(
@@ -34,6 +51,7 @@ def settings(flags: Flags) -> Check:
         generate=_generate(flags["generate"], flags["tokens"]),
         tasks=flags["tasks"],
         limits=_file_limits(flags["limits_file"]) | dict(_limit(text) for text in flags["limits"]),
+        on_undecided=flags["on_undecided"],
     )
 
 
@@ -78,7 +96,7 @@ def _file_limits(path: Path | None) -> JsonObject:
     return values
 
 
-def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict[str, object]:
+def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> Result:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, original_path = find_artifact(candidate), _baseline_path(baseline)
     for artifact in (original_path, path):
@@ -91,19 +109,19 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
     found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
-    figures, decided = [row.to_json() for row in found.rows], verdict(found.rows)
-    result: dict[str, object] = {
+    facts, decided = found.facts(), verdict(found)
+    result: Result = {
         "schema": 1,
         "verdict": decided,
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
         "candidate": as_text(str(candidate)),
         "prompts": used,
-        **found.facts(),
+        **facts,
         "versions": versions(),
     }
     console = output.console(stderr=True)
-    terminal.show_rows(figures, console)
-    console.print(f"verdict: {terminal.verdict_words(decided, figures)}")
+    terminal.show_found(facts, console)
+    console.print(f"verdict: {terminal.verdict_words(decided, facts)}")
     return result
 
 
