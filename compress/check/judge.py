@@ -1,14 +1,18 @@
 """One check from start to end: prompts, baseline, every artifact, rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress import parallel, prompts
-from compress.check import audit, baseline, generated, layer_audit, states
+from compress.check import audit, baseline, generated, layer_audit, states, tasks
 from compress.check.audit import Models
 from compress.check.baseline import Baseline
-from compress.check.compare import Found, compare
+from compress.check.compare import Found, compare, of_tasks
+from compress.check.statistics import Array
+from compress.check.tasks import Answered
 from compress.errors import InputError
+from compress.prompts import task_files
+from compress.prompts.task_files import Task
 from compress.recipe.check import Check
 from compress.runtime.artifacts import Artifact, open_artifact
 from compress.runtime.candidates import Overheard, StatefulCandidate
@@ -31,6 +35,7 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
     if settings.generate is not None:
         task = generated.task(original, sets, settings.generate)
         against.texts = task, generated.of_baseline(original, digest, task)
+    found.remarks += _with_tasks(against, original, digest, prompt_folder)
     for name, artifact in opened.items():
         found.add(_compared(name, artifacts[name], artifact, against))
     return found, prompts.used(sets)
@@ -51,18 +56,28 @@ def _audited(name: str, original: Artifact, artifact: Artifact, seed: int, devic
 
 @dataclass
 class Against:
-    """What an artifact is compared with: log-probabilities, states, and texts where they are asked for."""
+    """What an artifact is compared with: log-probabilities, states, texts and answers where they are asked for."""
 
     reference: StatefulCandidate
     sha256: str
     sets: list[tuple[prompts.PromptSet, Baseline]]
     settings: Check
     texts: tuple[generated.Task, list[generated.Text]] | None = None
+    tasks: list[tuple[Task, Array]] = field(default_factory=list)
 
 
 def _against(original: Artifact, digest: str, sets: list[prompts.PromptSet], settings: Check) -> Against:
     reference = original.candidate()
     return Against(reference, digest, [(found, baseline.compute(reference, digest, found)) for found in sets], settings)
+
+
+def _with_tasks(against: Against, original: Artifact, digest: str, folder: Path | None) -> list[str]:
+    """Adds what the original answers; returns warnings of texts that are too long for it."""
+    found, warnings = task_files.load_all(against.settings.tasks, original.folder, original.config, folder)
+    for warning in warnings:
+        progress.warn(warning)
+    against.tasks = [(task, tasks.of_baseline(against.reference, digest, task)) for task in found]
+    return warnings
 
 
 def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
@@ -75,10 +90,18 @@ def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Fo
 
 def _scored(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
     """All but texts, which take as much memory again when this has returned."""
-    settings, vocab_size = against.settings, against.reference.vocab_size
-    candidate = artifact.candidate(settings.prefill)
+    candidate, vocab_size = artifact.candidate(against.settings.prefill), against.reference.vocab_size
     if candidate.vocab_size != vocab_size:
         raise InputError(f"{path}: its vocabulary has {candidate.vocab_size} tokens, the baseline's {vocab_size}")
+    found = _on_text(name, artifact, candidate, against)
+    answered = [Answered(task, before, tasks.right(name, candidate, task)) for task, before in against.tasks]
+    found.add(of_tasks(name, answered, against.settings.limits))
+    return found
+
+
+def _on_text(name: str, artifact: Artifact, candidate: StatefulCandidate, against: Against) -> Found:
+    """Figures of the prompt sets, and of states while they are decoded."""
+    settings = against.settings
     if not states.are_watched(settings.states, artifact.config):
         return compare(name, candidate, against.sets, settings.limits)
     places = states.Places.of(artifact.config, settings.prefill)
