@@ -31,8 +31,12 @@ class Planter:
 
     def __init__(self, checkpoint: Path, folder: Path):
         shutil.copytree(checkpoint, folder, symlinks=False)
-        self.folder, self.model = folder, Checkpoint(folder, allow_quantized=True).model
-        self._generator = torch.Generator().manual_seed(1)
+        self.folder, self._generator = folder, torch.Generator().manual_seed(1)
+
+    @property
+    def model(self) -> HybridModel:
+        """As it is now: what is saved moves other tensors within a file."""
+        return Checkpoint(self.folder, allow_quantized=True).model
 
     def find(self, role: Role, end: str = "weight", layer: int | None = None) -> Weight:
         """The first that ends so, of a layer or of any; LookupError where there is none."""
@@ -87,9 +91,9 @@ def with_rows(rows: dict[int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def expert_zeroed(planter: Planter) -> None:
-    for weight in list(planter.model.weights):
-        if ".experts.3." in weight.name and weight.name.split(".experts.")[0] == _first_moe(planter.model):
-            planter.change(weight, zeroed)
+    stem = _first_moe(planter.model) + ".experts.3."
+    for name in [weight.name for weight in planter.model.weights if weight.name.startswith(stem)]:
+        planter.change(planter.find(Role.EXPERTS, name), zeroed)
 
 
 def _first_moe(model: HybridModel) -> str:

@@ -2,12 +2,8 @@
 
 from compress import prompts
 from compress.apply.plan import Plan
-<<<<<<< HEAD
-from compress.check import audit, baseline, compare, generated, layer_audit, state_costs, states
-=======
-from compress.check import baseline, compare, generated, state_costs, states, tasks
+from compress.check import audit, baseline, compare, generated, layer_audit, state_costs, states, tasks
 from compress.disk.paths import as_text
->>>>>>> tasks
 from compress.model.config import Config
 from compress.recipe.check import PHASES, Check
 
