@@ -16,7 +16,7 @@ FEWEST = int(stats.binom.ppf(0.001, SIMULATED, 0.95))
 
 
 def scores(kl: np.ndarray, baseline: np.ndarray, candidate: np.ndarray, same: np.ndarray) -> Scores:
-    return Scores(baseline, candidate, kl, same)
+    return Scores(baseline, candidate, kl, same, same, same)
 
 
 def random_windows(seed: int, *lengths: int) -> list[Scores]:

@@ -227,7 +227,7 @@ def test_logits_that_are_no_numbers_give_figures_that_are_none():
 
 @pytest.mark.filterwarnings("error")
 def test_a_perplexity_beyond_every_number_is_no_warning_but_infinite():
-    scores = Scores(np.zeros(3), np.full(3, 1000.0), np.full(3, 1000.0), np.zeros(3, bool))
+    scores = Scores(np.zeros(3), np.full(3, 1000.0), np.full(3, 1000.0), *np.zeros((3, 3), bool))
     assert summarize(scores)["perplexity_ratio"] == float("inf")
 
 

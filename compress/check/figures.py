@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from compress.check import statistics
 from compress.check.metrics import STATISTICS, Scores, summarize
-from compress.check.statistics import Interval
+from compress.check.statistics import Array, Interval
 from compress.recipe.check import MetricName
 
 ONE_WINDOW = "a single window, which tells no interval; more text or a smaller 'length' gives several"
@@ -38,3 +38,13 @@ def of(metric: MetricName, sets: Sequence[Sequence[Scores]]) -> Figure:
     value, statistic = summarize(together)[metric], STATISTICS[metric](windows)
     interval = statistics.interval(statistic, [len(of_set) for of_set in sets]) if math.isfinite(value) else None
     return Figure(value, len(together.kl_divergence), len(windows), interval)
+
+
+def drop(lost: Array, trials: Array, strata: Sequence[int], *, has_changed: bool) -> Figure:
+    """How much of a rate was lost, by what is drawn anew, [W] each; so many of them are of each set. Where nothing changed, as
+    much may have changed as is not seen among so few."""
+    if has_changed or len(trials) == 1:
+        interval, narrowing = statistics.interval(statistics.ratio(lost, trials), strata), 0.5
+    else:
+        interval, narrowing = statistics.of_no_change(int(trials.sum())), 1.0
+    return Figure(float(lost.sum() / trials.sum()), int(trials.sum()), len(trials), interval, narrowing)

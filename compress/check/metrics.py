@@ -29,6 +29,8 @@ class Scores:
     nll_candidate: np.ndarray  # -log q_y, nats
     kl_divergence: np.ndarray  # nats
     same_top1: np.ndarray  # bool
+    right_baseline: np.ndarray  # bool: y is the most likely token
+    right_candidate: np.ndarray  # bool
 
     @staticmethod
     def concatenate(parts: list["Scores"]) -> "Scores":
@@ -60,12 +62,14 @@ def score(log_p: torch.Tensor, logits_q: torch.Tensor, targets: torch.Tensor) ->
     """log_p [n, V] log-probabilities of the baseline, logits_q [n, V] of the candidate, targets [n] -> n scores."""
     log_q = torch.log_softmax(logits_q.float(), dim=-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    pick = targets[:, None]
+    pick, top_p, top_q = targets[:, None], log_p.argmax(-1), log_q.argmax(-1)
     return Scores(
         -log_p.gather(1, pick)[:, 0].double().numpy(),
         -log_q.gather(1, pick)[:, 0].double().numpy(),
         kl.double().numpy(),
-        (log_p.argmax(-1) == log_q.argmax(-1)).numpy(),
+        (top_p == top_q).numpy(),
+        (top_p == targets).numpy(),
+        (top_q == targets).numpy(),
     )
 
 
