@@ -86,6 +86,7 @@ class Head:
     def __init__(self, model: HybridModel, device: str, budget: int = CACHE_BYTES):
         self._norm = model.final_norm.dense().to(device)
         self._eps, self._weight, self._device = model.config.rms_norm_eps, model.output_matrix, device
+        self.vocab_size = self._weight.shape[0]
         keep = 4 * self._weight.parameters <= budget
         self._blocks = [(rows, self._rows(rows) if keep else None) for rows in self._weight.row_blocks()]
 

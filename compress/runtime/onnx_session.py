@@ -3,7 +3,7 @@
 import ctypes
 import math
 import os
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from compress.errors import InputError, first_line
+from compress.parallel import slices
 from compress.runtime import graph_names
 from compress.runtime.onnx_files import open_session
 
@@ -36,6 +37,8 @@ TORCH_TYPES = {
     "tensor(int8)": torch.int8,
     "tensor(uint8)": torch.uint8,
 }
+CALL_LOGIT_BYTES = 256 << 20  # of the logits of one call, since a graph gives those of all its tokens
+CALL_TOKENS = 2048  # and in attention each of them meets all that were read before
 LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
 
 
@@ -97,6 +100,17 @@ class Generation:
         values: np.ndarray = logits.numpy()
         return values
 
+    def calls(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Where each call starts and stops that reads so many tokens of every sequence within bounded memory."""
+        fitting = CALL_LOGIT_BYTES // (4 * self._session.vocab_size * len(self._seen))
+        return ((piece.start, piece.stop) for piece in slices(tokens, max(1, min(CALL_TOKENS, fitting))))
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Feeds [B, S] more tokens in as many calls, and returns the logits [B, V] after the last."""
+        for start, stop in self.calls(ids.shape[1]):
+            last = self.step(ids[:, start:stop])[:, -1].copy()
+        return last
+
     def states(self) -> dict[str, torch.Tensor]:
         """What is kept, by name of the input it comes in by, in the type it is stored in: views, until the next step."""
         return {name: _view(value, self._session.past[name].type) for name, value in self._state.items()}
@@ -109,7 +123,7 @@ class OnnxDecoder:
         self._generation = generation
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self._generation.step(ids.numpy())[:, -1].copy())
+        return torch.from_numpy(self._generation.read(ids.numpy()))
 
 
 def _empty(value: ort.NodeArg, batch: int) -> ort.OrtValue:
