@@ -14,7 +14,7 @@ from compress.disk import cache
 from compress.model.hybrid import HybridModel
 from compress.recipe.check import PHASES as PHASES
 from compress.runtime.graph_states import GraphStates
-from compress.runtime.inference import Advance, Cuts, Head, blocks_of, stream
+from compress.runtime.inference import Advance, Cuts, Head, blocks_of, kept_bytes, stream
 from compress.runtime.kept import Listen
 from compress.runtime.onnx_session import Generation, OnnxSession
 from compress.runtime.pieces import PIECE_BYTES, Piece, cut, of_hidden, rows_within
@@ -74,13 +74,14 @@ class CheckpointCandidate:
     def logits(
         self, windows: list[torch.Tensor], phase: str, advance: Advance, listen: Listen | None = None
     ) -> Iterator[Piece]:
-        head, decode = Head(self._model, self._device), phase == "decode"
+        head, decode = None, phase == "decode"
         first = self._prefill if decode else 0
         with cache.scratch("candidate") as scratch:
             for block, hidden in stream(
                 self._model, windows, scratch, device=self._device, decode=decode, prefill=first, advance=advance,
                 listen=listen if decode else None,
             ):  # fmt: skip
+                head = head or Head(self._model, self._device, kept_bytes(self._device))  # after the layers are done
                 for window, states in zip(block, hidden, strict=True):
                     yield from of_hidden(head, window, states, first)
 

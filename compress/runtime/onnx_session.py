@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import psutil
 import torch
 
 from compress.errors import InputError, first_line
 from compress.parallel import slices
-from compress.runtime import graph_names
+from compress.runtime import graph_names, memory
 from compress.runtime.onnx_files import open_session
 
 # what onnxruntime says on stderr by itself: nothing, since whatever fails is told in a sentence (3: errors, 4: fatal ones)
@@ -167,7 +166,7 @@ def _refuse_too_large(path: Path) -> None:
         raise InputError(f"{path}: no such file")
     parts = (part for part in path.parent.iterdir() if part.name.startswith(path.name) and part.is_file())
     size = sum(part.stat().st_size for part in parts)
-    available = psutil.virtual_memory().available
+    available = memory.available()
     if size * LOAD_FACTOR > available:
         raise InputError(
             f"{path}: needs about {size * LOAD_FACTOR / 2**30:.1f} GiB of memory to run, {available / 2**30:.1f} GiB are free"
