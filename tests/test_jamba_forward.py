@@ -28,7 +28,7 @@ from compress.prompts.windows import encode
 from compress.recipe import resources
 from compress.recipe.source import load_tokenizer
 from compress.runtime import inference, memory
-from compress.runtime.inference import Decoder, Head, LayerWeights, layer_weights, sample, stream
+from compress.runtime.inference import Decoder, Head, LayerWeights, sample, stream
 
 # Standard deviation of random weights times sqrt(inputs). At 0.7 transformers in float32 is 1e-6 to 3e-5 away from itself
 # in float64, so that the requirement tests us and not the noise; at models.py's 1.5 that noise alone is 5e-4.
