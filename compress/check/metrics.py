@@ -10,7 +10,7 @@ These are the figures of llama.cpp's `llama-perplexity --kl-divergence`, over th
 windows (`STATISTICS`), which tells its value and its interval.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -74,25 +74,27 @@ def score(log_p: torch.Tensor, logits_q: torch.Tensor, targets: torch.Tensor) ->
 def _score(log_p: torch.Tensor, logits_q: torch.Tensor, targets: torch.Tensor) -> Scores:
     log_q = torch.log_softmax(logits_q.float(), dim=-1)
     best_p, best_q, pick = log_p.argmax(-1), log_q.argmax(-1), targets[:, None]
+    forward, reverse = _divergences(log_p, log_q)
     return Scores(
         -log_p.gather(1, pick)[:, 0].double().numpy(),
         -log_q.gather(1, pick)[:, 0].double().numpy(),
-        *_divergences(log_p, log_q),
+        forward,
+        reverse,
         (best_p == best_q).numpy(),
         (best_p == targets).numpy(),
         (best_q == targets).numpy(),
     )
 
 
-def _divergences(log_p: torch.Tensor, log_q: torch.Tensor) -> Iterator[np.ndarray]:
+def _divergences(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """KL(p || q) and KL(q || p) of each row, the first as the sum of p change - p + q with change = log p - log q: p and q sum
     to 1 each, and so no term is below 0, whatever float32 makes of them. Where p and q are near, terms of that size cancel
     but for expm1. Both directions together are the sum of (p - q) change."""
     p, q, change = log_p.exp(), log_q.exp(), log_p - log_q
     terms = torch.where(change.abs() < 0.5, p * (torch.expm1(-change) + change), p * change - p + q)
     forward, both = terms.sum(-1), ((p - q) * change).sum(-1)
-    for divergence in (forward, both - forward):
-        yield divergence.clamp(min=0).double().numpy()
+    reverse = both - forward
+    return forward.clamp(min=0).double().numpy(), reverse.clamp(min=0).double().numpy()
 
 
 def summarize(scores: Scores) -> dict[MetricName, float]:
