@@ -6,7 +6,7 @@ from typing import Literal, NotRequired, TypedDict
 
 import torch
 
-from compress.check import positions, recall
+from compress.check import positions, recall, standing, tasks
 from compress.check.audit import AuditFacts
 from compress.check.baseline import Baseline
 from compress.check.figures import Figure
@@ -17,10 +17,11 @@ from compress.check.metrics import Scores, WindowScores, score
 from compress.check.outcomes import Outcome, more_tokens, outcome
 from compress.check.positions import PositionFacts
 from compress.check.recall import Marks, RecallFacts
-from compress.check.scored import Scored, told
+from compress.check.scoring import Scored, told
+from compress.check.standing import OnTask, OnText
 from compress.check.states import HealthFacts, SaturationFacts
 from compress.check.statistics import Interval
-from compress.check.tasks import TaskFacts
+from compress.check.tasks import Answered, TaskFacts
 from compress.check.worst import WorstFacts
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet
@@ -30,6 +31,7 @@ from compress.strict.json_text import finite
 from compress.terminal import progress
 
 ALL = "all"
+OF_TASKS: MetricName = "task_accuracy_drop"
 Verdict = Literal["pass", "fail", "undecided", "not_checked"]
 
 
@@ -143,7 +145,8 @@ class FoundFacts(TypedDict):
 @dataclass
 class Found:
     """What a check found: rows with their limits, what the audit says of tensors and layers, the same figures by position and
-    by distance, what states and generated texts look like. `remarks` are sentences on whether to believe it."""
+    by distance, what states and generated texts look like. `remarks` are sentences on whether to believe it. `text` and
+    `answered` are sums that a later check is paired with; they are no part of a report."""
 
     rows: list[Row] = field(default_factory=list)
     audit: list[AuditFacts] = field(default_factory=list)
@@ -157,6 +160,8 @@ class Found:
     state_saturation: list[SaturationFacts] = field(default_factory=list)
     generated: list[GeneratedFacts] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    text: list[OnText] = field(default_factory=list)
+    answered: list[OnTask] = field(default_factory=list)
 
     def add(self, other: "Found") -> None:
         for part in fields(self):
@@ -185,14 +190,29 @@ def compare(
     """Scores one artifact in both phases. Limits bind the rows over all prompts; rows per set inform."""
     found, prefilled = Found(), dict[str, Scored]()
     for phase in PHASES:
-        by_set = {prompts.name: _scored(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
+        by_set = {prompts.name: scored(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
         prefilled = prefilled or by_set
         together = list(by_set.values())
         found.rows += _rows(artifact, phase, ALL, told(phase, together, list(prefilled.values())), together, limits)
-        for name, scored in by_set.items():
-            found.rows += _rows(artifact, phase, name, told(phase, [scored], [prefilled[name]]), [scored], {})
-        found.by_position += positions.by_position(artifact, phase, [scored.scores for scored in together])
-        found.recall += recall.by_distance(artifact, phase, [scored.answers for scored in together])
+        for name, one in by_set.items():
+            found.rows += _rows(artifact, phase, name, told(phase, [one], [prefilled[name]]), [one], {})
+            found.text += one.sums(artifact, phase)
+        found.by_position += positions.by_position(artifact, phase, [one.scores for one in together])
+        found.recall += recall.by_distance(artifact, phase, [one.answers for one in together])
+    return found
+
+
+def of_tasks(artifact: str, answered: list[Answered], limits: dict[MetricName, float]) -> Found:
+    """What the tasks tell of an artifact: a row over all of them, which the limit binds, and one for each."""
+    found, limit = Found(), limits.get(OF_TASKS)
+    if answered:
+        tokens = sum(one.task.tokens for one in answered)
+        found.rows.append(_row(artifact, OF_TASKS, tasks.PHASE, ALL, tasks.drop(answered), limit, tokens))
+    elif limit is not None:
+        found.rows.append(_unmeasured(artifact, OF_TASKS, tasks.PHASE, ALL, limit))
+    for one in answered:
+        found.tasks += tasks.facts(artifact, one)
+        found.answered += [standing.of_task(None, one, "baseline"), standing.of_task(artifact, one, "candidate")]
     return found
 
 
@@ -218,9 +238,13 @@ def _rows(artifact: str, phase: str, prompts: str, figures: dict[MetricName, Fig
         if metric in figures:
             tokens = sum(scored.tokens(metric) for scored in sets)
             found.append(_row(artifact, metric, phase, prompts, figures[metric], limit, tokens))
-        elif limit is not None:
-            found.append(Row(artifact, metric, phase, prompts, None, 0, limit, note=METRICS[metric].unmeasured))
+        elif limit is not None and metric != OF_TASKS:
+            found.append(_unmeasured(artifact, metric, phase, prompts, limit))
     return found
+
+
+def _unmeasured(artifact: str, metric: MetricName, phase: str, prompts: str, limit: float) -> Row:
+    return Row(artifact, metric, phase, prompts, None, 0, limit, note=METRICS[metric].unmeasured)
 
 
 def _row(artifact: str, metric: MetricName, phase: str, prompts: str, figure: Figure, limit: float | None,
@@ -230,7 +254,8 @@ def _row(artifact: str, metric: MetricName, phase: str, prompts: str, figure: Fi
                figure.narrowing)  # fmt: skip
 
 
-def _scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scored:
+def scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scored:
+    """An artifact on one prompt set, beside the baseline."""
     pieces: dict[int, dict[int, Scores]] = {}
     marks = Marks(prompts)
     with progress.task(stage(artifact, phase, prompts.name), candidate.steps(prompts.tokens)) as advance:
@@ -243,7 +268,7 @@ def _scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: B
                 marks.hear(window, start, log_p, logits)
     answers = marks.answers()
     asked = sum(len(prompts.windows[window]) for window in {answer.question.window for answer in answers})
-    return Scored({window: _in_order(pieces[window]) for window in sorted(pieces)}, answers, asked)
+    return Scored(prompts, {window: _in_order(pieces[window]) for window in sorted(pieces)}, answers, asked)
 
 
 def _in_order(pieces: dict[int, Scores]) -> WindowScores:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from compress.check import statistics
 from compress.check.metrics import STATISTICS, Scores
-from compress.check.statistics import Interval, Statistic
+from compress.check.statistics import Array, Interval, Statistic
 from compress.recipe.check import MetricName
 
 ONE_WINDOW = "a single window, which tells no interval; more text or a smaller 'length' gives several"
@@ -42,3 +42,13 @@ def figure(statistic: Statistic, strata: Sequence[int], positions: int) -> Figur
     value = statistics.value(statistic, sum(strata))
     interval = statistics.interval(statistic, strata) if math.isfinite(value) else None
     return Figure(value, positions, sum(strata), interval)
+
+
+def drop(lost: Array, trials: Array, strata: Sequence[int], *, has_changed: bool) -> Figure:
+    """How much of a rate was lost, by what is drawn anew, [W] each; so many of them are of each set. Where nothing changed, as
+    much may have changed as is not seen among so few."""
+    if has_changed or len(trials) == 1:
+        interval, narrowing = statistics.interval(statistics.ratio(lost, trials), strata), 0.5
+    else:
+        interval, narrowing = statistics.of_no_change(int(trials.sum())), 1.0
+    return Figure(float(lost.sum() / trials.sum()), int(trials.sum()), len(trials), interval, narrowing)

@@ -32,8 +32,8 @@ class Scores:
     kl_divergence: np.ndarray  # KL(p || q), nats
     kl_reverse: np.ndarray  # KL(q || p), nats
     same_top1: np.ndarray  # bool
-    baseline_right: np.ndarray  # bool, argmax p == y
-    candidate_right: np.ndarray  # bool, argmax q == y
+    right_baseline: np.ndarray  # bool: y is the most likely token
+    right_candidate: np.ndarray  # bool
 
     def __len__(self) -> int:
         return len(self.kl_divergence)
@@ -137,6 +137,6 @@ STATISTICS: dict[MetricName, Callable[[Sequence[Scores]], Statistic]] = {
     ),
     "top1_agreement": lambda windows: _mean([scores.same_top1 for scores in windows]),
     "top1_accuracy_drop": lambda windows: _mean(
-        [scores.baseline_right.astype(int) - scores.candidate_right for scores in windows]
+        [scores.right_baseline.astype(int) - scores.right_candidate for scores in windows]
     ),
 }

@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compress.check import figures, positions, recall
+from compress.check import figures, positions, recall, standing
 from compress.check.figures import Figure
 from compress.check.metrics import STATISTICS, WindowScores, root_mean_square
 from compress.check.recall import Answer
-from compress.recipe.check import DRIFT_FROM, METRICS, MetricName
+from compress.check.standing import OnText, Place
+from compress.prompts import PromptSet
+from compress.recipe.check import DRIFT_FROM, METRICS, MetricName, Phase
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Scored:
     """One phase over one prompt set, its windows by their place in it; those without a scored position are left out.
     Questions were asked in windows of `asked` tokens together."""
 
+    prompts: PromptSet
     windows: dict[int, WindowScores]
     answers: list[Answer]
     asked: int
@@ -30,6 +33,14 @@ class Scored:
             return self.asked
         first = DRIFT_FROM if metric == "decode_drift_ratio" else 0
         return sum(window.tokens for window in self.scores if window.tokens > first)
+
+    def sums(self, artifact: str, phase: Phase) -> list[OnText]:
+        """The baseline's, then the artifact's."""
+        places = Place(None, self.prompts, phase), Place(artifact, self.prompts, phase)
+        return [
+            standing.of_baseline(places[0], self.scores, self.answers),
+            standing.of_candidate(places[1], self.scores, self.answers),
+        ]
 
 
 def told(phase: str, sets: Sequence[Scored], prefilled: Sequence[Scored]) -> dict[MetricName, Figure]:
