@@ -10,7 +10,7 @@ from jamba_models import load_reference
 from compress.check import remarks, worst
 from compress.check.compare import Row
 from compress.check.metrics import Scores, WindowScores
-from compress.check.scoring import Scored
+from compress.check.scored import Scored
 from compress.prompts import PromptSet
 from compress.recipe.source import load_tokenizer
 from compress.runtime.artifacts import open_artifact

@@ -83,7 +83,7 @@ def by_numpy(scores: Scores) -> dict[str, float]:
         **{f"kl_divergence_{name}": value for name, value in percentiles.items()},
         "kl_divergence_tail_ratio": percentiles["p99"] / kl.mean(),
         "top1_agreement": scores.same_top1.mean(),
-        "top1_accuracy_drop": scores.right_baseline.mean() - scores.right_candidate.mean(),
+        "top1_accuracy_drop": scores.baseline_right.mean() - scores.candidate_right.mean(),
     }
 
 

@@ -17,7 +17,7 @@ from compress.check.metrics import Scores, WindowScores, score
 from compress.check.outcomes import Outcome, more_tokens, outcome
 from compress.check.positions import PositionFacts
 from compress.check.recall import Marks, RecallFacts
-from compress.check.scoring import Scored, told
+from compress.check.scored import Scored, told
 from compress.check.standing import OnTask, OnText
 from compress.check.states import HealthFacts, SaturationFacts
 from compress.check.statistics import Interval

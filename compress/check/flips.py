@@ -25,7 +25,7 @@ class FlipFacts(TypedDict):
 def flips(artifact: str, phase: str, prompts: str, windows: Sequence[WindowScores]) -> FlipFacts:
     """Of all positions of the windows, of which there are some."""
     scores = Scores.concatenate([window.scores for window in windows])
-    before, after = scores.right_baseline, scores.right_candidate
+    before, after = scores.baseline_right, scores.candidate_right
     lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
     return {
         "artifact": artifact,

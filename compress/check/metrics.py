@@ -32,8 +32,8 @@ class Scores:
     kl_divergence: np.ndarray  # KL(p || q), nats
     kl_reverse: np.ndarray  # KL(q || p), nats
     same_top1: np.ndarray  # bool
-    right_baseline: np.ndarray  # bool: y is the most likely token
-    right_candidate: np.ndarray  # bool
+    baseline_right: np.ndarray  # bool, argmax p == y
+    candidate_right: np.ndarray  # bool, argmax q == y
 
     def __len__(self) -> int:
         return len(self.kl_divergence)
@@ -93,8 +93,7 @@ def _divergences(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[np.ndarray, 
     p, q, change = log_p.exp(), log_q.exp(), log_p - log_q
     terms = torch.where(change.abs() < 0.5, p * (torch.expm1(-change) + change), p * change - p + q)
     forward, both = terms.sum(-1), ((p - q) * change).sum(-1)
-    reverse = both - forward
-    return forward.clamp(min=0).double().numpy(), reverse.clamp(min=0).double().numpy()
+    return forward.clamp(min=0).double().numpy(), (both - forward).clamp(min=0).double().numpy()
 
 
 def summarize(scores: Scores) -> dict[MetricName, float]:
@@ -137,6 +136,6 @@ STATISTICS: dict[MetricName, Callable[[Sequence[Scores]], Statistic]] = {
     ),
     "top1_agreement": lambda windows: _mean([scores.same_top1 for scores in windows]),
     "top1_accuracy_drop": lambda windows: _mean(
-        [scores.right_baseline.astype(int) - scores.right_candidate for scores in windows]
+        [scores.baseline_right.astype(int) - scores.candidate_right for scores in windows]
     ),
 }

@@ -9,7 +9,7 @@ import torch
 from compress.check import generated
 from compress.check.generated import Task
 from compress.check.metrics import WindowScores, summarize
-from compress.check.scoring import Scored
+from compress.check.scored import Scored
 from compress.checkpoint.end_tokens import end_tokens
 from compress.prompts import PromptSet
 from compress.recipe.source import tokenizer_of
