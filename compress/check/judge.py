@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress import prompts
-from compress.check import baseline, generated, states, tasks
+from compress.check import baseline, generated, old, states, tasks
 from compress.check.baseline import Baseline
 from compress.check.compare import Found, compare, of_tasks
 from compress.check.statistics import Array
@@ -19,8 +19,9 @@ from compress.terminal import progress
 
 
 def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed: int, device: str = "cpu",
-        prompt_folder: Path | None = None) -> tuple[Found, list[prompts.Used]]:  # fmt: skip
-    """Compares each artifact (name -> path) with the original. Returns the figures, and what was used of each prompt set."""
+        prompt_folder: Path | None = None, is_old: bool = False) -> tuple[Found, list[prompts.Used]]:  # fmt: skip
+    """Compares each artifact (name -> path) with the original. Returns the figures, and what was used of each prompt set. An
+    original that `is_old` is itself an artifact, which is measured in decode, too."""
     digest = original.sha256()
     baseline.refuse_long_own_text(original, digest, settings, seed)
     sets = prompts.load_all(original, digest, settings, purpose="check", seed=seed, folder=prompt_folder,
@@ -34,6 +35,8 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
     found = Found(remarks=_with_tasks(against, original, digest, prompt_folder))
     for name, path in artifacts.items():
         found.add(_compared(name, path, open_artifact(path, device), against))
+    if is_old:
+        found.text += old.decoded(original, digest, against.sets, settings.prefill)
     return found, prompts.used(sets)
 
 
