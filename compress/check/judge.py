@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compress import prompts
-from compress.check import baseline, generated, old, states, tasks
+from compress import parallel, prompts
+from compress.check import audit, baseline, generated, layer_audit, old, states, tasks
+from compress.check.audit import Models
 from compress.check.baseline import Baseline
 from compress.check.compare import Found, compare, of_tasks
 from compress.check.statistics import Array
@@ -22,6 +23,9 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
         prompt_folder: Path | None = None, is_old: bool = False) -> tuple[Found, list[prompts.Used]]:  # fmt: skip
     """Compares each artifact (name -> path) with the original. Returns the figures, and what was used of each prompt set. An
     original that `is_old` is itself an artifact, which is measured in decode, too."""
+    opened, found = {name: open_artifact(path, device) for name, path in artifacts.items()}, Found()
+    for name, artifact in opened.items() if settings.audit else ():
+        found.add(_audited(name, original, artifact, seed, device))
     digest = original.sha256()
     baseline.refuse_long_own_text(original, digest, settings, seed)
     sets = prompts.load_all(original, digest, settings, purpose="check", seed=seed, folder=prompt_folder,
@@ -32,12 +36,25 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
     if settings.generate is not None:
         task = generated.task(original, sets, settings.generate)
         against.texts = task, generated.of_baseline(original, digest, task)
-    found = Found(remarks=_with_tasks(against, original, digest, prompt_folder))
-    for name, path in artifacts.items():
-        found.add(_compared(name, path, open_artifact(path, device), against))
+    found.remarks += _with_tasks(against, original, digest, prompt_folder)
+    for name, artifact in opened.items():
+        found.add(_compared(name, artifacts[name], artifact, against))
     if is_old:
         found.text += old.decoded(original, digest, against.sets, settings.prefill)
     return found, prompts.used(sets)
+
+
+def _audited(name: str, original: Artifact, artifact: Artifact, seed: int, device: str) -> Found:
+    """Tensor by tensor, then layer by layer where there is all of every layer."""
+    models = Models(original.model(), artifact.model())
+    found, total = Found(), models.candidate.parameters
+    with progress.task(audit.stage(name), total) as advance, parallel.steady():
+        found.audit = list(audit.audit(name, models, advance))
+    if not any(row["relative_error"] is None and not row["passed"] for row in found.audit):
+        layers, ids = original.config.num_hidden_layers, layer_audit.tokens(original, seed)
+        with progress.task(layer_audit.stage(name), layers) as advance, parallel.steady():
+            found.layer_audit = list(layer_audit.audit(name, models, ids, device, advance))
+    return found
 
 
 @dataclass

@@ -80,7 +80,7 @@ class Place:
 
 def of_baseline(place: Place, windows: Sequence[WindowScores], answers: Sequence[Answer]) -> OnText:
     nll = [window.scores.nll_baseline for window in windows]
-    right = [window.scores.right_baseline for window in windows]
+    right = [window.scores.baseline_right for window in windows]
     return _on_text(place, nll, right, answers, "baseline")
 
 
@@ -95,7 +95,7 @@ def of_candidate(place: Place, windows: Sequence[WindowScores], answers: Sequenc
 def alone(place: Place, windows: Sequence[WindowScores], answers: Sequence[Answer]) -> OnText:
     """A candidate, without what it has beside the baseline."""
     nll = [window.scores.nll_candidate for window in windows]
-    right = [window.scores.right_candidate for window in windows]
+    right = [window.scores.candidate_right for window in windows]
     return _on_text(place, nll, right, answers, "candidate")
 
 

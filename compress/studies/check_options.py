@@ -21,6 +21,7 @@ class Flags(TypedDict):
     prefill: int
     distances: tuple[int, ...]
     trials: int | None
+    audit: bool
     states: bool | None
     generate: int | None
     tokens: int | None
@@ -69,6 +70,12 @@ LIMITS = (
     ),
 )
 MEASURED = (
+    click.option(
+        "--audit/--no-audit",
+        default=True,
+        show_default=True,
+        help="Hold every stored tensor and every layer against BASELINE's.",
+    ),
     click.option(
         "--states/--no-states",
         default=None,

@@ -48,6 +48,7 @@ def settings(flags: Flags) -> Check:
         length=flags["length"],
         prefill=flags["prefill"],
         recall=_recall(flags),
+        audit=flags["audit"],
         states=flags["states"],
         generate=_generate(flags["generate"], flags["tokens"]),
         tasks=flags["tasks"],
