@@ -8,16 +8,25 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
-PHASES = ("prefill", "decode")
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 DRIFT_FROM = 257  # the first token that `decode_drift_ratio` looks at
 
 MetricName = Literal[
     "perplexity_ratio",
     "kl_divergence_mean",
+    "kl_divergence_reverse_mean",
+    "kl_divergence_p50",
+    "kl_divergence_p95",
     "kl_divergence_p99",
+    "kl_divergence_p999",
+    "kl_divergence_tail_ratio",
     "top1_agreement",
+    "top1_accuracy_drop",
     "decode_drift_ratio",
+    "decode_prefill_difference",
     "recall_accuracy_drop",
+    "task_accuracy_drop",
 ]
 
 
@@ -29,6 +38,7 @@ class Metric:
     most: float = math.inf  # no value is above this
     phases: tuple[str, ...] = PHASES
     unmeasured: str = ""  # why a check may have no value of it; empty where it always has
+    is_shown: bool = False  # on the terminal, without a limit too
 
     def holds(self, value: float, limit: float) -> bool:
         return value <= limit if self.bound == "above" else value >= limit
@@ -37,22 +47,51 @@ class Metric:
 METRICS: dict[MetricName, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("perplexity_ratio", "above", "candidate / baseline perplexity"),
-        Metric("kl_divergence_mean", "above", "mean KL(baseline || candidate), nats per token"),
-        Metric("kl_divergence_p99", "above", "99th percentile of KL(baseline || candidate), nats"),
-        Metric("top1_agreement", "below", "share of positions with the same most likely token", most=1.0),
+        Metric("perplexity_ratio", "above", "candidate / baseline perplexity", is_shown=True),
+        Metric("kl_divergence_mean", "above", "mean KL(baseline || candidate), nats per token", is_shown=True),
+        Metric("kl_divergence_reverse_mean", "above", "mean KL(candidate || baseline), nats per token"),
+        Metric("kl_divergence_p50", "above", "median of KL(baseline || candidate), nats"),
+        Metric("kl_divergence_p95", "above", "95th percentile of KL(baseline || candidate), nats"),
+        Metric("kl_divergence_p99", "above", "99th percentile of KL(baseline || candidate), nats", is_shown=True),
+        Metric("kl_divergence_p999", "above", "99.9th percentile of KL(baseline || candidate), nats"),
+        Metric(
+            "kl_divergence_tail_ratio",
+            "above",
+            "99th percentile of KL(baseline || candidate) by its mean; 1 where nothing differs",
+        ),
+        Metric(
+            "top1_agreement", "below", "share of positions with the same most likely token", most=1.0, is_shown=True
+        ),
+        Metric(
+            "top1_accuracy_drop", "above", "baseline minus candidate share of positions with the text's token on top"
+        ),
         Metric(
             "decode_drift_ratio",
             "above",
             f"candidate / baseline perplexity over tokens {DRIFT_FROM} and later, decoded token by token",
             phases=("decode",),
             unmeasured=f"no window has the {DRIFT_FROM + 1} tokens it takes, or more; set 'length'",
+            is_shown=True,
+        ),
+        Metric(
+            "decode_prefill_difference",
+            "above",
+            "root mean square of what decoding token by token changes in the candidate's own log-probabilities, nats",
+            phases=("decode",),
         ),
         Metric(
             "recall_accuracy_drop",
             "above",
             "baseline minus candidate share of recall questions answered exactly",
             unmeasured="no recall question was scored; add 'recall' to 'prompts', or lower 'prefill'",
+            is_shown=True,
+        ),
+        Metric(
+            "task_accuracy_drop",
+            "above",
+            "baseline minus candidate share of items of 'tasks' answered rightly",
+            phases=("prefill",),
+            unmeasured="no task was given; list files in 'tasks' (--tasks FILE)",
         ),
     )
 }
@@ -89,17 +128,21 @@ class Generate(Strict):
 class Check(Strict):
     """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set; decoding
     begins with the first `prefill` tokens of each in one call. `recall` replaces the windows of the set of that name.
-    `states`: whether states are looked at while windows are decoded; None looks where an artifact keeps them in formats of
-    their own."""
+    `audit`: whether every stored tensor and every layer is held against the original. `states`: whether states are looked at
+    while windows are decoded; None looks where an artifact keeps them in formats of their own. `tasks` are .jsonl files of
+    questions and texts to complete. `on_undecided`: whether a verdict of that name ends as a failure does."""
 
     prompts: tuple[str, ...] = Field(default=("heldout",), min_length=1)
     samples: WholeNumber = Field(default=48, ge=1, le=1_000_000)
     length: WholeNumber = Field(default=512, ge=2, le=1_048_576)
     prefill: WholeNumber = Field(default=0, ge=0, le=1_048_574)
     recall: Recall | None = None
+    audit: bool = True
     states: bool | None = None
     generate: Generate | None = None
+    tasks: tuple[str, ...] = ()
     limits: dict[MetricName, Limit] = Field(default_factory=dict)
+    on_undecided: Literal["fail", "pass"] = "fail"
 
     def idle(self) -> set[str]:
         """So that `--set check.prompts=[heldout]` will do."""
@@ -117,6 +160,13 @@ class Check(Strict):
             if name in NOT_ZERO and limit == 0:
                 raise KeyedError(name, "no value can be as low as 0; a ratio of 1 is an unchanged perplexity")
         return limits
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_task_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) != len(tasks):
+            raise ValueError("a task file is listed twice")
+        return tasks
 
     @field_validator("prompts")
     @classmethod
