@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 STEPS = ACTION["runs"]["steps"]
 EXPRESSION = re.compile(r"\$\{\{ (.*?) \}\}")
-QUICK = "--prompts\nself\n--samples\n2\n--length\n12\n--no-audit"
 
 
 @dataclass
@@ -28,6 +27,7 @@ class Runner:
     """Enough of GitHub's runner for the steps that are scripts: contexts, outputs, and `python` on the path."""
 
     folder: Path
+    stands_in: bool = False
     outputs: dict[str, str] = field(default_factory=dict)
 
     def context(self, inputs: dict[str, str]) -> dict[str, str]:
@@ -53,7 +53,8 @@ class Runner:
     def _environment(self, written: Path) -> dict[str, str]:
         tools = self.folder / "tools"
         tools.mkdir(exist_ok=True)
-        (tools / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        stand_in = [str(ROOT / "tests" / "stand_in.py")] if self.stands_in else []
+        (tools / "python").write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, *stand_in])} "$@"\n')
         (tools / "python").chmod(0o755)
         path = f"{tools}:{os.environ['PATH']}"
         return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "GITHUB_OUTPUT": str(written)}
@@ -78,6 +79,7 @@ def place(step_id: str) -> int:
 def gate(runner: Runner, **inputs: str) -> tuple[subprocess.CompletedProcess, dict[str, str]]:
     """The named cache, then the command: what it said, and the action's outputs."""
     given = {name.replace("_", "-"): value for name, value in inputs.items()}
+    runner.outputs.clear()
     runner.run(place("begin"), given)
     ran = runner.run(place("run"), given)
     known = runner.context(given)
@@ -122,29 +124,21 @@ def test_the_cache_is_restored_and_saved_from_where_the_command_keeps_it():
     assert paths == {STEPS[place("run")]["env"]["COMPRESS_CACHE"]}
 
 
-# --- the command
-
-
-def test_a_gate_that_holds_ends_well_and_tells_verdict_and_report(runner, small, int8):
-    limits = runner.folder / "limits of ours.yaml"
-    limits.write_text("kl_divergence_mean: 5\n")
-    ran, outputs = gate(runner, baseline=str(small), candidate=str(int8), limits=limits.name, args=QUICK)
-    assert ran.returncode == 0, ran.stderr
-    assert (outputs["verdict"], outputs["exit-code"]) == ("pass", "0")
-    report = Path(outputs["report"])
-    assert report == runner.folder / "compress-report"
-    assert {path.name for path in report.iterdir()} == {"check.json", "report.html", "junit.xml"}
-    assert json.loads((report / "check.json").read_text())["verdict"] == "pass"
+# --- the command itself
 
 
 def test_a_missed_limit_fails_the_step_after_the_outputs_are_told(runner, small, int8):
-    args = QUICK + "\n--limit\nkl_divergence_mean=0"
-    ran, outputs = gate(runner, baseline=str(small), candidate=str(int8), args=args, output="a report/here")
+    args = "--prompts\nself\n--samples\n2\n--length\n12\n--no-audit"
+    limits = runner.folder / "limits of ours.yaml"
+    limits.write_text("kl_divergence_mean: 0\n")
+    given = {"baseline": str(small), "candidate": str(int8), "limits": limits.name, "output": "a report/here"}
+    ran, outputs = gate(runner, args=args, **given)
     assert ran.returncode == 1, ran.stderr
     assert "::error title=compress::verdict: fail" in ran.stdout
-    assert (outputs["verdict"], outputs["exit-code"]) == ("fail", "1")
-    assert (Path(outputs["report"]) / "junit.xml").is_file()
-    assert outputs["report"] == str(runner.folder / "a report" / "here")
+    report = runner.folder / "a report" / "here"
+    assert outputs == {"verdict": "fail", "exit-code": "1", "report": str(report)}
+    assert {path.name for path in report.iterdir()} == {"check.json", "report.html", "junit.xml"}
+    assert json.loads((report / "check.json").read_text())["verdict"] == "fail"
 
 
 def test_a_recipe_is_applied_with_what_is_set(runner, small):
@@ -153,9 +147,42 @@ def test_a_recipe_is_applied_with_what_is_set(runner, small):
     )
     ran, outputs = gate(runner, recipe="tiny-int8", model=str(small), set=settings, args="--seed\n3")
     assert ran.returncode == 0, ran.stderr
-    assert (outputs["verdict"], outputs["report"]) == ("pass", str(runner.folder / "out" / "tiny-int8"))
-    report = json.loads((runner.folder / "out" / "tiny-int8" / "report.json").read_text())
+    out = runner.folder / "out" / "tiny-int8"
+    assert outputs == {"verdict": "pass", "exit-code": "0", "report": str(out)}
+    report = json.loads((out / "report.json").read_text())
     assert {row["limit"] for row in report["checks"]} == {5, None}
+
+
+# --- with a stand-in for the command: what it is given, and what becomes of how it ends
+
+
+@pytest.fixture
+def quick(tmp_path) -> Runner:
+    return Runner(tmp_path, stands_in=True)
+
+
+def given(runner: Runner) -> list[str] | None:
+    """The arguments of the command, None where it was not run."""
+    seen = runner.folder / "arguments.json"
+    return json.loads(seen.read_text()) if seen.exists() else None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "arguments"),
+    [
+        ({"baseline": "a", "candidate": "b c"},
+         "check --json R/check.json --html R/report.html --junit R/junit.xml -- a 'b c'"),
+        ({"baseline": "a", "candidate": "b", "limits": "default", "args": "--prompts\nmy file.txt\n"},
+         "check --prompts 'my file.txt' --limits default --json R/check.json --html R/report.html --junit R/junit.xml -- a b"),
+        ({"recipe": "r/own.recipe.yaml", "set": "a.b=1 2\n\nc=[x, y]\n"},
+         "apply --set 'a.b=1 2' --set 'c=[x, y]' --output out/own.recipe --overwrite -- r/own.recipe.yaml"),
+        ({"recipe": "int8", "model": "m", "limits": "default", "output": "o", "args": "--seed\n1"},
+         "apply --seed 1 --model m --set check.limits=default --output o --overwrite -- int8"),
+    ],
+)  # fmt: skip
+def test_inputs_become_arguments(quick, inputs, arguments):
+    gate(quick, **inputs)
+    assert given(quick) == shlex.split(arguments.replace("R/", "compress-report/"))
 
 
 @pytest.mark.parametrize(
@@ -166,39 +193,60 @@ def test_a_recipe_is_applied_with_what_is_set(runner, small):
         ({"recipe": "tiny-int8", "candidate": "b"}, "give either recipe"),
         ({"recipe": "tiny-int8", "limits": "limits.yaml"}, "stand in the recipe"),
         ({"baseline": "a", "candidate": "b", "set": "x=1"}, "for a recipe"),
+        ({"baseline": "a", "candidate": "b", "model": "x"}, "for a recipe"),
     ],
 )
-def test_inputs_that_do_not_go_together_are_refused(runner, inputs, said):
-    ran, outputs = gate(runner, **inputs)
-    assert ran.returncode == 2
+def test_inputs_that_do_not_go_together_are_refused(quick, inputs, said):
+    ran, outputs = gate(quick, **inputs)
+    assert (ran.returncode, given(quick)) == (2, None)
     assert said in ran.stdout
-    assert (outputs["verdict"], outputs["exit-code"], outputs["report"]) == ("none", "2", "")
+    assert outputs == {"verdict": "none", "exit-code": "2", "report": ""}
 
 
-@pytest.mark.parametrize("text", ["$(touch pwned)", '"; touch pwned; "', "`touch pwned`", "--help", "a\nverdict=pass"])
-def test_an_input_is_never_run_nor_taken_for_an_option(runner, text):
-    ran, outputs = gate(runner, baseline=text, candidate=text, limits=text, output="out")
-    assert ran.returncode == 2, ran.stdout
-    assert not (runner.folder / "pwned").exists()
-    assert (outputs["verdict"], outputs["report"]) == ("none", ""), "bad input has no report"
+@pytest.mark.parametrize("text", ["$(touch pwned)", '"; touch pwned; "', "`touch pwned`", "--help", "$HOME *"])
+@pytest.mark.parametrize(
+    "names", [("baseline", "candidate", "limits", "output", "cache_name"), ("recipe", "model", "set")]
+)
+def test_an_input_is_never_run_nor_taken_for_an_option(quick, text, names):
+    ran, _ = gate(quick, **dict.fromkeys(names, text))
+    assert ran.returncode == 0, ran.stderr
+    assert not (quick.folder / "pwned").exists()
+    assert given(quick)[given(quick).index("--") + 1 :] == [text] * (2 if "baseline" in names else 1)
 
 
-def test_figures_of_an_earlier_run_are_not_taken_for_those_of_one_that_failed(runner, small, int8):
-    gate(runner, baseline=str(small), candidate=str(int8), args=QUICK)
-    ran, outputs = gate(runner, baseline=str(small), candidate=str(int8 / "nowhere"), args=QUICK)
-    assert (ran.returncode, outputs["verdict"]) == (2, "none")
+def test_a_line_break_in_an_input_writes_no_output_of_its_own(quick):
+    gate(quick, baseline="a", candidate="b", output="x\nverdict=pass")
+    assert quick.outputs["steps.run.outputs.verdict"] == "undecided"
 
 
-def test_the_key_of_the_cache_changes_with_what_is_in_it_alone(runner, small, int8):
-    def key(**inputs: str) -> str:
-        gate(runner, baseline=str(small), candidate=str(int8), **inputs)
-        return runner.outputs["steps.run.outputs.cache-key"]
+@pytest.mark.parametrize("code", [2, 3, 130])
+def test_figures_of_an_earlier_run_are_not_taken_for_those_of_one_that_failed(quick, monkeypatch, code):
+    _, outputs = gate(quick, recipe="int8")
+    assert (outputs["verdict"], outputs["exit-code"]) == ("undecided", "0")
+    monkeypatch.setenv("STAND_IN_EXITS", str(code))
+    ran, outputs = gate(quick, recipe="int8")
+    assert ran.returncode == code
+    assert outputs == {"verdict": "none", "exit-code": str(code), "report": ""}
 
-    first = key(args=QUICK)
-    assert key(args=QUICK) == first
-    other = key(args=QUICK + "\n--seed\n1")
-    assert other != first
-    prefix = runner.outputs["steps.begin.outputs.prefix"]
-    assert first.startswith(prefix) and other.startswith(prefix), "so that the next job finds the last one"
-    gate(runner, baseline=str(small), candidate=str(int8), cache_name="ours")
-    assert runner.outputs["steps.begin.outputs.prefix"] != prefix
+
+def test_the_key_of_the_cache_changes_with_what_is_in_it_alone(quick):
+    def key() -> str:
+        gate(quick, recipe="int8")
+        return quick.outputs["steps.run.outputs.cache-key"]
+
+    empty, cache = key(), quick.folder / "temp" / "compress-cache" / "baseline"
+    cache.mkdir(parents=True)
+    (cache / "0123.f32").write_bytes(b"1")
+    filled = key()
+    (cache / "0123.f32").touch()
+    assert key() == filled != empty
+    assert filled.startswith(quick.outputs["steps.begin.outputs.prefix"]), "by which the next job finds the last one"
+
+
+def test_jobs_of_one_name_share_a_cache_and_others_do_not(quick):
+    def prefix(**inputs: str) -> str:
+        gate(quick, **inputs)
+        return quick.outputs["steps.begin.outputs.prefix"]
+
+    assert prefix(recipe="int8") == prefix(recipe="int8", set="a=1") != prefix(recipe="int8", model="m")
+    assert prefix(recipe="int8", cache_name="ours") == prefix(recipe="mixed", cache_name="ours")
