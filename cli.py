@@ -66,7 +66,7 @@ def apply(recipe: str, model: str | None, out: Path | None, overrides: tuple[str
     _refuse_missing_device(device)
     from compress.apply import pipeline, plan
     from compress.recipe.source import resolve
-    from compress.report import terminal
+    from compress.report import step_summary, terminal
     from compress.terminal import progress
 
     source = resolve(name, loaded.folder if model is None else None, config_only=dry_run)
@@ -77,6 +77,7 @@ def apply(recipe: str, model: str | None, out: Path | None, overrides: tuple[str
     with progress.logged():
         report = pipeline.apply(job)
     terminal.show(report, job.out)
+    step_summary.append((job.out / "report.md").read_text(encoding="utf-8"))
     sys.exit(0 if report["verdict"] in terminal.GOOD else MISSED)
 
 
@@ -162,19 +163,21 @@ def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, 
 @SEED
 @DEVICE
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
+@click.option("--junit", "junit_file", metavar="FILE", help="Write limits and audits as tests that CI systems list.")
 def check(baseline: str, candidate: Path, prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None,
           samples: int, length: int, prefill: int, distances: tuple[int, ...], trials: int | None, states: bool | None,
-          generate: int | None, tokens: int | None, seed: int, device: str, json_file: str | None) -> None:  # fmt: skip
+          generate: int | None, tokens: int | None, seed: int, device: str, json_file: str | None,
+          junit_file: str | None) -> None:  # fmt: skip
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
     from compress.report import terminal
-    from compress.studies import comparison, results
+    from compress.studies import comparison, results, told
 
     settings = comparison.settings(prompts, limits, limits_file, samples, length, prefill, distances, trials,
                                    states, generate, tokens)  # fmt: skip
-    results.refuse_unwritable(json_file)
+    results.refuse_unwritable(json_file, junit_file=junit_file)
     _refuse_missing_device(device)
     result = comparison.compare(baseline, candidate, settings, seed=seed, device=device)
-    results.put_json(result, json_file)
+    told.write(result, settings, json_file, junit_file)
     sys.exit(0 if result["verdict"] in terminal.GOOD else MISSED)
 
 

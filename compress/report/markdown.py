@@ -1,59 +1,103 @@
-"""report.md: the same facts as report.json, for reading."""
+"""report.md: the same facts as report.json, for reading. What a pull request shows without a click is the verdict, what is wrong
+by name, the size and one row for each artifact; all else is folded."""
 
 from collections.abc import Sequence
 
-from compress.check.compare import RowFacts
+from compress.check.compare import FoundFacts, RowFacts
 from compress.model.sizes import StateFacts
-from compress.report import measures
+from compress.prompts import Used
+from compress.recipe.check import MetricName
+from compress.report import findings, folded, measures, overview
 from compress.report.passes import PassDone
-from compress.report.schema import Report
+from compress.report.schema import ArtifactFacts, CheckFacts, Report
 from compress.report.terminal import interval_words, notes, value_words, verdict_words
 from compress.runtime.runtimes import Runtime, as_lines
-from compress.terminal.escaping import code, markdown
+from compress.terminal.escaping import code, code_cell, markdown
+
+NAMED = 8  # things that are wrong, and are named on the first screen
+TITLES = {"perplexity_ratio": "perplexity ratio", "kl_divergence_mean": "KL, nats", "top1_agreement": "same top-1"}
+MARKS = {None: "", "held": "held", "missed": "**missed**", "undecided": "**undecided**"}
 
 
 def render(report: Report, done: Sequence[PassDone]) -> str:
     """report.json as Markdown, with what the passes say of themselves."""
-    sections = [
-        _headline(report),
+    details = [
         _artifacts(report),
+        *found_sections(report, report["prompts"]),
         _states(report),
-        _checks(report),
         _passes(report, done),
-        _versions(report),
+        versions(report["versions"]),
     ]
-    return "\n".join(section for section in sections if section)
+    head = [_headline(report["model"]["name"], report["verdict"], report), _size(report)]
+    head += [_lines(report, report["artifacts"])]
+    return "\n".join(part for part in [*head, *details] if part)
 
 
-def _headline(report: Report) -> str:
+def render_check(result: CheckFacts) -> str:
+    """What `check` found, of the same kind."""
+    name = f"{result['candidate']} against {result['baseline']['name']}"
+    head = [_headline(name, result["verdict"], result), _lines(result, ())]
+    details = [*found_sections(result, result["prompts"]), versions(result["versions"])]
+    return "\n".join(part for part in [*head, *details] if part)
+
+
+def _headline(name: str, verdict: str, found: FoundFacts) -> str:
+    """The verdict, why, and what to know before believing it."""
+    failed, why = overview.failures(found), "; ".join(overview.reasons(found))
+    said = [f"- **{f.kind}** {markdown(f.artifact)}: {code(f.subject)}: {markdown(f.words)}" for f in failed[:NAMED]]
+    said += [f"- and {len(failed) - NAMED} more, below"] if len(failed) > NAMED else []
+    said += [f"- Note: {markdown(remark)}" for remark in found["remarks"]]
+    title = f"# {markdown(name)}: {verdict_words(verdict, found['checks'])}\n"
+    return "\n".join([title, *([f"**{why}.**\n"] if why else []), *said, *([""] if said else [])])
+
+
+def _size(report: Report) -> str:
     model, size = report["model"], report["size"]
     ratio = size["candidate_bytes"] / size["baseline_float32_bytes"]
     return (
-        f"# {markdown(model['name'])}: {verdict_words(report['verdict'], report['checks'])}\n\n"
-        f"{model['parameters']:,} parameters ({model['active_parameters']:,} active), model type {code(model['model_type'])}.\n"
         f"Weights: {size['baseline_bytes']:,} bytes before, {size['candidate_bytes']:,} after "
-        f"({size['bits_per_weight']:.2f} bits per weight of the original, {ratio:.3f} of float32).\n"
+        f"({size['bits_per_weight']:.2f} bits per weight of the original, {ratio:.3f} of float32). "
+        f"{model['parameters']:,} parameters ({model['active_parameters']:,} active), model type {code(model['model_type'])}.\n"
     )
+
+
+def _lines(found: FoundFacts, written: Sequence[ArtifactFacts]) -> str:
+    """A row for each artifact."""
+    sizes = ["bytes", "bits per weight"] if written else []
+    metrics = overview.FIGURES if found["checks"] else ()
+    rows = [_line(line, len(sizes), metrics) for line in overview.lines(found, written)]
+    head = ["artifact", *sizes, *(TITLES[metric] for metric in metrics), "verdict"]
+    return folded.table(head, rows) + "\n" if rows else ""
+
+
+def _line(line: overview.Line, sizes: int, metrics: Sequence[MetricName]) -> list[str]:
+    size = ["", ""] if line.size is None else [f"{line.size['bytes']:,}", f"{line.size['bits_per_weight']:.2f}"]
+    figures = [_figure(line.figures[metric]) if metric in line.figures else "" for metric in metrics]
+    is_good = line.outcome in ("pass", "not checked")
+    return [markdown(line.artifact), *size[:sizes], *figures, line.outcome if is_good else f"**{line.outcome}**"]
+
+
+def _figure(row: RowFacts) -> str:
+    """The perplexity ratio with its interval; the fold has that of the others."""
+    interval = interval_words(row["low"], row["high"]) if row["metric"] == "perplexity_ratio" else ""
+    return value_words(row) + (f" ({interval})" if interval else "")
 
 
 def _artifacts(report: Report) -> str:
     rows = [
-        f"| {a['kind']} | {code(a['path'])} | {a['bytes']:,} | {a['graph_bytes']:,} | {a['bits_per_weight']:.2f} |"
+        [
+            markdown(a["kind"]),
+            code_cell(a["path"]),
+            f"{a['bytes']:,}",
+            f"{a['graph_bytes']:,}",
+            f"{a['bits_per_weight']:.2f}",
+        ]
         for a in report["artifacts"]
     ]
-    notes = [f"\n{a['kind']}: {markdown(note)}" for a in report["artifacts"] for note in a.get("notes", [])]
-    header = [
-        "## Artifacts\n",
-        "| kind | path | bytes | of which not weights | bits per weight |",
-        "|---|---|---|---|---|",
-    ]
-    return "\n".join([*header, *rows, *notes, "", *_runtimes(report), ""])
-
-
-def _runtimes(report: Report) -> list[str]:
-    """A line for each artifact, as in the dry run."""
-    found = [Runtime(**row) for row in report["runtimes"]]
-    return [f"- Loads in: {line}" for line in as_lines(found)]
+    head = ("kind", "path", "bytes", "of which not weights", "bits per weight")
+    notes = [f"{markdown(a['kind'])}: {markdown(note)}\n" for a in report["artifacts"] for note in a.get("notes", [])]
+    loads = [f"- Loads in: {markdown(line)}" for line in as_lines([Runtime(**row) for row in report["runtimes"]])]
+    return folded.section("Artifacts, and what loads them", "\n".join([folded.table(head, rows), "", *notes, *loads]))
 
 
 def _states(report: Report) -> str:
@@ -62,15 +106,16 @@ def _states(report: Report) -> str:
         return ""
     before, after = report["state_memory"]["baseline"], report["state_memory"]["candidate"]
     contexts = [int(tokens) for tokens in after["total"]["at"]]
-    titles = ["kept as", *(f"bytes at {tokens // 1024}K tokens" for tokens in contexts)]
+    head = ["", "kept as", *(f"bytes at {tokens // 1024}K tokens" for tokens in contexts)]
     rows = [
-        f"| {kind} | {_formats(report, kind)} | "
-        + " | ".join(f"{before[kind]['at'][at]:,} -> {after[kind]['at'][at]:,}" for at in after[kind]["at"])
-        + " |"
+        [
+            markdown(kind),
+            markdown(_formats(report, kind)),
+            *(f"{before[kind]['at'][at]:,} -> {after[kind]['at'][at]:,}" for at in after[kind]["at"]),
+        ]
         for kind in after
     ]
-    header = ["## States of a sequence\n", f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-    return "\n".join([*header, *rows, ""])
+    return folded.section("States of a sequence", folded.table(head, rows))
 
 
 def _formats(report: Report, kind: str) -> str:
@@ -89,40 +134,56 @@ def _format(row: StateFacts) -> str:
     return " ".join(filter(None, words))
 
 
-def _checks(report: Report) -> str:
-    if not report["checks"]:
-        return "## Checks\n\nNone were asked for.\n"
-    header = [
-        "## Checks\n",
-        "| artifact | phase | prompts | metric | value | 95 % interval | limit | |",
-        "|---|---|---|---|---|---|---|---|",
+def found_sections(found: FoundFacts, used: Sequence[Used]) -> list[str]:
+    """All that was measured, folded."""
+    return [
+        findings.audit(found["audit"]),
+        findings.layer_audit(found["layer_audit"]),
+        _checks(found, used),
+        findings.flips(found["flips"]),
+        findings.worst_prompts(found["worst_prompts"]),
+        findings.tasks(found["tasks"]),
+        measures.by_position(found["by_position"]),
+        measures.recall(found["recall"]),
+        measures.states(found["state_health"], found["state_saturation"]),
+        measures.generated(found["generated"]),
     ]
-    said = [f"- {note}\n" for note in notes(report["checks"])]
-    details = [measures.by_position(report["by_position"]), measures.recall(report["recall"])]
-    details += [measures.states(report["state_health"], report["state_saturation"])]
-    details += [measures.generated(report["generated"])]
-    return "\n".join([*header, *map(_check_row, report["checks"]), "", _prompts(report), *said, *details])
+
+
+def _checks(found: FoundFacts, used: Sequence[Used]) -> str:
+    rows = found["checks"]
+    if not rows:
+        return ""
+    outcomes = [outcome for row in rows if (outcome := overview.outcome(row))]
+    counts = ", ".join(f"{outcomes.count(word)} {word}" for word in dict.fromkeys(outcomes)) or "no limits were set"
+    head = ("artifact", "phase", "prompts", "metric", "value", "95 % interval", "limit", "")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *map(_check_row, rows)]
+    said = [f"- {markdown(note)}\n" for note in notes(rows)]
+    return folded.section(f"All {len(rows)} figures: {counts}", "\n".join([*lines, "", _prompts(used), *said]))
 
 
 def _check_row(row: RowFacts) -> str:
     limit = "" if row["limit"] is None else f"{row['limit']:g}"
-    mark = {None: "", True: "held", False: "**missed**"}[row["passed"]]
+    mark = MARKS[overview.outcome(row)]
     interval = interval_words(row.get("low"), row.get("high"))
-    name = f"{row['artifact']} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']}"
+    name = f"{markdown(row['artifact'])} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']}"
     return f"| {name} | {value_words(row)} | {interval} | {limit} | {mark} |"
 
 
-def _prompts(report: Report) -> str:
-    used = report["prompts"]
+def _prompts(used: Sequence[Used]) -> str:
     lines = [f"- {code(p['name'])}: {p['windows']} windows, {p['tokens']:,} tokens\n" for p in used]
-    return "".join(lines + [f"- Warning: {code(p['name'])}: {p['warning']}\n" for p in used if "warning" in p])
+    return "".join(
+        lines + [f"- Warning: {code(p['name'])}: {markdown(p['warning'])}\n" for p in used if "warning" in p]
+    )
 
 
 def _passes(report: Report, done: Sequence[PassDone]) -> str:
     if not done:
         return ""
     lines = [line for step in done for line in step.lines()]
-    return "\n".join(["## Passes\n", *lines, *_calibration(report), ""])
+    seconds = sum(step.seconds for step in done)
+    names = ", ".join(step.name for step in done)
+    return folded.section(f"Passes: {names}, {seconds:.1f} s", "\n".join([*lines, *_calibration(report)]))
 
 
 def _calibration(report: Report) -> list[str]:
@@ -136,9 +197,9 @@ def _calibration(report: Report) -> list[str]:
     if coverage := used.get("expert_coverage"):
         lines.append(f"- Of the experts, the least used one saw {coverage['min_tokens']:,} tokens.")
         if cold := coverage["experts_below_threshold"]:
-            lines.append(f"- {len(cold)} experts {coverage['below_threshold']}: {', '.join(cold)}.")
+            lines.append(f"- {len(cold)} experts {markdown(coverage['below_threshold'])}: {markdown(', '.join(cold))}.")
     return lines
 
 
-def _versions(report: Report) -> str:
-    return "## Versions\n\n" + ", ".join(f"{name} {value}" for name, value in report["versions"].items()) + "\n"
+def versions(found: dict[str, str]) -> str:
+    return folded.section("Versions", ", ".join(f"{name} {value}" for name, value in found.items()))

@@ -6,7 +6,9 @@ from compress.check.generated import GeneratedFacts
 from compress.check.positions import PositionFacts
 from compress.check.recall import RecallFacts
 from compress.check.states import HealthFacts, SaturationFacts
+from compress.report import folded
 from compress.report.terminal import interval_words
+from compress.terminal.escaping import markdown
 
 
 def by_position(rows: Sequence[PositionFacts]) -> str:
@@ -74,7 +76,4 @@ def _range(first: int, last: int) -> str:
 
 
 def _folded(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join([f"<details><summary>{title}</summary>\n", *lines, "\n</details>\n"])
+    return folded.section(title, folded.table(head, [list(map(markdown, cells)) for cells in rows])) if rows else ""

@@ -12,6 +12,7 @@ from compress.output_folder.manifest import versions
 from compress.recipe import source
 from compress.recipe.check import Check
 from compress.report import terminal
+from compress.report.schema import CheckFacts
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.json_text import JsonObject
@@ -75,7 +76,7 @@ def _file_limits(path: Path | None) -> JsonObject:
     return values
 
 
-def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict[str, object]:
+def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> CheckFacts:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, original_path = find_artifact(candidate), _baseline_path(baseline)
     for artifact in (original_path, path):
@@ -88,7 +89,7 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
     _refuse_unfit(original, path, checks)
     found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
     figures, decided = [row.to_json() for row in found.rows], verdict(found.rows)
-    result: dict[str, object] = {
+    result: CheckFacts = {
         "schema": 1,
         "verdict": decided,
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
