@@ -69,7 +69,7 @@ def test_all_else_is_folded_under_a_line_that_says_the_main_thing():
     summaries = re.findall(r"<summary>(.*)</summary>", text)
     for said in (
         "Weight audit: 2 of 10 tensors fail",
-        "Layer audit: 1 of 3 blocks fail",
+        "Layer audit: 1 of 3 blocks fails",
         "All 32 figures: 4 missed, 4 held, 4 undecided",
         "States of a sequence",
         "Tasks: 1 rows",

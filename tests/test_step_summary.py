@@ -55,7 +55,10 @@ def test_nothing_is_written_where_the_variable_is_empty_or_not_set(monkeypatch, 
 
 def large() -> str:
     sample = report_samples.report()
-    sample["worst_prompts"] = [report_samples.worst("onnx", n) for n in range(40_000)]
+    sample["worst_prompts"] = [report_samples.worst("onnx", n) | {"text": "\u732b" * 300} for n in range(400)]
+    sample["worst_prompts"] = [
+        row | {"baseline_text": row["text"], "candidate_text": row["text"]} for row in sample["worst_prompts"]
+    ]
     return markdown.render(sample, [])
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from compress.check.compare import Row, verdict
 from compress.check.metrics import Scores, score, summarize
 from compress.recipe.recipe import load_recipe
-from compress.report import markdown
+from compress.report import folded, measures
 from compress.runtime.artifacts import open_artifact
 from compress.strict import json_text
 from compress.studies import generation
@@ -128,7 +128,7 @@ def test_text_of_a_model_that_gives_nan_is_refused(overflowing, temperature):
 def test_a_report_shows_what_is_not_finite():
     entry = row(float("nan")).to_json()
     assert entry["value"] is None
-    assert "not finite" in markdown._check_row(entry)
+    assert "**not finite**" in folded.of(measures.checks([entry]))
 
 
 def test_json_is_written_without_what_json_does_not_have():

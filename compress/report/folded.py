@@ -1,16 +1,12 @@
 """Markdown that a reader opens: tables and sections behind one line that says the main thing."""
 
 import html
-from collections.abc import Sequence
 
-from compress.terminal.escaping import printable
+from compress.report.tables import Table
+from compress.terminal.escaping import markdown, printable
 
 OPENING = "<details><summary>"  # what a folded section begins with, at the beginning of a line; names are escaped
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+MOST = 400  # rows of a table that are shown; the JSON has every one
 
 
 def section(summary: str, body: str) -> str:
@@ -18,3 +14,21 @@ def section(summary: str, body: str) -> str:
     no body."""
     said = html.escape(printable(summary), quote=False)
     return f"{OPENING}{said}</summary>\n\n{body.strip()}\n\n</details>\n" if body.strip() else ""
+
+
+def of(found: Table, below: str = "") -> str:
+    """A table behind its title, with Markdown `below` it; empty where it has no rows."""
+    if not found.rows:
+        return ""
+    left = len(found.rows) - MOST
+    rest = f"\n\nThe other {left:,} rows are in the JSON." if left > 0 else ""
+    return section(found.title, f"{shown(found)}{rest}\n\n{below}")
+
+
+def shown(found: Table) -> str:
+    rows = (list(map(_cell, cells)) for cells in found.rows[:MOST])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (found.head, ["---"] * len(found.head), *rows))
+
+
+def _cell(text: str) -> str:
+    return f"**{text}**" if Table.is_alarming(text) else markdown(text)

@@ -3,20 +3,16 @@ by name, the size and one row for each artifact; all else is folded."""
 
 from collections.abc import Sequence
 
-from compress.check.compare import FoundFacts, RowFacts
-from compress.model.sizes import StateFacts
+from compress.check.compare import FoundFacts
 from compress.prompts import Used
-from compress.recipe.check import MetricName
-from compress.report import findings, folded, measures, overview
+from compress.report import findings, folded, measures, overview, written
 from compress.report.passes import PassDone
 from compress.report.schema import ArtifactFacts, CheckFacts, Report
-from compress.report.terminal import interval_words, notes, value_words, verdict_words
+from compress.report.terminal import notes, verdict_words
 from compress.runtime.runtimes import Runtime, as_lines
-from compress.terminal.escaping import code, code_cell, markdown
+from compress.terminal.escaping import code, markdown
 
 NAMED = 8  # things that are wrong, and are named on the first screen
-TITLES = {"perplexity_ratio": "perplexity ratio", "kl_divergence_mean": "KL, nats", "top1_agreement": "same top-1"}
-MARKS = {None: "", "held": "held", "missed": "**missed**", "undecided": "**undecided**"}
 
 
 def render(report: Report, done: Sequence[PassDone]) -> str:
@@ -24,7 +20,7 @@ def render(report: Report, done: Sequence[PassDone]) -> str:
     details = [
         _artifacts(report),
         *found_sections(report, report["prompts"]),
-        _states(report),
+        folded.of(written.states(report)),
         _passes(report, done),
         versions(report["versions"]),
     ]
@@ -61,113 +57,32 @@ def _size(report: Report) -> str:
     )
 
 
-def _lines(found: FoundFacts, written: Sequence[ArtifactFacts]) -> str:
-    """A row for each artifact."""
-    sizes = ["bytes", "bits per weight"] if written else []
-    metrics = overview.FIGURES if found["checks"] else ()
-    rows = [_line(line, len(sizes), metrics) for line in overview.lines(found, written)]
-    head = ["artifact", *sizes, *(TITLES[metric] for metric in metrics), "verdict"]
-    return folded.table(head, rows) + "\n" if rows else ""
-
-
-def _line(line: overview.Line, sizes: int, metrics: Sequence[MetricName]) -> list[str]:
-    size = ["", ""] if line.size is None else [f"{line.size['bytes']:,}", f"{line.size['bits_per_weight']:.2f}"]
-    figures = [_figure(line.figures[metric]) if metric in line.figures else "" for metric in metrics]
-    is_good = line.outcome in ("pass", "not checked")
-    return [markdown(line.artifact), *size[:sizes], *figures, line.outcome if is_good else f"**{line.outcome}**"]
-
-
-def _figure(row: RowFacts) -> str:
-    """The perplexity ratio with its interval; the fold has that of the others."""
-    interval = interval_words(row["low"], row["high"]) if row["metric"] == "perplexity_ratio" else ""
-    return value_words(row) + (f" ({interval})" if interval else "")
+def _lines(found: FoundFacts, artifacts: Sequence[ArtifactFacts]) -> str:
+    table = overview.table(found, artifacts)
+    return folded.shown(table) + "\n" if table.rows else ""
 
 
 def _artifacts(report: Report) -> str:
-    rows = [
-        [
-            markdown(a["kind"]),
-            code_cell(a["path"]),
-            f"{a['bytes']:,}",
-            f"{a['graph_bytes']:,}",
-            f"{a['bits_per_weight']:.2f}",
-        ]
-        for a in report["artifacts"]
-    ]
-    head = ("kind", "path", "bytes", "of which not weights", "bits per weight")
     notes = [f"{markdown(a['kind'])}: {markdown(note)}\n" for a in report["artifacts"] for note in a.get("notes", [])]
     loads = [f"- Loads in: {markdown(line)}" for line in as_lines([Runtime(**row) for row in report["runtimes"]])]
-    return folded.section("Artifacts, and what loads them", "\n".join([folded.table(head, rows), "", *notes, *loads]))
-
-
-def _states(report: Report) -> str:
-    """What a sequence takes, where states are kept in formats of their own."""
-    if not report["states"]:
-        return ""
-    before, after = report["state_memory"]["baseline"], report["state_memory"]["candidate"]
-    contexts = [int(tokens) for tokens in after["total"]["at"]]
-    head = ["", "kept as", *(f"bytes at {tokens // 1024}K tokens" for tokens in contexts)]
-    rows = [
-        [
-            markdown(kind),
-            markdown(_formats(report, kind)),
-            *(f"{before[kind]['at'][at]:,} -> {after[kind]['at'][at]:,}" for at in after[kind]["at"]),
-        ]
-        for kind in after
-    ]
-    return folded.section("States of a sequence", folded.table(head, rows))
-
-
-def _formats(report: Report, kind: str) -> str:
-    """Those in which layers keep a kind of state."""
-    rows = [row for row in report["states"] if row["kind"] == kind]
-    return ", ".join(dict.fromkeys(map(_format, rows)))
-
-
-def _format(row: StateFacts) -> str:
-    """Such as `int8 + int8 every 4 tokens`, the second being what rounding loses."""
-    words = [row["format"], "stochastic" if row["rounding"] == "stochastic" else ""]
-    words += [
-        f"+ {row['residual']}" if "residual" in row else "",
-        f"every {row['every']} tokens" if row["every"] > 1 else "",
-    ]
-    return " ".join(filter(None, words))
+    return folded.of(written.artifacts(report), "\n".join([*notes, *loads]))
 
 
 def found_sections(found: FoundFacts, used: Sequence[Used]) -> list[str]:
     """All that was measured, folded."""
+    said = "".join([_prompts(used), *(f"- {markdown(note)}\n" for note in notes(found["checks"]))])
     return [
-        findings.audit(found["audit"]),
-        findings.layer_audit(found["layer_audit"]),
-        _checks(found, used),
-        findings.flips(found["flips"]),
-        findings.worst_prompts(found["worst_prompts"]),
-        findings.tasks(found["tasks"]),
-        measures.by_position(found["by_position"]),
-        measures.recall(found["recall"]),
-        measures.states(found["state_health"], found["state_saturation"]),
-        measures.generated(found["generated"]),
+        folded.of(findings.audit(found["audit"])),
+        folded.of(findings.layer_audit(found["layer_audit"])),
+        folded.of(measures.checks(found["checks"]), said),
+        folded.of(findings.flips(found["flips"])),
+        folded.of(findings.worst_prompts(found["worst_prompts"])),
+        folded.of(findings.tasks(found["tasks"])),
+        folded.of(measures.by_position(found["by_position"])),
+        folded.of(measures.recall(found["recall"])),
+        folded.of(measures.states(found["state_health"], found["state_saturation"])),
+        folded.of(measures.generated(found["generated"])),
     ]
-
-
-def _checks(found: FoundFacts, used: Sequence[Used]) -> str:
-    rows = found["checks"]
-    if not rows:
-        return ""
-    outcomes = [outcome for row in rows if (outcome := overview.outcome(row))]
-    counts = ", ".join(f"{outcomes.count(word)} {word}" for word in dict.fromkeys(outcomes)) or "no limits were set"
-    head = ("artifact", "phase", "prompts", "metric", "value", "95 % interval", "limit", "")
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *map(_check_row, rows)]
-    said = [f"- {markdown(note)}\n" for note in notes(rows)]
-    return folded.section(f"All {len(rows)} figures: {counts}", "\n".join([*lines, "", _prompts(used), *said]))
-
-
-def _check_row(row: RowFacts) -> str:
-    limit = "" if row["limit"] is None else f"{row['limit']:g}"
-    mark = MARKS[overview.outcome(row)]
-    interval = interval_words(row.get("low"), row.get("high"))
-    name = f"{markdown(row['artifact'])} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']}"
-    return f"| {name} | {value_words(row)} | {interval} | {limit} | {mark} |"
 
 
 def _prompts(used: Sequence[Used]) -> str:

@@ -1,7 +1,7 @@
 """What a reader must see first: what is wrong, by name, and one line for each artifact. Words are plain; who shows them escapes
 them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from compress.check.audit import AuditFacts
@@ -9,10 +9,15 @@ from compress.check.compare import ALL, FoundFacts, RowFacts
 from compress.check.layer_audit import LayerAuditFacts
 from compress.recipe.check import METRICS, MetricName
 from compress.report.schema import ArtifactFacts
+from compress.report.tables import Table
 from compress.report.terminal import interval_words, is_unmeasured, value_words
 
 Kind = Literal["audit", "layer audit", "not finite", "missed", "undecided"]
-FIGURES: tuple[MetricName, ...] = ("perplexity_ratio", "kl_divergence_mean", "top1_agreement")
+FIGURES: dict[MetricName, str] = {
+    "perplexity_ratio": "perplexity ratio",
+    "kl_divergence_mean": "KL, nats",
+    "top1_agreement": "same top-1",
+}
 
 
 class Failure(NamedTuple):
@@ -157,3 +162,23 @@ def _outcome(found: FoundFacts, artifact: str, failed: Sequence[Failure]) -> str
         return "undecided" if kinds == {"undecided"} else "fail"
     limited = any(outcome(row) == "held" for row in found["checks"] if row["artifact"] == artifact)
     return "pass" if limited else "not checked"
+
+
+def table(found: FoundFacts, written: Sequence[ArtifactFacts] = ()) -> Table:
+    """A row for each artifact."""
+    sizes = ("bytes", "bits per weight") if written else ()
+    figures = FIGURES if found["checks"] else {}
+    head = ("artifact", *sizes, *figures.values(), "verdict")
+    return Table("Artifacts", head, [_cells(line, len(sizes), figures) for line in lines(found, written)])
+
+
+def _cells(line: Line, sizes: int, metrics: Iterable[MetricName]) -> list[str]:
+    size = ["", ""] if line.size is None else [f"{line.size['bytes']:,}", f"{line.size['bits_per_weight']:.2f}"]
+    figures = [_figure(line.figures[metric]) if metric in line.figures else "" for metric in metrics]
+    return [line.artifact, *size[:sizes], *figures, line.outcome]
+
+
+def _figure(row: RowFacts) -> str:
+    """The perplexity ratio with its interval; the table of all figures has that of the others."""
+    interval = interval_words(row["low"], row["high"]) if row["metric"] == "perplexity_ratio" else ""
+    return value_words(row) + (f" ({interval})" if interval else "")

@@ -34,11 +34,6 @@ def code(text: object) -> str:
     return f"{fence}{space}{shown}{space}{fence}"
 
 
-def code_cell(text: object) -> str:
-    """The same in a cell of a table, which ends at any `|`."""
-    return code(text).replace("|", "\\|")
-
-
 def code_block(text: str, language: str) -> str:
     """Lines of text as a fenced block that they cannot end."""
     fence = _fence(text, 3)
