@@ -163,21 +163,22 @@ def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, 
 @SEED
 @DEVICE
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
+@click.option("--html", "html_file", metavar="FILE", help="Write the report as one HTML file.")
 @click.option("--junit", "junit_file", metavar="FILE", help="Write limits and audits as tests that CI systems list.")
 def check(baseline: str, candidate: Path, prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None,
           samples: int, length: int, prefill: int, distances: tuple[int, ...], trials: int | None, states: bool | None,
           generate: int | None, tokens: int | None, seed: int, device: str, json_file: str | None,
-          junit_file: str | None) -> None:  # fmt: skip
+          html_file: str | None, junit_file: str | None) -> None:  # fmt: skip
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
     from compress.report import terminal
     from compress.studies import comparison, results, told
 
     settings = comparison.settings(prompts, limits, limits_file, samples, length, prefill, distances, trials,
                                    states, generate, tokens)  # fmt: skip
-    results.refuse_unwritable(json_file, junit_file=junit_file)
+    results.refuse_unwritable(json_file, html_file, junit_file)
     _refuse_missing_device(device)
     result = comparison.compare(baseline, candidate, settings, seed=seed, device=device)
-    told.write(result, settings, json_file, junit_file)
+    told.write(result, settings, json_file, html_file, junit_file)
     sys.exit(0 if result["verdict"] in terminal.GOOD else MISSED)
 
 

@@ -26,6 +26,7 @@ from compress.prompts import Used
 from compress.recipe.recipe import ExportStep, LoadedRecipe, Recipe
 from compress.recipe.source import Source
 from compress.report import junit, markdown, model_card
+from compress.report.html import report_page, strip
 from compress.report.passes import PassDone
 from compress.report.schema import Report
 from compress.runtime.artifacts import CheckpointArtifact
@@ -185,6 +186,8 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Rep
     report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.checked.rows))
     json_files.write_json(space.folder / "report.json", report)
     files.write_text(space.folder / "report.md", markdown.render(report, outcome.passes))
+    page = report_page.render(report, outcome.passes, strip.strip(planned.result.architecture, planned.units), resolved)
+    files.write_text(space.folder / "report.html", page)
     files.write_text(space.folder / "junit.xml", _as_tests(report, planned.recipe))
     files.write_text(space.folder / "recipe.yaml", job.recipe.text)
     files.write_text(space.folder / "recipe.resolved.yaml", resolved)

@@ -95,10 +95,13 @@ def _prompts(used: Sequence[Used]) -> str:
 def _passes(report: Report, done: Sequence[PassDone]) -> str:
     if not done:
         return ""
-    lines = [line for step in done for line in step.lines()]
-    seconds = sum(step.seconds for step in done)
-    names = ", ".join(step.name for step in done)
-    return folded.section(f"Passes: {names}, {seconds:.1f} s", "\n".join([*lines, *_calibration(report)]))
+    seconds, names = sum(step.seconds for step in done), ", ".join(step.name for step in done)
+    return folded.section(f"Passes: {names}, {seconds:.1f} s", "\n".join(pass_lines(report, done)))
+
+
+def pass_lines(report: Report, done: Sequence[PassDone]) -> list[str]:
+    """What passes say of themselves, and what they were calibrated on."""
+    return [*(line for step in done for line in step.lines()), *_calibration(report)]
 
 
 def _calibration(report: Report) -> list[str]:

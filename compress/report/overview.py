@@ -168,14 +168,14 @@ def table(found: FoundFacts, written: Sequence[ArtifactFacts] = ()) -> Table:
     """A row for each artifact."""
     sizes = ("bytes", "bits per weight") if written else ()
     figures = FIGURES if found["checks"] else {}
-    head = ("artifact", *sizes, *figures.values(), "verdict")
+    head = ("artifact", "verdict", *sizes, *figures.values())
     return Table("Artifacts", head, [_cells(line, len(sizes), figures) for line in lines(found, written)])
 
 
 def _cells(line: Line, sizes: int, metrics: Iterable[MetricName]) -> list[str]:
     size = ["", ""] if line.size is None else [f"{line.size['bytes']:,}", f"{line.size['bits_per_weight']:.2f}"]
     figures = [_figure(line.figures[metric]) if metric in line.figures else "" for metric in metrics]
-    return [line.artifact, *size[:sizes], *figures, line.outcome]
+    return [line.artifact, line.outcome, *size[:sizes], *figures]
 
 
 def _figure(row: RowFacts) -> str:
