@@ -24,13 +24,14 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points that a line joins, where `joined`. Colours count from 0."""
+    """Points that a line joins, where `joined`. Colours count from 0; a strong one is thick, in the colour of text."""
 
     name: str
     points: Sequence[Point]
     colour: int
     dashed: bool = False
     joined: bool = True
+    strong: bool = False
 
 
 class Dot(NamedTuple):
@@ -43,8 +44,7 @@ class Curve(NamedTuple):
     """What is drawn of a series; `path` and `band` are in SVG's words, empty where there is nothing to draw."""
 
     name: str
-    colour: int
-    dashed: bool
+    looks: str  # the classes of its colour and stroke
     path: str
     band: str
     dots: list[Dot]
@@ -103,7 +103,12 @@ def _up(share: float) -> float:
 def _curve(series: Series, x: Scale, y: Scale) -> Curve:
     dots = [Dot(_across(x.place(p.x)), _up(y.place(p.y)), p.words) for p in series.points]
     path = _path([(dot.x, dot.y) for dot in dots]) if series.joined and len(dots) > 1 else ""
-    return Curve(series.name, series.colour % COLOURS + 1, series.dashed, path, _band(series.points, x, y), dots)
+    return Curve(series.name, _looks(series), path, _band(series.points, x, y), dots)
+
+
+def _looks(series: Series) -> str:
+    colour = "strong" if series.strong else f"c{series.colour % COLOURS + 1}"
+    return f"{colour} dashed" if series.dashed else colour
 
 
 def _band(points: Sequence[Point], x: Scale, y: Scale) -> str:

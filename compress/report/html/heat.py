@@ -22,24 +22,33 @@ class Cell(NamedTuple):
 EMPTY = Cell("")
 
 
+class Row(NamedTuple):
+    """`kind` stands beside the label."""
+
+    label: str
+    cells: Sequence[Cell]
+    kind: str = ""
+
+
 class Heat(NamedTuple):
-    """A row of cells for each label. A column has a label above, and may have a line above that."""
+    """A column has a label above, and may have another above that."""
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
+    rows: Sequence[Row]
     above: Sequence[str] = ()
     legend: Sequence[Cell] = ()
 
 
 def cell(text: str, share: float, stops: Sequence[str], words: str = "") -> Cell:
     """Of a value that lies so far, 0 .. 1, between the ends of the map."""
-    colour = _between(stops, min(max(share, 0.0), 1.0))
+    colour = between(stops, share)
     return Cell(text, "#" + "".join(f"{part:02x}" for part in colour), _ink(colour), words)
 
 
-def _between(stops: Sequence[str], share: float) -> tuple[int, int, int]:
-    place = share * (len(stops) - 1)
+def between(stops: Sequence[str], share: float) -> tuple[int, int, int]:
+    """Red, green and blue of a place, 0 .. 1, in a map."""
+    place = min(max(share, 0.0), 1.0) * (len(stops) - 1)
     first = min(int(place), len(stops) - 2)
     begin, end = (tuple(int(stops[n][at : at + 2], 16) for at in (1, 3, 5)) for n in (first, first + 1))
     red, green, blue = (round(a + (b - a) * (place - first)) for a, b in zip(begin, end, strict=True))
@@ -86,10 +95,9 @@ def small(value: float, floor: float) -> str:
 
 
 def grid(
-    title: str, cells: Mapping[tuple[str, str], Cell], rows: Sequence[str], columns: Sequence[str],
+    title: str, cells: Mapping[tuple[str, str], Cell], rows: Mapping[str, str], columns: Sequence[str],
     above: Sequence[str] = (), legend: Sequence[Cell] = (),
 ) -> Heat:  # fmt: skip
-    """By (row, column); a place that has none is empty."""
-    return Heat(
-        title, columns, [(row, [cells.get((row, column), EMPTY) for column in columns]) for row in rows], above, legend
-    )
+    """By (row, column); a place that has none is empty. `rows` have their kinds, `above` stands over the columns."""
+    found = [Row(row, [cells.get((row, column), EMPTY) for column in columns], kind) for row, kind in rows.items()]
+    return Heat(title, columns, found, above, legend)

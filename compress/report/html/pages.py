@@ -18,7 +18,7 @@ MOST = 1000  # rows of a table that are shown; the JSON has every one
 
 
 def render(template: Path, **values: object) -> str:
-    """The template may extend `page.html.j2` and use what `parts.html.j2` has; what it names and is not given is an error."""
+    """The template may extend `base.html.j2` and use what `parts.html.j2` has; what it names and is not given is an error."""
     environment = _environment(template.parent)
     return environment.get_template(template.name).render(values)
 

@@ -148,6 +148,5 @@ def trials(found: Sequence[Trial]) -> Heat | None:
             f"{trial.part} as {trial.way}: {number(trial.kl_divergence_mean)} nats{', chosen' if trial.chosen else ''}"
         )
         cells[trial.part, trial.way] = heat.cell(text, scale.share(min(value, 1e9)), heat.YELLOW_RED, words)
-    parts, ways = (list(dict.fromkeys(trial[place] for trial in found)) for place in (0, 1))
-    legend = scale.legend(heat.YELLOW_RED)
-    return heat.grid("What single states cost", cells, [str(p) for p in parts], [str(w) for w in ways], legend=legend)
+    parts, ways = dict.fromkeys((trial.part for trial in found), ""), list(dict.fromkeys(trial.way for trial in found))
+    return heat.grid("What single states cost", cells, parts, ways, legend=scale.legend(heat.YELLOW_RED))

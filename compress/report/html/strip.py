@@ -39,7 +39,7 @@ def strip(architecture: Architecture, units: Sequence[Unit]) -> Heat:
         for weight in unit.weights.values():
             stored.setdefault((str(weight.role), unit.name), Stored()).add(weight)
     cells = {(role, columns[unit]): _cell(role, unit, found) for (role, unit), found in stored.items()}
-    roles = list(dict.fromkeys(role for role, _ in stored))
+    roles = dict.fromkeys((role for role, _ in stored), "")
     kinds = [kinds_of(architecture).get(unit.name, "") for unit in units]
     return heat.grid("Bits per weight", cells, roles, list(columns.values()), kinds, _legend())
 
