@@ -112,7 +112,7 @@ def test_names_may_hold_anything():
 
 
 def test_check_and_apply_write_it(compress_cli, small, applied, tmp_path):
-    arguments = ("check", small, small, "--prompts", "self", "--samples", 1, "--length", 12)
+    arguments = ("check", small, small, "--prompts", "self", "--samples", 4, "--length", 12)
     limits = ("--limit", "kl_divergence_mean=1", "--limit", "top1_agreement=0.5")
     result = compress_cli(*arguments, *limits, "--junit", tmp_path / "junit.xml")
     assert result.exit_code == 0, result.output

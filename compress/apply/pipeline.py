@@ -183,7 +183,7 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
 def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Report:
     """Report, recipe, and last of all the manifest; then the folder gets its name."""
     resolved = planned.recipe.resolved_yaml()
-    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.checked.rows))
+    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.checked))
     json_files.write_json(space.folder / "report.json", report)
     files.write_text(space.folder / "report.md", markdown.render(report, outcome.passes))
     page = report_page.render(report, outcome.passes, strip.strip(planned.result.architecture, planned.units), resolved)
@@ -204,5 +204,5 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Rep
 def _as_tests(report: Report, recipe: Recipe) -> str:
     """What a CI system lists."""
     artifacts = [artifact["kind"] for artifact in report["artifacts"]]
-    on_undecided: junit.OnUndecided = getattr(recipe.check, "on_undecided", "fail")
+    on_undecided = "fail" if recipe.check is None else recipe.check.on_undecided
     return junit.render(report["model"]["name"], report, artifacts, on_undecided)

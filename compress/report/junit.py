@@ -90,7 +90,7 @@ def _limits(rows: Sequence[RowFacts], on_undecided: OnUndecided) -> Iterator[Cas
             yield Case(name, "not finite", words)
         elif row["limit"] is not None and is_unmeasured(row):
             yield Case(name, "skipped", row.get("note", words))
-        elif (outcome := overview.outcome(row)) == "undecided" and on_undecided == "pass":
+        elif (outcome := row["outcome"]) == "undecided" and on_undecided == "pass":
             yield Case(name, "skipped", f"undecided: {words}")
         elif outcome is not None:
             yield Case(name) if outcome == "held" else Case(name, outcome, words)

@@ -3,12 +3,12 @@ by name, the size and one row for each artifact; all else is folded."""
 
 from collections.abc import Sequence
 
-from compress.check.compare import FoundFacts
+from compress.check.compare import FoundFacts, Verdict
 from compress.prompts import Used
 from compress.report import findings, folded, measures, overview, written
 from compress.report.passes import PassDone
 from compress.report.schema import ArtifactFacts, CheckFacts, Report
-from compress.report.terminal import notes, verdict_words
+from compress.report.terminal import notes
 from compress.runtime.runtimes import Runtime, as_lines
 from compress.terminal.escaping import code, markdown
 
@@ -37,13 +37,13 @@ def render_check(result: CheckFacts) -> str:
     return "\n".join(part for part in [*head, *details] if part)
 
 
-def _headline(name: str, verdict: str, found: FoundFacts) -> str:
+def _headline(name: str, verdict: Verdict, found: FoundFacts) -> str:
     """The verdict, why, and what to know before believing it."""
     failed, why = overview.failures(found), "; ".join(overview.reasons(found))
     said = [f"- **{f.kind}** {markdown(f.artifact)}: {code(f.subject)}: {markdown(f.words)}" for f in failed[:NAMED]]
     said += [f"- and {len(failed) - NAMED} more, below"] if len(failed) > NAMED else []
     said += [f"- Note: {markdown(remark)}" for remark in found["remarks"]]
-    title = f"# {markdown(name)}: {verdict_words(verdict, found['checks'])}\n"
+    title = f"# {markdown(name)}: {overview.verdict(verdict, found)}\n"
     return "\n".join([title, *([f"**{why}.**\n"] if why else []), *said, *([""] if said else [])])
 
 

@@ -7,13 +7,12 @@ from compress.check.generated import GeneratedFacts
 from compress.check.positions import PositionFacts
 from compress.check.recall import RecallFacts
 from compress.check.states import HealthFacts, SaturationFacts
-from compress.report import overview
 from compress.report.tables import Table, known, number, span
-from compress.report.terminal import interval_words, value_words
+from compress.report.terminal import interval_words, outcome_words, value_words
 
 
 def checks(rows: Sequence[RowFacts]) -> Table:
-    outcomes = [outcome for row in rows if (outcome := overview.outcome(row))]
+    outcomes = [row["outcome"] for row in rows if row["outcome"]]
     counts = ", ".join(f"{outcomes.count(word)} {word}" for word in dict.fromkeys(outcomes)) or "no limits were set"
     head = ("artifact", "phase", "prompts", "metric", "value", "95 % interval", "limit", "outcome")
     return Table(f"All {len(rows)} figures: {counts}", head, [_of_figure(row) for row in rows])
@@ -22,7 +21,7 @@ def checks(rows: Sequence[RowFacts]) -> Table:
 def _of_figure(row: RowFacts) -> list[str]:
     name = [row["artifact"], row["phase"], row["prompts"], row["metric"]]
     limit = "" if row["limit"] is None else f"{row['limit']:g}"
-    return [*name, value_words(row), interval_words(row["low"], row["high"]), limit, overview.outcome(row) or ""]
+    return [*name, value_words(row), interval_words(row["low"], row["high"]), limit, outcome_words(row)]
 
 
 def by_position(rows: Sequence[PositionFacts]) -> Table:

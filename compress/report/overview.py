@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from compress.check.audit import AuditFacts
-from compress.check.compare import ALL, FoundFacts, RowFacts
+from compress.check.compare import ALL, FoundFacts, RowFacts, Verdict
 from compress.check.layer_audit import LayerAuditFacts
 from compress.recipe.check import METRICS, MetricName
 from compress.report.schema import ArtifactFacts
 from compress.report.tables import Table
-from compress.report.terminal import interval_words, is_unmeasured, value_words
+from compress.report.terminal import interval_words, is_unmeasured, settling_words, value_words, verdict_words
 
 Kind = Literal["audit", "layer audit", "not finite", "missed", "undecided"]
 FIGURES: dict[MetricName, str] = {
@@ -42,11 +42,9 @@ class Line(NamedTuple):
     outcome: str
 
 
-def outcome(row: RowFacts) -> str | None:
-    """`held`, `missed` or `undecided`; None where there is no limit, or nothing that it could be compared with."""
-    if row["limit"] is None or is_unmeasured(row):
-        return None
-    return str(row.get("outcome") or ("held" if row["passed"] else "missed"))
+def verdict(decided: Verdict, found: FoundFacts) -> str:
+    """The verdict alone where what is wrong is named beside it, else with its reason."""
+    return decided.replace("_", " ") if failures(found) else verdict_words(decided, found)
 
 
 def failures(found: FoundFacts) -> list[Failure]:
@@ -58,8 +56,8 @@ def failures(found: FoundFacts) -> list[Failure]:
         *(Failure("audit", row["artifact"], row["tensor"], audit_words(row)) for row in tensors),
         *(Failure("layer audit", row["artifact"], block_words(row), audit_words(row)) for row in blocks),
         *(_of_row("not finite", row) for row in rows if is_not_finite(row)),
-        *(_of_row("missed", row) for row in rows if outcome(row) == "missed" and not is_not_finite(row)),
-        *(_of_row("undecided", row) for row in rows if outcome(row) == "undecided"),
+        *(_of_row("missed", row) for row in rows if row["outcome"] == "missed" and not is_not_finite(row)),
+        *(_of_row("undecided", row) for row in rows if row["outcome"] == "undecided"),
     ]
 
 
@@ -98,12 +96,12 @@ def _of_row(kind: Kind, row: RowFacts) -> Failure:
 
 def row_words(row: RowFacts) -> str:
     """The value with its interval, the limit, and what would settle it."""
-    interval, limit, more = interval_words(row["low"], row["high"]), row["limit"], row.get("more_tokens")
+    interval, limit = interval_words(row["low"], row["high"]), row["limit"]
     return (
         value_words(row)
         + (f" ({interval})" if interval else "")
         + ("" if limit is None else f", limit: {limit_words(row['metric'], limit)}")
-        + (f"; about {more:,} more tokens would settle it" if isinstance(more, int) else "")
+        + (f"; {settling_words(row)}" if row["outcome"] == "undecided" else "")
     )
 
 
@@ -115,7 +113,7 @@ def reasons(found: FoundFacts) -> list[str]:
     """How many of each kind, as parts of a sentence."""
     kinds = [failure.kind for failure in failures(found)]
     rows = [row for row in found["checks"] if row["prompts"] == ALL]
-    limits = sum(outcome(row) is not None for row in rows)
+    limits = sum(row["outcome"] is not None for row in rows)
     parts: list[tuple[Kind, int, str]] = [
         ("audit", len(found["audit"]), "tensors fail the weight audit"),
         ("layer audit", len(found["layer_audit"]), "blocks fail the layer audit"),
@@ -160,7 +158,7 @@ def _outcome(found: FoundFacts, artifact: str, failed: Sequence[Failure]) -> str
     kinds = {failure.kind for failure in failed if failure.artifact == artifact}
     if kinds:
         return "undecided" if kinds == {"undecided"} else "fail"
-    limited = any(outcome(row) == "held" for row in found["checks"] if row["artifact"] == artifact)
+    limited = any(row["outcome"] == "held" for row in found["checks"] if row["artifact"] == artifact)
     return "pass" if limited else "not checked"
 
 

@@ -16,7 +16,7 @@ class Table(NamedTuple):
 
     @staticmethod
     def is_alarming(text: str) -> bool:
-        return text in ALARMING
+        return text in ALARMING or text.startswith("undecided (")
 
 
 def number(value: float | None, digits: int = 4) -> str:

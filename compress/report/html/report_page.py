@@ -7,7 +7,7 @@ from typing import NamedTuple
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from compress.check.compare import FoundFacts
+from compress.check.compare import FoundFacts, Verdict
 from compress.check.worst import WorstFacts
 from compress.report import findings, markdown, measures, overview, written
 from compress.report.html import pages, plots
@@ -15,7 +15,7 @@ from compress.report.html.charts import Plot
 from compress.report.html.heat import Heat
 from compress.report.passes import PassDone
 from compress.report.schema import CheckFacts, Report
-from compress.report.terminal import notes, verdict_words
+from compress.report.terminal import notes
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 NAMED = 8  # things that are wrong, and are named on the first screen
@@ -71,12 +71,12 @@ def _drawn(found: FoundFacts) -> list[Plot | None]:
     return [plots.divergence_by_position(found["by_position"]), plots.recall_by_distance(found["recall"])]
 
 
-def _common(found: FoundFacts, name: str, verdict: str) -> dict[str, object]:
+def _common(found: FoundFacts, name: str, verdict: Verdict) -> dict[str, object]:
     failed = overview.failures(found)
     audits = [findings.audit(found["audit"]), findings.layer_audit(found["layer_audit"])]
     return {
         "name": name,
-        "verdict": verdict_words(verdict, found["checks"]),
+        "verdict": overview.verdict(verdict, found),
         "colour": COLOURS.get(verdict, "muted"),
         "reasons": overview.reasons(found),
         "failures": failed[:NAMED],
