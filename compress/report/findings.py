@@ -11,6 +11,7 @@ from compress.report.overview import block_words, excess
 from compress.report.tables import Table, known, number, one_line
 from compress.report.terminal import interval_words
 
+BRIEF = 40  # rows of an audit: what fails comes first
 LETTERS = 300  # of a text in a cell
 
 
@@ -19,14 +20,14 @@ def audit(rows: Sequence[AuditFacts]) -> Table:
     found = sorted(rows, key=_by_excess)
     head = ("artifact", "tensor", "format", "relative error", "expected at most", "outcome", "note")
     cells = [[row["artifact"], row["tensor"], row["format"], *_judged(row)] for row in found]
-    return Table(_title("Weight audit", "tensors", rows), head, cells, list(map(excess, found)))
+    return Table(_title("Weight audit", "tensors", rows), head, cells, list(map(excess, found)), BRIEF)
 
 
 def layer_audit(rows: Sequence[LayerAuditFacts]) -> Table:
     found = sorted(rows, key=_by_excess)
     head = ("artifact", "block", "tokens", "relative error", "expected at most", "outcome", "note")
     cells = [[row["artifact"], block_words(row), f"{row['tokens']:,}", *_judged(row)] for row in found]
-    return Table(_title("Layer audit", "blocks", rows), head, cells, list(map(excess, found)))
+    return Table(_title("Layer audit", "blocks", rows), head, cells, list(map(excess, found)), BRIEF)
 
 
 def _by_excess(row: AuditFacts | LayerAuditFacts) -> tuple[bool, float]:

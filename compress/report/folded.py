@@ -6,7 +6,6 @@ from compress.report.tables import Table
 from compress.terminal.escaping import markdown, printable
 
 OPENING = "<details><summary>"  # what a folded section begins with, at the beginning of a line; names are escaped
-MOST = 400  # rows of a table that are shown; the JSON has every one
 
 
 def section(summary: str, body: str) -> str:
@@ -20,13 +19,13 @@ def of(found: Table, below: str = "") -> str:
     """A table behind its title, with Markdown `below` it; empty where it has no rows."""
     if not found.rows:
         return ""
-    left = len(found.rows) - MOST
+    left = len(found.rows) - found.brief
     rest = f"\n\nThe other {left:,} rows are in the JSON." if left > 0 else ""
     return section(found.title, f"{shown(found)}{rest}\n\n{below}")
 
 
 def shown(found: Table) -> str:
-    rows = (list(map(_cell, cells)) for cells in found.rows[:MOST])
+    rows = (list(map(_cell, cells)) for cells in found.rows[: found.brief])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (found.head, ["---"] * len(found.head), *rows))
 
 

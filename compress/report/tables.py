@@ -7,12 +7,14 @@ ALARMING = frozenset({"fail", "fails", "missed", "undecided", "not finite"})  # 
 
 
 class Table(NamedTuple):
-    """`title` says the main thing. Without rows it is not shown. `bars` has for each row what is drawn as one: 1 is full."""
+    """`title` says the main thing. Without rows it is not shown. `bars` has for each row what is drawn as one: 1 is full.
+    `brief`: the rows that are enough where they cannot be searched."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     bars: Sequence[float] = ()
+    brief: int = 400
 
     @staticmethod
     def is_alarming(text: str) -> bool:

@@ -25,9 +25,10 @@ def render(result: Study, recipe: str) -> str:
 
 
 def maps(cells: Sequence[CellFound], scale: Logarithmic) -> list[Heat]:
-    """A map for each format, all with the same rows and columns."""
+    """A map for each format, all with the same rows and columns: the roles that cost most come first."""
     rows = {cell["unit"]: "" if cell["kind"] == cell["unit"] else cell["kind"] for cell in cells}
-    roles = list(dict.fromkeys(cell["role"] for cell in cells))
+    costliest = sorted(cells, key=lambda cell: -cell["kl_divergence_mean"])
+    roles = list(dict.fromkeys(cell["role"] for cell in costliest))
     formats = dict.fromkeys(cell["format"] for cell in cells)
     return [
         heat.grid(name, _drawn([cell for cell in cells if cell["format"] == name], scale), rows, roles)
