@@ -127,6 +127,21 @@ def test_a_checkpoint_is_judged_against_the_one_it_was_made_from(awkward, tmp_pa
     assert failures(awkward["jamba"], second / "checkpoint") == []
 
 
+def test_two_artifacts_of_one_original_are_not_held_against_each_other(compress_cli, awkward, tmp_path):
+    """The last release is no original: what differs between the two is not for an audit to judge."""
+    outs = [
+        applied_to(awkward["jamba"], tmp_path / bits, {"quantize": {"method": "rtn", "weights": bits}})
+        for bits in ("int8", "fp8-e4m3")
+    ]
+    target = tmp_path / "r.json"
+    arguments = ("--prompts", "self", "--samples", "2", "--length", "8", "--json", str(target))
+    found = compress_cli("check", *(str(out / "checkpoint") for out in outs), *arguments)
+    assert found.exit_code == 0, found.stderr
+    result = json.loads(target.read_text())
+    assert result["audit"] == []
+    assert "checkpoint: not audited" in result["remarks"][0]
+
+
 # faults
 
 
