@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress import parallel, prompts
-from compress.check import audit, baseline, generated, layer_audit, remarks, states, tasks, worst
+from compress.check import audit, baseline, generated, layer_audit, old, remarks, states, tasks, worst
 from compress.check.audit import Models
 from compress.check.baseline import Baseline
 from compress.check.compare import Found, compare, of_tasks
@@ -20,8 +20,9 @@ from compress.terminal import progress
 
 
 def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed: int, device: str = "cpu",
-        prompt_folder: Path | None = None) -> tuple[Found, list[prompts.Used]]:  # fmt: skip
-    """Compares each artifact (name -> path) with the original. Returns the figures, and what was used of each prompt set."""
+        prompt_folder: Path | None = None, is_old: bool = False) -> tuple[Found, list[prompts.Used]]:  # fmt: skip
+    """Compares each artifact (name -> path) with the original. Returns the figures, and what was used of each prompt set. An
+    original that `is_old` is itself an artifact, which is measured in decode, too."""
     opened, found = {name: open_artifact(path, device) for name, path in artifacts.items()}, Found()
     for name, artifact in opened.items() if settings.audit else ():
         found.add(_audited(name, original, artifact, seed, device))
@@ -38,6 +39,8 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
     found.remarks += _with_tasks(against, original, digest, prompt_folder)
     for name, artifact in opened.items():
         found.add(_compared(name, artifacts[name], artifact, against))
+    if is_old:
+        found.text += old.decoded(original, digest, against.sets, settings.prefill)
     return found, prompts.used(sets)
 
 
