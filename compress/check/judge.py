@@ -6,7 +6,7 @@ from pathlib import Path
 from compress import prompts
 from compress.check import auditing, baseline, generated, old, remarks, states, tasks, worst
 from compress.check.baseline import Baseline
-from compress.check.compare import ALL, Found, compare, of_tasks
+from compress.check.compare import Found, compare, of_tasks
 from compress.check.statistics import Array
 from compress.check.tasks import Answered
 from compress.errors import InputError
@@ -73,8 +73,7 @@ def _with_tasks(against: Against, original: Artifact, digest: str, folder: Path 
 
 def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
     found = _scored(name, path, artifact, against)
-    of_all = [row for row in found.rows if row.prompts == ALL]
-    found.remarks = list(remarks.remarks(of_all, lambda: artifact.sha256() == against.sha256))
+    found.remarks = list(remarks.remarks(found, lambda: artifact.sha256() == against.sha256))
     worst.tell(found.worst_prompts, [of_set for of_set, _ in against.sets], against.original, against.sha256, artifact)
     if against.texts is not None:
         task, before = against.texts
