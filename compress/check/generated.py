@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from compress import parallel, prompts
-from compress.check import statistics
+from compress.check import carried, statistics
 from compress.checkpoint.end_tokens import end_tokens
 from compress.disk import cache
 from compress.disk.paths import as_text
@@ -86,7 +86,7 @@ def of_baseline(original: Artifact, model_sha256: str, task: Task) -> list[Text]
             row[: len(text)] = text
         np.save(file, rows)
 
-    with cache.entry(_path(model_sha256, task), write) as file:
+    with carried.asking_for("generated texts"), cache.entry(_path(model_sha256, task), write) as file:
         return [row[row >= 0].tolist() for row in np.load(file)]
 
 
