@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.check.compare import ALL, FoundFacts, RowFacts, Verdict
+from compress.check.tasks import TaskFacts
 from compress.recipe.check import METRICS
 from compress.report.schema import Report
 from compress.terminal import output, progress
@@ -74,12 +75,14 @@ def _named(row: RowFacts) -> str:
 
 def outcome_words(row: RowFacts) -> str:
     """What became of a row's limit, and of one that is undecided how much text would settle it."""
-    if row["outcome"] != "undecided":
-        return row["outcome"] or ""
+    return f"undecided ({settling_words(row)})" if row["outcome"] == "undecided" else row["outcome"] or ""
+
+
+def settling_words(row: RowFacts) -> str:
+    """How much more text would settle what is undecided, or why none would."""
     if (more := row["more_tokens"]) is not None:
-        return f"undecided (about {float(f'{more:.2g}'):,.0f} more tokens would settle it)"
-    why = "the value is the limit, which no amount of text would settle" if row["low"] is not None else "no interval"
-    return f"undecided ({why})"
+        return f"about {float(f'{more:.2g}'):,.0f} more tokens would settle it"
+    return "the value is the limit, which no amount of text would settle" if row["low"] is not None else "no interval"
 
 
 def is_unmeasured(row: RowFacts) -> bool:
@@ -111,8 +114,15 @@ def show_found(found: FoundFacts, console: Console) -> None:
     """The rows over all prompts that have limits or are looked at first, and what is to be said of them."""
     if rows := [row for row in found["checks"] if row["prompts"] == ALL and _is_shown(row)]:
         _show_rows(rows, console)
-    for sentence in (*notes(found["checks"]), *found["remarks"]):
+    for sentence in (*notes(found["checks"]), *map(_task_words, found["tasks"]), *found["remarks"]):
         console.print(sentence)
+
+
+def _task_words(row: TaskFacts) -> str:
+    accuracies = f"{row['baseline_accuracy']:.4g} -> {row['candidate_accuracy']:.4g}"
+    flips = f"{row['only_baseline']} lost, {row['only_candidate']} gained (McNemar p {row['p_value']:.2g})"
+    kind = row["kind"].replace("_", " ")
+    return f"{row['artifact']}: {row['task']}, {kind}: {accuracies} of {row['items']} items right, {flips}"
 
 
 def _is_shown(row: RowFacts) -> bool:

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from compress import prompts
 from compress.check import genai, judge, tokenizers
-from compress.check.compare import FoundFacts, Verdict
 from compress.disk.paths import as_text
 from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
@@ -14,6 +12,7 @@ from compress.output_folder.manifest import versions
 from compress.prompts import task_files
 from compress.recipe.check import Check
 from compress.report import changes, terminal
+from compress.report.schema import CheckFacts
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.json_text import JsonObject
@@ -24,20 +23,8 @@ from compress.studies.originals import Originals
 from compress.terminal import output
 
 
-class BaselineFacts(TypedDict):
-    name: str
-    sha256: str
-
-
-class Result(FoundFacts, AcrossFacts):
+class Result(CheckFacts, AcrossFacts):
     """What `--json` writes."""
-
-    schema: int
-    verdict: Verdict
-    baseline: BaselineFacts
-    candidate: str
-    prompts: list[prompts.Used]
-    versions: dict[str, str]
 
 
 @dataclass(frozen=True)

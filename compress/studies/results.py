@@ -18,9 +18,9 @@ from compress.strict import json_text
 STDOUT = "-"
 
 
-def refuse_unwritable(json_file: str | None, html_file: str | None = None) -> None:
+def refuse_unwritable(json_file: str | None, html_file: str | None = None, junit_file: str | None = None) -> None:
     """A result that cannot be written is refused before the work."""
-    for option, target in (("--json", json_file), ("--html", html_file)):
+    for option, target in (("--json", json_file), ("--html", html_file), ("--junit", junit_file)):
         if target is not None and (option, target) != ("--json", STDOUT):
             refuse_unwritable_file(option, target)
 
