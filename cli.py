@@ -67,7 +67,7 @@ def apply(recipe: str, model: str | None, out: Path | None, overrides: tuple[str
     _refuse_missing_device(device)
     from compress.apply import pipeline, plan
     from compress.recipe.source import resolve
-    from compress.report import terminal
+    from compress.report import step_summary, terminal
     from compress.terminal import progress
 
     source = resolve(name, loaded.folder if model is None else None, config_only=dry_run)
@@ -79,6 +79,7 @@ def apply(recipe: str, model: str | None, out: Path | None, overrides: tuple[str
         report = pipeline.apply(job)
     code = terminal.exit_code(report["verdict"], loaded.recipe.check.on_undecided if loaded.recipe.check else "fail")
     terminal.show(report, job.out, code)
+    step_summary.append((job.out / "report.md").read_text(encoding="utf-8"))
     sys.exit(code)
 
 
@@ -134,19 +135,22 @@ def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, 
 @SEED
 @DEVICE
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
+@click.option("--html", "html_file", metavar="FILE", help="Write the report as one HTML file.")
+@click.option("--junit", "junit_file", metavar="FILE", help="Write limits and audits as tests that CI systems list.")
 def check(
-    baseline: str, candidate: Path, seed: int, device: str, json_file: str | None, **flags: Unpack[Flags]
-) -> None:
+    baseline: str, candidate: Path, seed: int, device: str, json_file: str | None, html_file: str | None,
+    junit_file: str | None, **flags: Unpack[Flags],
+) -> None:  # fmt: skip
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed or
     undecided."""
     from compress.report import terminal
-    from compress.studies import comparison, results
+    from compress.studies import across, comparison, results, told
 
-    settings = comparison.settings(flags)
-    results.refuse_unwritable(json_file)
+    settings, beside = comparison.settings(flags), across.Across(flags)
+    results.refuse_unwritable(json_file, html_file, junit_file)
     _refuse_missing_device(device)
-    result = comparison.compare(baseline, candidate, settings, seed=seed, device=device)
-    results.put_json(result, json_file)
+    result = comparison.compare(baseline, candidate, settings, beside, seed=seed, device=device)
+    told.write(result, settings.on_undecided, json_file, html_file, junit_file)
     sys.exit(terminal.exit_code(result["verdict"], settings.on_undecided))
 
 

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """The tags, ids, addresses and text of a page, and each table's rows of text by its caption."""
+    """The tags, ids, addresses and text of a page, and the rows of text of its tables, and of its maps."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -23,8 +23,12 @@ class Page(HTMLParser):
         if tag == "tr":
             self.tables[self._caption].append([])
         if tag == "table":
-            self._caption = f"table {self.tags.count('table')}"
+            kind = "table" if ("class", "data") in attributes else "map"
+            self._caption = f"{kind} {self.tags.count('table')}"
             self.tables[self._caption] = []
+
+    def rows_of(self, kind):
+        return [rows for name, rows in self.tables.items() if name.startswith(kind)]
 
     def handle_data(self, data):
         if text := data.strip():
@@ -34,7 +38,8 @@ class Page(HTMLParser):
 
 
 def assert_needs_nothing_else(page: Page, text: str) -> None:
-    """It runs nothing and loads nothing."""
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    """It loads nothing, and says so itself: whatever is in it, a browser would refuse to."""
+    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:" in text
+    assert not {"iframe", "object"} & set(page.tags)
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
     assert not re.search(r"@import|url\((?!#)", text)

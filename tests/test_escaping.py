@@ -10,7 +10,8 @@ from markdown_it import MarkdownIt
 from refusals import refusal_of_command
 from safetensors.torch import load_file, save_file
 
-from compress.report import markdown as report_markdown
+from compress.check.compare import Row
+from compress.report import folded, measures
 from compress.terminal import output, progress
 from compress.terminal.escaping import code, code_block, markdown, printable, without_controls
 
@@ -132,7 +133,7 @@ def test_prompts_in_a_folder_with_brackets_can_be_checked_on_a_terminal(compress
 
 
 def test_rows_of_hostile_prompts_stay_in_their_row():
-    entry = {"artifact": "onnx", "phase": "decode", "prompts": HOSTILE, "metric": "m", "value": 1.0, "limit": None}
-    line = report_markdown._check_row(entry | {"outcome": None, "more_tokens": None})
-    assert "\n" not in line
-    assert SHOWN in rendered(f"| a | b | c | d | e | f | g |\n|---|---|---|---|---|---|---|\n{line}\n")
+    entry = Row("onnx", "kl_divergence_mean", "decode", HOSTILE, 1.0, 5).to_json()
+    *_, line = folded.shown(measures.checks([entry])).splitlines()
+    assert line.startswith("| onnx | decode |")
+    assert SHOWN in rendered(folded.of(measures.checks([entry])))

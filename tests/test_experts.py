@@ -243,7 +243,7 @@ def page(outputs) -> Page:
 def test_the_page_needs_nothing_else(outputs, page):
     text = (outputs / "e.html").read_text()
     assert text.startswith("<!DOCTYPE html>")
-    assert page.tags.count("svg") == 3
+    assert len(page.rows_of("map")) == 3, "load, and how alike the experts of each layer are"
     assert_needs_nothing_else(page, text)
     assert {a[1:] for a in page.addresses if a.startswith("#")} <= set(page.ids)
     assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(page.ids)
@@ -251,7 +251,14 @@ def test_the_page_needs_nothing_else(outputs, page):
 
 
 def test_the_plots_say_in_text_what_their_colours_mean(page, found):
-    for text in ("layer 1", "layer 4", "total", "dead", "% of all tokens", "experts kept in each layer"):
+    for text in (
+        "layer 1",
+        "layer 4",
+        "total",
+        "dead",
+        "% of all tokens, by layer and expert",
+        "experts kept in each layer",
+    ):
         assert text in page.texts, text
     for layer in found["layers"]:
         shown = [facts.percent(share).removesuffix(" %") for share in layer["share"] if share]
@@ -260,7 +267,7 @@ def test_the_plots_say_in_text_what_their_colours_mean(page, found):
 
 
 def test_the_page_s_tables_have_every_loss_and_score(page, found):
-    total, *tables = page.tables.values()
+    total, *tables = page.rows_of("table")
     losses, scores = tables[:2], tables[2:]
     assert [row[0] for row in total[1:]] == ["4", "3", "2"]
     for layer, loss_rows, score_rows in zip(found["layers"], losses, scores, strict=True):

@@ -224,7 +224,7 @@ def test_details_of_any_shape_reach_the_report(plugged, run, small):
     assert told["notes"] == STRANGE["notes"]
     assert told["<b>`markup`</b> |"] == STRANGE["<b>`markup`</b> |"]
     assert "<script>" not in shown.replace(block, "")
-    assert "## Versions" in shown
+    assert "<summary>Versions</summary>" in shown
 
 
 @pytest.mark.parametrize(

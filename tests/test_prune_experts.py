@@ -391,7 +391,8 @@ def test_an_expert_that_no_token_reaches_goes_first_and_is_named(with_a_dead_exp
 def test_nothing_of_the_work_is_left_in_the_output(uniform, budgeted):
     for run in (uniform, budgeted):
         assert {path.name for path in run.out.iterdir()} <= {
-            *("checkpoint", "onnx", "manifest.json", "recipe.yaml", "recipe.resolved.yaml", "report.json", "report.md")
+            *("checkpoint", "onnx", "manifest.json", "recipe.yaml", "recipe.resolved.yaml"),
+            *("report.json", "report.md", "report.html", "junit.xml"),
         }
         assert not [path for path in run.out.rglob("*") if path.suffix in (".f32", ".tmp") or "note-" in path.name]
         assert not run.out.with_name("out.partial").exists()

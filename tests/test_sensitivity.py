@@ -351,11 +351,15 @@ def test_the_table_sums_over_layers_and_names_what_stands_in(outputs, found):
 def test_the_page_needs_nothing_else_and_names_everything(outputs, found):
     text = (outputs / "s.html").read_text()
     page = Page(text)
-    assert "svg" in page.tags
     assert_needs_nothing_else(page, text)
     assert set(re.findall(r"https?://[^\s\"'<>]+", text)) <= NAMESPACES
-    for key in ("role", "format", "unit"):
+    for key in ("role", "format", "unit", "kind"):
         assert {cell[key] for cell in found["cells"]} <= set(page.texts)
+    maps = page.rows_of("map")
+    assert len(maps) == len({cell["format"] for cell in found["cells"]})
+    assert all(len(rows[0]) == len({cell["role"] for cell in found["cells"]}) for rows in maps), (
+        "a column for each role"
+    )
     assert {tensor["name"] for tensor in found["worst_tensors"]} <= set(page.texts)
 
 

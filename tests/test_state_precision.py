@@ -195,7 +195,7 @@ def test_the_report_has_a_row_for_each_layer_and_kind(run):
     memory = report["state_memory"]
     assert memory["candidate"]["ssm_state"]["bytes_per_sequence"] == 5 * 9 * 80
     assert memory["baseline"]["total"]["at"]["4096"] == 5 * (4 * 7 * 80 + 2 * 3 * 80) + 4096 * 2 * 2 * 8
-    assert "## States of a sequence" in (out / "report.md").read_text()
+    assert "<summary>States of a sequence</summary>" in (out / "report.md").read_text()
 
 
 def test_config_json_and_the_report_have_feedback_and_cadence(run):

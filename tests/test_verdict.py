@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from compress.check.compare import Found, Row, verdict
 from compress.check.metrics import Scores, score, summarize
 from compress.recipe.recipe import load_recipe
-from compress.report import markdown, terminal
+from compress.report import folded, measures, terminal
 from compress.runtime.artifacts import open_artifact
 from compress.strict import json_text
 from compress.studies import generation
@@ -160,7 +160,7 @@ def test_no_amount_of_text_settles_a_value_on_its_limit():
 def test_people_read_how_many_more_tokens():
     facts = Row("onnx", "kl_divergence_mean", "decode", "all", 0.2, 1, 0.25, 0.1, 0.3, tokens=4_113).to_json()
     assert facts["more_tokens"] == 3 * 4_113
-    for text in (terminal.outcome_words(facts), markdown._check_row(facts)):
+    for text in (terminal.outcome_words(facts), folded.of(measures.checks([facts]))):
         assert "undecided (about 12,000 more tokens would settle it)" in text
 
 
@@ -275,7 +275,7 @@ def test_text_of_a_model_that_gives_nan_is_refused(overflowing, temperature):
 def test_a_report_shows_what_is_not_finite():
     entry = row(float("nan")).to_json()
     assert entry["value"] is None
-    assert "not finite" in markdown._check_row(entry)
+    assert "**not finite**" in folded.of(measures.checks([entry]))
 
 
 def test_json_is_written_without_what_json_does_not_have():

@@ -23,9 +23,10 @@ from compress.output_folder.workspace import Workspace
 from compress.passes import PassContext
 from compress.plugins import Exported
 from compress.prompts import Used
-from compress.recipe.recipe import ExportStep, LoadedRecipe
+from compress.recipe.recipe import ExportStep, LoadedRecipe, Recipe
 from compress.recipe.source import Source
-from compress.report import markdown, model_card
+from compress.report import junit, markdown, model_card
+from compress.report.html import report_page, strip
 from compress.report.passes import PassDone
 from compress.report.schema import Report
 from compress.runtime.artifacts import CheckpointArtifact
@@ -185,6 +186,9 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Rep
     report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.checked))
     json_files.write_json(space.folder / "report.json", report)
     files.write_text(space.folder / "report.md", markdown.render(report, outcome.passes))
+    page = report_page.render(report, outcome.passes, strip.strip(planned.result.architecture, planned.units), resolved)
+    files.write_text(space.folder / "report.html", page)
+    files.write_text(space.folder / "junit.xml", _as_tests(report, planned.recipe))
     files.write_text(space.folder / "recipe.yaml", job.recipe.text)
     files.write_text(space.folder / "recipe.resolved.yaml", resolved)
     formats = {"checkpoint": {w.name: w.format for unit in planned.units for w in unit.weights.values()}}
@@ -195,3 +199,10 @@ def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Rep
     json_files.write_json(space.folder / MANIFEST, manifest.build(space.folder, job.seed, formats))
     space.publish()
     return report
+
+
+def _as_tests(report: Report, recipe: Recipe) -> str:
+    """What a CI system lists."""
+    artifacts = [artifact["kind"] for artifact in report["artifacts"]]
+    on_undecided = "fail" if recipe.check is None else recipe.check.on_undecided
+    return junit.render(report["model"]["name"], report, artifacts, on_undecided)

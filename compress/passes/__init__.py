@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self, final
 
 from compress.strict.json_text import Json
@@ -41,11 +42,22 @@ class Fact(NamedTuple):
 
 class Coverage(NamedTuple):
     """How calibration reached the experts: the fewest tokens of one; those that too few reached, and in `sentence` what was
-    done about them, as in "3 experts SENTENCE"."""
+    done about them, as in "3 experts SENTENCE". `loads` has the tokens of every expert by layer."""
 
     min_tokens: int
     below: tuple[str, ...] = ()
     sentence: str = ""
+    loads: Mapping[int, Sequence[int]] = MappingProxyType({})
+
+
+class Trial(NamedTuple):
+    """One way to store one part of the model, and the mean KL divergence that it alone costs, in nats (None where that is
+    not finite)."""
+
+    part: str
+    way: str
+    kl_divergence_mean: float | None
+    chosen: bool
 
 
 class Cost(NamedTuple):
@@ -179,6 +191,10 @@ class Pass(Plugin[OptionsT]):
     def coverage(self, details: Details) -> Coverage | None:
         """How calibration reached the experts, where it counted."""
         return None
+
+    def trials(self, details: Details) -> Sequence[Trial]:
+        """What it measured of single parts, where it did."""
+        return ()
 
     @final
     @property

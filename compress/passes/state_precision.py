@@ -25,7 +25,7 @@ from compress.formats.state_words import (
 )
 from compress.model.records import Change, Recomputed
 from compress.model.tensor_names import in_short
-from compress.passes import Details, Fact, Finished, Found, Note, Pass, PassContext
+from compress.passes import Details, Fact, Finished, Found, Note, Pass, PassContext, Trial
 from compress.recipe.check import DRIFT_FROM, NOT_ZERO
 from compress.strict.json_text import Json
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
@@ -212,6 +212,9 @@ class StatePrecision(Pass[Options]):
         told = {**self.options.in_force(), **({"static": ranges} if ranges else {})}
         return {**told, **({"search": searches[-1]} if searches else {})}
 
+    def trials(self, details: Details) -> Sequence[Trial]:
+        return _trials(details)
+
     def sentences(self, details: Details) -> list[str]:
         kinds = "; ".join(f"{kind}: {_words(wanted)}" for kind, wanted in self.options.by_kind().items())
         others = [f"{override.kind} of {_layers(override)}: {_words(override)}" for override in self.options.overrides]
@@ -231,6 +234,12 @@ def _search_lines(details: Details) -> list[str]:
     from compress.passes.states import findings
 
     return findings.sentences(details["search"], _words) if "search" in details else []
+
+
+def _trials(details: Details) -> Sequence[Trial]:
+    from compress.passes.states import findings
+
+    return findings.trials(details["search"], _words) if "search" in details else ()
 
 
 def _words(wanted: StateFormat) -> str:

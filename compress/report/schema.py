@@ -83,3 +83,19 @@ class Report(FoundFacts):
     state_memory: StateMemoryFacts
     prompts: list[Used]
     versions: dict[str, str]
+
+
+class BaselineFacts(TypedDict):
+    name: str
+    sha256: str
+
+
+class CheckFacts(FoundFacts):
+    """What `check --json` writes."""
+
+    schema: int
+    verdict: Verdict
+    baseline: BaselineFacts
+    candidate: str
+    prompts: list[Used]
+    versions: dict[str, str]

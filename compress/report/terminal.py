@@ -74,12 +74,14 @@ def _named(row: RowFacts) -> str:
 
 def outcome_words(row: RowFacts) -> str:
     """What became of a row's limit, and of one that is undecided how much text would settle it."""
-    if row["outcome"] != "undecided":
-        return row["outcome"] or ""
+    return f"undecided ({settling_words(row)})" if row["outcome"] == "undecided" else row["outcome"] or ""
+
+
+def settling_words(row: RowFacts) -> str:
+    """How much more text would settle what is undecided, or why none would."""
     if (more := row["more_tokens"]) is not None:
-        return f"undecided (about {float(f'{more:.2g}'):,.0f} more tokens would settle it)"
-    why = "the value is the limit, which no amount of text would settle" if row["low"] is not None else "no interval"
-    return f"undecided ({why})"
+        return f"about {float(f'{more:.2g}'):,.0f} more tokens would settle it"
+    return "the value is the limit, which no amount of text would settle" if row["low"] is not None else "no interval"
 
 
 def is_unmeasured(row: RowFacts) -> bool:

@@ -85,7 +85,8 @@ def coverage(details: PruneDetails, few: int) -> Coverage | None:
         return None
     below = {f"layer {entry.layer} expert {entry.expert}" for entry in details.experts_judged_on_few}
     least = min(entry.tokens for entry in details.experts)
-    return Coverage(least, tuple(sorted(below)), f"saw fewer than {few} tokens, and were judged on those")
+    loads = {entry.layer: entry.tokens for entry in details.layers}
+    return Coverage(least, tuple(sorted(below)), f"saw fewer than {few} tokens, and were judged on those", loads)
 
 
 def _layer(note: LayerNote) -> str:

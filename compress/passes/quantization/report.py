@@ -113,7 +113,10 @@ def coverage(details: QuantizeDetails) -> Coverage | None:
     if not details.experts:
         return None
     below = {f"layer {entry.layer} expert {entry.expert}" for entry in details.experts_from_every_token or ()}
-    return Coverage(min(entry.tokens for entry in details.experts), tuple(sorted(below)), FROM_EVERY_TOKEN)
+    loads = dict[int, list[int]]()
+    for entry in details.experts:
+        loads.setdefault(entry.layer, []).append(entry.tokens)
+    return Coverage(min(entry.tokens for entry in details.experts), tuple(sorted(below)), FROM_EVERY_TOKEN, loads)
 
 
 def _counts(weights: Iterable[tuple[str, Weight]]) -> dict[str, Count]:

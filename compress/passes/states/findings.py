@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Self
 
 from compress.formats.state_words import Kind
-from compress.passes import Cost
+from compress.passes import Cost, Trial
 from compress.passes.state_precision import Auto, StateFormat
 from compress.strict.json_text import Json, JsonObject, finite
 from compress.strict.models import Strict
@@ -68,6 +68,15 @@ def sentences(details: Json, words: Words) -> list[str]:
     rows = itertools.groupby(search.tried, key=lambda tried: (tried.kind, tried.layer))
     listed = (f"{kind} of layer {layer}: {_list(list(ways), words)}." for (kind, layer), ways in rows)
     return [_outcome(search, confirmed, begun), *listed]
+
+
+def trials(details: Json, words: Words) -> list[Trial]:
+    """Of every layer and kind all that was tried."""
+    tried = Search.model_validate(details).tried
+    return [
+        Trial(f"layer {one.layer}, {one.kind}", words(one.kept_as), one.cost.kl_divergence_mean, one.chosen)
+        for one in tried
+    ]
 
 
 def _outcome(search: Search, confirmed: Figures, begun: Figures) -> str:

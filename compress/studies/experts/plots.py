@@ -1,142 +1,101 @@
-"""The survey as <svg> elements. Every figure that a colour shows stands beside it as text, where there is room."""
+"""The survey as plots and maps. Every figure that a colour shows stands beside it as text, where there is room."""
 
-from collections.abc import Callable, Sequence
-from itertools import cycle
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
-
-from compress.studies import drawing
+from compress.report.html import charts, heat, picture, scales
+from compress.report.html.charts import Axis, Plot, Point, Series
+from compress.report.html.heat import Cell, Heat
 from compress.studies.experts import facts
 from compress.studies.experts.findings import Layer, Loss
 from compress.studies.experts.one_layer import DEFAULT_ROUTER
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.collections import QuadMesh
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import Formatter
-
-CELL_WIDTH, CELL_HEIGHT = 0.52, 0.32  # inches
 LABELLED = 8  # experts up to which figures fit into a similarity matrix
-SQUARE = 0.34  # inches that a cell of such a matrix takes
-SIDE = 2.8  # inches of a whole matrix otherwise
-PAGE_WIDTH = 11  # inches that small multiples share
 FLOOR = 1e-9  # a loss that a logarithmic scale can still show
-MARKERS = "osD^vP*X<>hp"
-LINES = ("-", "--", "-.", ":")
+MIDDLE = 0.5  # of the map of cosines, where 0 is
 
 
-def load(layers: list[Layer]) -> str:
+class Picture(NamedTuple):
+    """A matrix of more experts than figures fit in: its image, and what that shows in words."""
+
+    title: str
+    address: str
+    words: str
+
+
+def load(layers: Sequence[Layer]) -> Heat:
     """Rows are layers, columns experts, figures per cent of all tokens."""
-    from matplotlib.figure import Figure  # heavy, and only pages need it
-    from matplotlib.ticker import FuncFormatter
+    most = max(max(layer["share"]) for layer in layers) or 1
+    cells = {
+        (_label(layer), str(expert)): heat.cell(_percent(share), share / most, heat.BLUES, f"{layer['tokens'][expert]:,} tokens")
+        for layer in layers for expert, share in enumerate(layer["share"])
+    }  # fmt: skip
+    columns = [str(expert) for expert in range(max(layer["experts"] for layer in layers))]
+    rows = {_label(layer): "" for layer in layers}
+    return heat.grid("% of all tokens, by layer and expert", cells, rows, columns)
 
-    values = np.array([layer["share"] for layer in layers])
-    inner = CELL_WIDTH * values.shape[1], CELL_HEIGHT * len(layers)
-    with drawing.style():
-        figure = Figure(figsize=(inner[0] + 1.2, inner[1] + 1.5))
-        axes = _axes(figure, 0.9, 0.95, *inner)
-        image = _cells(axes, values, _percent, "Blues", (0, values.max()))
-        axes.set_yticks(range(len(layers)), [f"layer {layer['layer']}" for layer in layers])
-        axes.set_xticks(range(values.shape[1]))
-        axes.set_xlabel("expert")
-        axes.xaxis.set_label_position("top")
-        bar = _axes(figure, 0.9, 0.5, min(4.0, inner[0]), 0.15)
-        _legend(figure, image, bar, "% of all tokens", format=FuncFormatter(lambda value, _: f"{100 * value:g}"))
-        return drawing.svg(figure, "load-")
+
+def _label(layer: Layer) -> str:
+    return f"layer {layer['layer']}"
 
 
 def _percent(share: float) -> str:
     return facts.percent(share).removesuffix(" %") if share else "dead"
 
 
-def losses(layers: list[Layer], total: list[Loss]) -> str:
-    """Predicted loss against experts kept: a curve per layer, told apart by marker and dashes too, and their sum."""
-    from matplotlib.figure import Figure
-
-    with drawing.style():
-        figure = Figure(figsize=(8.5, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        for layer, marker, line in zip(layers, cycle(MARKERS), cycle(LINES), strict=False):
-            _curve(axes, layer["predicted"], label=f"layer {layer['layer']}", marker=marker, linestyle=line)
-        _curve(axes, total, label="total", marker="*", markersize=10, color="black", linewidth=2.5)
-        axes.set_yscale("log")
-        axes.set_xticks([entry["kept"] for entry in total])
-        axes.set_xlabel("experts kept in each layer")
-        axes.set_ylabel(f"predicted loss ({DEFAULT_ROUTER})")
-        axes.grid(color="#dddddd")
-        figure.legend(loc="outside right upper")
-        return drawing.svg(figure, "loss-")
+def losses(layers: Sequence[Layer], total: Sequence[Loss]) -> Plot | None:
+    """Predicted loss against experts kept: a curve per layer, and their sum."""
+    if not total:
+        return None
+    kept = sorted(entry["kept"] for entry in total)
+    series = [Series(_label(layer), _curve(layer["predicted"], kept), place, dashed=place // charts.COLOURS % 2 == 1)
+              for place, layer in enumerate(layers)]  # fmt: skip
+    series.append(Series("total", _curve(total, kept), 0, strong=True))
+    y = scales.logarithmic([point.y for one in series for point in one.points], lambda value: f"{value:.0e}")
+    x = Axis("experts kept in each layer", scales.named([str(count) for count in kept]))
+    return charts.plot("Predicted loss", x, Axis(f"predicted loss ({DEFAULT_ROUTER})", y), series)
 
 
-def _curve(axes: "Axes", entries: Sequence[Loss], *, label: str, marker: str, linestyle: str = "-", markersize: float = 5,
-           color: str | None = None, linewidth: float | None = None) -> None:  # fmt: skip
-    losses = [max(FLOOR, entry["loss"][DEFAULT_ROUTER]) for entry in entries]
-    axes.plot([entry["kept"] for entry in entries], losses, label=label, marker=marker, linestyle=linestyle,
-              markersize=markersize, color=color, linewidth=linewidth)  # fmt: skip
+def _curve(entries: Sequence[Loss], kept: Sequence[int]) -> list[Point]:
+    found = {entry["kept"]: entry["loss"][DEFAULT_ROUTER] for entry in entries}
+    return [
+        Point(place, max(FLOOR, found[count]), f"{count} kept: {found[count]:.3g}") for place, count in enumerate(kept)
+    ]
 
 
-def similarity(layers: list[Layer]) -> str:
+def similarity(layers: Sequence[Layer]) -> list[Heat | Picture]:
     """A matrix per layer, all in one scale."""
-    from matplotlib.figure import Figure
-
-    experts = layers[0]["experts"]
-    side = SQUARE * experts if experts <= LABELLED else SIDE
-    across = min(len(layers), int(PAGE_WIDTH // (side + 0.4)))
-    down = -(-len(layers) // across)
-    height = down * (side + 0.6) + 0.7
-    with drawing.style():
-        figure = Figure(figsize=(max(4.0, across * (side + 0.4) + 0.2), height))
-        for place, layer in enumerate(layers):
-            row, column = divmod(place, across)
-            axes = _axes(figure, 0.3 + column * (side + 0.4), height - (row + 1) * (side + 0.6) + 0.1, side, side)
-            image = _matrix(axes, layer, side)
-        bar = _axes(figure, 0.3, 0.42, 3.0, 0.12)
-        _legend(figure, image, bar, "cosine of the experts' outputs", ticks=(-1, -0.5, 0, 0.5, 1))
-        return drawing.svg(figure, "similarity-")
+    return [_matrix(layer) if layer["experts"] <= LABELLED else _picture(layer) for layer in layers]
 
 
-def _matrix(axes: "Axes", layer: Layer, side: float) -> "QuadMesh":
-    experts = layer["experts"]
-    text = _cosine if experts <= LABELLED else None
-    image = _cells(axes, np.array(layer["similarity"]), text, "RdBu_r", (-1, 1), fontsize=6)
-    ticks = range(0, experts, -(-experts // LABELLED))
-    axes.set_yticks(ticks)
-    axes.set_xticks(ticks)
-    axes.set_title(f"layer {layer['layer']}", y=1 + 0.2 / side, weight="bold")
-    return image
+def _matrix(layer: Layer) -> Heat:
+    names = [str(expert) for expert in range(layer["experts"])]
+    cells = {
+        (names[a], names[b]): _cell(a, b, value)
+        for a, row in enumerate(layer["similarity"])
+        for b, value in enumerate(row)
+    }
+    return heat.grid(_label(layer), cells, dict.fromkeys(names, ""), names)
 
 
-def _cosine(value: float) -> str:
+def _cell(first: int, second: int, cosine: float) -> Cell:
     """Two digits, without a minus before zero."""
-    return f"{round(value, 2) + 0.0:.2f}"
+    text = f"{round(cosine, 2) + 0.0:.2f}"
+    return heat.cell(text, _share(cosine), heat.RED_BLUE, f"experts {first} and {second}: {text}")
 
 
-def _axes(figure: "Figure", left: float, bottom: float, width: float, height: float) -> "Axes":
-    """In inches."""
-    across, up = figure.get_size_inches()
-    return figure.add_axes((left / across, bottom / up, width / across, height / up))
+def _share(cosine: float) -> float:
+    return MIDDLE * (1 + cosine)
 
 
-def _legend(figure: "Figure", image: "QuadMesh", axes: "Axes", label: str, *, ticks: Sequence[float] | None = None,
-            format: "Formatter | None" = None) -> None:  # fmt: skip
-    figure.colorbar(image, cax=axes, orientation="horizontal", label=label, ticks=ticks, format=format)
-
-
-def _cells(axes: "Axes", values: np.ndarray, text: Callable[[float], str] | None, cmap: str, limits: tuple[float, float],
-           fontsize: float | None = None) -> "QuadMesh":  # fmt: skip
-    """A heat map with its first row on top; `text` (None: none) says what a cell's value is."""
-    edges = (np.arange(size + 1) - 0.5 for size in reversed(values.shape))
-    image = axes.pcolormesh(
-        *edges, values, cmap=cmap, vmin=limits[0], vmax=limits[1], edgecolors="white", linewidth=0.5
+def _picture(layer: Layer) -> Picture:
+    first, second, cosine = facts.most_similar(layer)
+    words = f"{_label(layer)}: most alike are experts {first} and {second}, at {cosine:.2f}"
+    return Picture(
+        _label(layer), picture.of([[_share(v) for v in row] for row in layer["similarity"]], heat.RED_BLUE), words
     )
-    axes.invert_yaxis()
-    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
-    if text is None:
-        return image
-    for (row, column), value in np.ndenumerate(values):
-        axes.text(
-            column, row, text(value), ha="center", va="center", color=drawing.ink(image, value), fontsize=fontsize
-        )
-    return image
+
+
+def cosines() -> list[Cell]:
+    """What the colours of matrices mean."""
+    return [heat.cell(f"{cosine:g}", _share(cosine), heat.RED_BLUE) for cosine in (-1, -0.5, 0, 0.5, 1)]
