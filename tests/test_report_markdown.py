@@ -72,7 +72,7 @@ def test_all_else_is_folded_under_a_line_that_says_the_main_thing():
         "Layer audit: 1 of 3 blocks fails",
         "All 32 figures: 4 missed, 4 held, 4 undecided",
         "States of a sequence",
-        "Tasks: 1 rows",
+        "Tasks: 1",
     ):
         assert said in summaries
     assert not re.search("^#", text.split("<details>", 1)[1], re.MULTILINE), "no title stands outside a fold"

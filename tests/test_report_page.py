@@ -190,6 +190,14 @@ def test_bytes_have_ticks_at_powers_of_two():
     assert [label for _, label in scale.ticks] == ["256 KiB", "1 MiB", "4 MiB", "16 MiB", "64 MiB", "256 MiB"]
 
 
+def test_a_long_context_has_labels_that_can_be_read():
+    ends = [0, 64, *(256 << n for n in range(12))]
+    rows = [report_samples.position("onnx", "decode", first, last - 1) for first, last in itertools.pairwise(ends)]
+    found = plots.divergence_by_position(rows)
+    assert len(found.curves[0].dots) == 13
+    assert [tick.label for tick in found.x_ticks] == ["0", "256", "1K", "4K", "16K", "64K", "256K"]
+
+
 def test_states_are_drawn_once_where_they_stay_as_they_were():
     sample = report_samples.report()
     assert [curve.name for curve in plots.state_memory(sample).curves] == ["original", "compressed"]
