@@ -144,13 +144,14 @@ def check(
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed or
     undecided."""
     from compress.report import terminal
-    from compress.studies import across, comparison, results, told
+    from compress.studies import across, comparison, told
 
     settings, beside = comparison.settings(flags), across.Across(flags)
-    results.refuse_unwritable(json_file, html_file, junit_file)
+    targets = told.Targets(json_file, html_file, junit_file)
+    told.refuse_unwritable(targets)
     _refuse_missing_device(device)
     result = comparison.compare(baseline, candidate, settings, beside, seed=seed, device=device)
-    told.write(result, settings.on_undecided, json_file, html_file, junit_file)
+    told.write(result, targets, settings.on_undecided, worse_fails=flags["fail_if_worse"])
     sys.exit(terminal.exit_code(result["verdict"], settings.on_undecided))
 
 

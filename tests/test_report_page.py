@@ -97,6 +97,14 @@ def test_a_check_has_a_page_of_the_same_kind():
     assert page.tags.count("figure") == 2 and "experts.3.down_proj" in text
 
 
+def test_two_artifacts_are_shown_beside_each_other():
+    sample = report_samples.check() | {"change": report_samples.changed(), "against_result": report_samples.against()}
+    text = report_page.render_check(sample)
+    first = text[: text.index("<svg")]
+    assert "After models/tiny" in first and "After out/old, of last.json" in first
+    assert "31 after 30, difference 1 (0.5 to 1.5)" in first
+
+
 def hostile(value, told=HOSTILE):
     """The sample with everything that a file or a model decides replaced."""
     if isinstance(value, dict):

@@ -17,13 +17,9 @@ from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.json_text import JsonObject
 from compress.strict.models import from_flags, no_truth_value
-from compress.studies.across import Across, AcrossFacts
+from compress.studies.across import Across
 from compress.studies.check_options import Flags
 from compress.terminal import output
-
-
-class Result(CheckFacts, AcrossFacts):
-    """What `--json` writes."""
 
 
 def settings(flags: Flags) -> Check:
@@ -85,7 +81,7 @@ def _file_limits(path: Path | None) -> JsonObject:
     return values
 
 
-def compare(baseline: str, candidate: Path, checks: Check, beside: Across, *, seed: int, device: str) -> Result:
+def compare(baseline: str, candidate: Path, checks: Check, beside: Across, *, seed: int, device: str) -> CheckFacts:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, original_path = find_artifact(candidate), _baseline_path(baseline)
     for artifact in (original_path, path):
@@ -101,7 +97,7 @@ def compare(baseline: str, candidate: Path, checks: Check, beside: Across, *, se
     found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device, is_old=begun.is_old)
     name, measured = as_text(str(candidate)), found.facts()
     changed, now = beside.compare(begun, name, found, open_artifact(path).weight_bytes)
-    result: Result = {
+    result: CheckFacts = {
         "schema": 1,
         "verdict": beside.verdict(found, changed),
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
@@ -116,7 +112,7 @@ def compare(baseline: str, candidate: Path, checks: Check, beside: Across, *, se
     return result
 
 
-def _show(result: Result, because: str) -> None:
+def _show(result: CheckFacts, because: str) -> None:
     console = output.console(stderr=True)
     terminal.show_found(result, console)
     if "change" in result:
