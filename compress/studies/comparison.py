@@ -17,14 +17,10 @@ from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.json_text import JsonObject
 from compress.strict.models import from_flags, no_truth_value
-from compress.studies.across import Across, AcrossFacts
+from compress.studies.across import Across
 from compress.studies.check_options import Flags
 from compress.studies.originals import Originals
 from compress.terminal import output
-
-
-class Result(CheckFacts, AcrossFacts):
-    """What `--json` writes."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def _file_limits(path: Path | None) -> JsonObject:
     return values
 
 
-def compare(job: Job) -> Result:
+def compare(job: Job) -> CheckFacts:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, checks = find_artifact(job.candidate), job.checks
     integrity.verify(path)
@@ -113,7 +109,7 @@ def compare(job: Job) -> Result:
     return _measured(job, original, path)
 
 
-def _measured(job: Job, original: Artifact, path: Path) -> Result:
+def _measured(job: Job, original: Artifact, path: Path) -> CheckFacts:
     artifact, begun = open_artifact(path), job.beside.begin(original, job.checks, job.seed)
     checks, left_out = job.originals.narrowed(original, artifact, job.checks)
     with job.originals.measuring() as noted:
@@ -122,7 +118,7 @@ def _measured(job: Job, original: Artifact, path: Path) -> Result:
         )
         found.remarks += left_out
         changed, now = job.beside.compare(begun, as_text(str(job.candidate)), found, artifact.weight_bytes)
-        result: Result = {
+        result: CheckFacts = {
             "schema": 1,
             "verdict": job.beside.verdict(found, changed),
             "baseline": {"name": as_text(job.baseline), "sha256": original.sha256()},
@@ -138,7 +134,7 @@ def _measured(job: Job, original: Artifact, path: Path) -> Result:
     return result
 
 
-def _show(result: Result, because: str) -> None:
+def _show(result: CheckFacts, because: str) -> None:
     console = output.console(stderr=True)
     terminal.show_found(result, console)
     if "change" in result:
