@@ -138,7 +138,8 @@ def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, 
     metavar="METRIC=VALUE",
     help="A limit that decides the exit code; may be repeated.",
 )
-@click.option("--limits", "limits_file", type=click.Path(path_type=Path), help="YAML file of METRIC: VALUE.")
+@click.option("--limits", "limits_from", type=click.Path(),
+              help="YAML file of METRIC: VALUE, or default: what the formats are expected to cost.")  # fmt: skip
 @click.option("--samples", type=int, default=48, show_default=True, help="Windows from each prompt set, at most.")
 @click.option("--length", type=int, default=512, show_default=True, help="Tokens in a window.")
 @click.option(
@@ -162,14 +163,14 @@ def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, 
 @SEED
 @DEVICE
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
-def check(baseline: str, candidate: Path, prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None,
+def check(baseline: str, candidate: Path, prompts: tuple[str, ...], limits: tuple[str, ...], limits_from: str | None,
           samples: int, length: int, prefill: int, distances: tuple[int, ...], trials: int | None, states: bool | None,
           generate: int | None, tokens: int | None, seed: int, device: str, json_file: str | None) -> None:  # fmt: skip
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
     from compress.report import terminal
     from compress.studies import comparison, results
 
-    settings = comparison.settings(prompts, limits, limits_file, samples, length, prefill, distances, trials,
+    settings = comparison.settings(prompts, limits, limits_from, samples, length, prefill, distances, trials,
                                    states, generate, tokens)  # fmt: skip
     results.refuse_unwritable(json_file)
     _refuse_missing_device(device)

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress import prompts
-from compress.check import baseline, generated, states
+from compress.check import baseline, default_limits, generated, states
 from compress.check.baseline import Baseline
 from compress.check.compare import Found, compare
 from compress.errors import InputError
-from compress.recipe.check import Check
+from compress.recipe.check import Check, MetricName
 from compress.runtime.artifacts import Artifact, open_artifact
 from compress.runtime.candidates import Overheard, StatefulCandidate
 
@@ -36,16 +36,24 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
 class Against:
     """What an artifact is compared with: log-probabilities, states, and texts where they are asked for."""
 
+    original: Artifact
     reference: StatefulCandidate
     sha256: str
     sets: list[tuple[prompts.PromptSet, Baseline]]
     settings: Check
     texts: tuple[generated.Task, list[generated.Text]] | None = None
 
+    def limits(self, artifact: Artifact) -> dict[MetricName, float]:
+        """Those that are named, and where they are asked for those that follow from its formats."""
+        if not self.settings.limited_by_default:
+            return self.settings.limits
+        return default_limits.of(self.original, artifact) | self.settings.limits
+
 
 def _against(original: Artifact, digest: str, sets: list[prompts.PromptSet], settings: Check) -> Against:
     reference = original.candidate()
-    return Against(reference, digest, [(found, baseline.compute(reference, digest, found)) for found in sets], settings)
+    computed = [(found, baseline.compute(reference, digest, found)) for found in sets]
+    return Against(original, reference, digest, computed, settings)
 
 
 def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
@@ -58,16 +66,16 @@ def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Fo
 
 def _scored(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
     """All but texts, which take as much memory again when this has returned."""
-    settings, vocab_size = against.settings, against.reference.vocab_size
+    settings, vocab_size, limits = against.settings, against.reference.vocab_size, against.limits(artifact)
     candidate = artifact.candidate(settings.prefill)
     if candidate.vocab_size != vocab_size:
         raise InputError(f"{path}: its vocabulary has {candidate.vocab_size} tokens, the baseline's {vocab_size}")
     if not states.are_watched(settings.states, artifact.config):
-        return compare(name, candidate, against.sets, settings.limits)
+        return compare(name, candidate, against.sets, limits)
     places = states.Places.of(artifact.config, settings.prefill)
     before = states.of_baseline(against.reference, against.sha256, [found for found, _ in against.sets], places)
     watch = states.Watch(places)
-    found = compare(name, Overheard(candidate, watch.hear), against.sets, settings.limits)
+    found = compare(name, Overheard(candidate, watch.hear), against.sets, limits)
     found.state_health = states.health(name, watch.sizes, before)
     found.state_saturation = watch.saturation(name)
     return found

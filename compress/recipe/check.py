@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, SerializerFunctionWrapHandler
+from pydantic import field_validator, model_serializer, model_validator
 
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
 PHASES = ("prefill", "decode")
+DEFAULT = "default"  # in the place of limits: what the artifact's formats are expected to cost
 DRIFT_FROM = 257  # the first token that `decode_drift_ratio` looks at
 
 MetricName = Literal[
@@ -100,10 +102,40 @@ class Check(Strict):
     states: bool | None = None
     generate: Generate | None = None
     limits: dict[MetricName, Limit] = Field(default_factory=dict)
+    _by_default: bool = PrivateAttr(default=False)
+
+    @property
+    def limited_by_default(self) -> bool:
+        """Whether metrics that `limits` does not name are limited by what the artifact's formats are expected to cost."""
+        return self._by_default
+
+    def with_limits(self, limits: dict[MetricName, float]) -> Self:
+        """The same check with these in place of others of the same metrics."""
+        return self.model_copy(update={"limits": self.limits | limits})
 
     def idle(self) -> set[str]:
         """So that `--set check.prompts=[heldout]` will do."""
         return set() if "recall" in self.prompts else {"recall"}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _word_for_limits(cls, given: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        by_default = isinstance(given, dict) and given.get("limits") == DEFAULT
+        found = handler({**given, "limits": {}} if isinstance(given, dict) and by_default else given)
+        found._by_default = found._by_default or by_default
+        return found
+
+    @model_serializer(mode="wrap")
+    def _with_the_word(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        plain: dict[str, object] = handler(self)
+        return plain | {"limits": DEFAULT} if self._by_default and "limits" in plain else plain
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _word_or_mapping(cls, limits: object) -> object:
+        if isinstance(limits, dict):
+            return limits
+        raise ValueError(f"expected '{DEFAULT}', or a mapping of METRIC: VALUE, not {limits!r:.80}")
 
     @field_validator("limits")
     @classmethod

@@ -10,7 +10,7 @@ from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
 from compress.output_folder.manifest import versions
 from compress.recipe import source
-from compress.recipe.check import Check
+from compress.recipe.check import DEFAULT, Check
 from compress.report import terminal
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
@@ -20,17 +20,17 @@ from compress.terminal import output
 
 
 def settings(
-    prompts: tuple[str, ...], limits: tuple[str, ...], limits_file: Path | None, samples: int, length: int,
+    prompts: tuple[str, ...], limits: tuple[str, ...], limits_from: str | None, samples: int, length: int,
     prefill: int = 0, distances: tuple[int, ...] = (), trials: int | None = None, states: bool | None = None,
     generate: int | None = None, tokens: int | None = None,
 ) -> Check:  # fmt: skip
-    """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
-    values = _file_limits(limits_file) | dict(_limit(text) for text in limits)
+    """Flags to validated settings; a --limit overrides the same metric of --limits, a file or `default`."""
+    named = from_flags(Check, limits=dict(_limit(text) for text in limits)).limits
     asked = {"distances": distances} | ({} if trials is None else {"trials": trials})
     recall = asked if distances or trials is not None else None
     if recall is not None and "recall" not in prompts:
         raise InputError("--distance and --trials are about the prompt set 'recall', which is not in 'prompts'")
-    return from_flags(
+    checks = from_flags(
         Check,
         prompts=prompts or ("heldout",),
         samples=samples,
@@ -39,8 +39,9 @@ def settings(
         recall=recall,
         states=states,
         generate=_generate(generate, tokens),
-        limits=values,
+        limits=DEFAULT if limits_from == DEFAULT else _file_limits(limits_from),
     )
+    return checks.with_limits(named)
 
 
 def _generate(prompts: int | None, tokens: int | None) -> dict[str, int] | None:
@@ -62,9 +63,10 @@ def _limit(text: str) -> tuple[str, float]:
         raise InputError(f"--limit {text}: expected METRIC=VALUE, such as kl_divergence_mean=0.01") from None
 
 
-def _file_limits(path: Path | None) -> JsonObject:
-    if path is None:
+def _file_limits(name: str | None) -> JsonObject:
+    if name is None:
         return {}
+    path = Path(name)
     values = yaml_text.load(path).data
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of METRIC: VALUE")
