@@ -7,16 +7,17 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 import compress as package
 from compress.errors import InputError
 from compress.recipe import completion
+from compress.studies.check_options import Flags, check_options
 from compress.terminal import streams
 from compress.terminal.escaping import printable, without_controls
-from compress.terminal.exits import MISSED, Commands
+from compress.terminal.exits import Commands
 
 if TYPE_CHECKING:
     from compress.recipe.recipe import LoadedRecipe
@@ -76,8 +77,9 @@ def apply(recipe: str, model: str | None, out: Path | None, overrides: tuple[str
         return
     with progress.logged():
         report = pipeline.apply(job)
-    terminal.show(report, job.out)
-    sys.exit(0 if report["verdict"] in terminal.GOOD else MISSED)
+    code = terminal.exit_code(report["verdict"], loaded.recipe.check.on_undecided if loaded.recipe.check else "fail")
+    terminal.show(report, job.out, code)
+    sys.exit(code)
 
 
 def _model_name(loaded: "LoadedRecipe", model: str | None) -> str:
@@ -128,55 +130,24 @@ def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, 
 @main.command()
 @click.argument("baseline", shell_complete=completion.files)
 @click.argument("candidate", type=click.Path(path_type=Path))
-@click.option(
-    "--prompts", multiple=True, help="heldout, recall, self or a .txt/.jsonl file; may be repeated. Default: heldout."
-)
-@click.option(
-    "--limit",
-    "limits",
-    multiple=True,
-    metavar="METRIC=VALUE",
-    help="A limit that decides the exit code; may be repeated.",
-)
-@click.option("--limits", "limits_from", type=click.Path(),
-              help="YAML file of METRIC: VALUE, or default: what the formats are expected to cost.")  # fmt: skip
-@click.option("--samples", type=int, default=48, show_default=True, help="Windows from each prompt set, at most.")
-@click.option("--length", type=int, default=512, show_default=True, help="Tokens in a window.")
-@click.option(
-    "--prefill", type=int, default=0, show_default=True, help="Tokens read in one call before decoding begins."
-)
-@click.option(
-    "--distance",
-    "distances",
-    type=int,
-    multiple=True,
-    help="Tokens between facts and questions of recall; may be repeated.",
-)
-@click.option("--trials", type=int, help="Recall questions at each --distance, at least; default 400.")
-@click.option(
-    "--states/--no-states",
-    default=None,
-    help="Measure states while decoding; default where CANDIDATE keeps them in formats of their own.",
-)
-@click.option("--generate", type=int, metavar="N", help="Compare what both go on with from N prompts, too.")
-@click.option("--tokens", type=int, help="Of each text of --generate, at most; default 64.")
+@check_options
 @SEED
 @DEVICE
 @click.option("--json", "json_file", metavar="FILE", help="Write the rows as JSON; - for stdout.")
-def check(baseline: str, candidate: Path, prompts: tuple[str, ...], limits: tuple[str, ...], limits_from: str | None,
-          samples: int, length: int, prefill: int, distances: tuple[int, ...], trials: int | None, states: bool | None,
-          generate: int | None, tokens: int | None, seed: int, device: str, json_file: str | None) -> None:  # fmt: skip
-    """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed."""
+def check(
+    baseline: str, candidate: Path, seed: int, device: str, json_file: str | None, **flags: Unpack[Flags]
+) -> None:
+    """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed or
+    undecided."""
     from compress.report import terminal
     from compress.studies import comparison, results
 
-    settings = comparison.settings(prompts, limits, limits_from, samples, length, prefill, distances, trials,
-                                   states, generate, tokens)  # fmt: skip
+    settings = comparison.settings(flags)
     results.refuse_unwritable(json_file)
     _refuse_missing_device(device)
     result = comparison.compare(baseline, candidate, settings, seed=seed, device=device)
     results.put_json(result, json_file)
-    sys.exit(0 if result["verdict"] in terminal.GOOD else MISSED)
+    sys.exit(terminal.exit_code(result["verdict"], settings.on_undecided))
 
 
 @main.command()

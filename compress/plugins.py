@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from compress.model.architecture import Architecture
+    from compress.model.hybrid import HybridModel
 
 __all__ = ["Exported", "Exporter", "Pass", "graph_reading", "load_exporter", "load_pass", "names"]
 PASSES, EXPORTERS = "compress.passes", "exporters"
@@ -33,6 +34,8 @@ class GraphReading(Protocol):
     def load(self, path: Path) -> ir.Model: ...
 
     def architecture(self, model: ir.Model, path: Path) -> Architecture: ...
+
+    def hybrid(self, model: ir.Model, path: Path) -> HybridModel: ...
 
     def external_tensors(self, model: ir.Model) -> list[ir.ExternalTensor]: ...
 

@@ -13,7 +13,7 @@ from jamba_models import load_reference, make_jamba
 
 from compress.apply import exporting
 from compress.check import baseline, judge
-from compress.check.compare import compare, verdict
+from compress.check.compare import Found, compare, verdict
 from compress.check.metrics import STATISTICS, Scores, score, summarize
 from compress.checkpoint.reader import Checkpoint
 from compress.disk import cache
@@ -184,10 +184,9 @@ def test_limits_bind_the_rows_over_all_prompts_and_no_others(known):
 
 
 def test_the_verdict_follows_from_the_limits(known):
-    assert verdict([]) == "not_checked"
-    assert verdict(rows_of(known, "first", {})) == "not_checked"
-    assert verdict(rows_of(known, "first", {"top1_agreement": 0.0})) == "pass"
-    assert verdict(rows_of(known, "first", {"top1_agreement": 0.0, "kl_divergence_mean": 0.0})) == "fail"
+    limits = ({}, {"top1_agreement": 0.0}, {"top1_agreement": 0.0, "kl_divergence_mean": 0.0})
+    verdicts = [verdict(Found(rows_of(known, "first", given))) for given in limits]
+    assert verdicts == ["not_checked", "pass", "fail"]
 
 
 # --- the baseline

@@ -1,5 +1,8 @@
 """Intervals of a check's figures: whether they cover what they say they do, and what they say where nothing can be told."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -13,7 +16,7 @@ FEWEST = int(stats.binom.ppf(0.001, SIMULATED, 0.95))
 
 
 def scores(kl: np.ndarray, baseline: np.ndarray, candidate: np.ndarray, same: np.ndarray) -> Scores:
-    return Scores(baseline, candidate, kl, same)
+    return Scores(baseline, candidate, kl, same, same, same)
 
 
 def random_windows(seed: int, *lengths: int) -> list[Scores]:
@@ -118,3 +121,10 @@ def test_a_figure_that_is_not_finite_has_no_interval(broken):
 def test_windows_that_agree_leave_no_doubt():
     same = np.full(5, 0.25)
     assert statistics.interval(statistics.ratio(same, np.ones(5)), [5]) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (0, 6), (3, 3), (12, 4), (4, 12), (400, 300)])
+def test_mcnemar_is_the_sum_of_the_tails_of_a_fair_coin(lost, gained):
+    flips = lost + gained
+    tail = sum(math.comb(flips, k) for k in range(min(lost, gained) + 1))
+    assert statistics.mcnemar(lost, gained) == pytest.approx(float(min(1, Fraction(2 * tail, 2**flips))), rel=1e-12)

@@ -133,6 +133,6 @@ def test_prompts_in_a_folder_with_brackets_can_be_checked_on_a_terminal(compress
 
 def test_rows_of_hostile_prompts_stay_in_their_row():
     entry = {"artifact": "onnx", "phase": "decode", "prompts": HOSTILE, "metric": "m", "value": 1.0, "limit": None}
-    line = report_markdown._check_row(entry | {"passed": None})
+    line = report_markdown._check_row(entry | {"outcome": None, "more_tokens": None})
     assert "\n" not in line
     assert SHOWN in rendered(f"| a | b | c | d | e | f | g |\n|---|---|---|---|---|---|---|\n{line}\n")

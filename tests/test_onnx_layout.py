@@ -90,7 +90,7 @@ def test_the_commands_take_it(compress_cli, folder, applied, tiny):
         compress_cli("run", path, "Once upon a time", "--max-tokens", 8).stdout for path in (folder, applied / "onnx")
     ]
     assert texts[0] == texts[1] and texts[0]
-    options = ("--samples", 1, "--length", 32, "--prompts", "heldout", "--limit", "kl_divergence_mean=0.01")
+    options = ("--samples", 4, "--length", 32, "--prompts", "heldout", "--limit", "kl_divergence_mean=0.01")
     assert compress_cli("check", tiny, folder, *options).exit_code == 0
 
 

@@ -182,7 +182,7 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
 def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Report:
     """Report, recipe, and last of all the manifest; then the folder gets its name."""
     resolved = planned.recipe.resolved_yaml()
-    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.checked.rows))
+    report = reporting.report(job.source, planned, outcome, space.folder, verdict(outcome.checked))
     json_files.write_json(space.folder / "report.json", report)
     files.write_text(space.folder / "report.md", markdown.render(report, outcome.passes))
     files.write_text(space.folder / "recipe.yaml", job.recipe.text)

@@ -20,7 +20,7 @@ from compress.model.hybrid import HybridModel
 from compress.model.weight import Unit
 from compress.output_folder import destination
 from compress.passes import Fact, Found, Pass, PassContext
-from compress.prompts import recall
+from compress.prompts import recall, task_files
 from compress.recipe.calibration import Calibration
 from compress.recipe.check import Check
 from compress.recipe.recipe import PassStep, Recipe
@@ -162,9 +162,19 @@ def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Pa
                 prompts.refuse_unusable(
                     name, folder, recipe_folder, length=settings.length, purpose=purpose, asking=asking
                 )
+    _refuse_unusable_tasks(recipe.check, folder, model, recipe_folder)
     _refuse_shared_prompts(recipe, calibration, recipe_folder)
     refuse_short_windows(plan, plan.calibration.length, "calibration.length is")
     return plan
+
+
+def _refuse_unusable_tasks(check: Check | None, folder: Path | None, model: HybridModel, recipe_folder: Path) -> None:
+    """As prompts: without a model folder only the names are looked at."""
+    asked = check.tasks if check else ()
+    for name in asked:
+        task_files.find(name, recipe_folder)
+    if folder is not None:
+        task_files.load_all(asked, folder, model.config, recipe_folder)
 
 
 def refuse_short_windows(plan: Plan, longest: int, said: str) -> None:
@@ -211,6 +221,7 @@ def _refuse_shared_prompts(recipe: Recipe, calibration: Calibration | None, reci
     if recipe.check is None or calibration is None:
         return
     judged = {prompts.file_of(name, recipe_folder) for name in recipe.check.prompts} - {None}
+    judged |= {task_files.find(name, recipe_folder).resolve() for name in recipe.check.tasks}
     for name in calibration.prompts:
         if prompts.file_of(name, recipe_folder) in judged:
             raise InputError(f"prompts '{name}': calibration and check would read the same text")
@@ -302,6 +313,8 @@ def _check_lines(check: Check) -> list[str]:
         lines.append(
             f"          recall: at least {check.recall.trials} questions at each distance of {distances} tokens"
         )
+    if check.tasks:
+        lines.append(f"          tasks: {', '.join(check.tasks)}")
     if check.generate is not None:
         asked = check.generate
         lines.append(

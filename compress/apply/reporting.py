@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.check.compare import Verdict
 from compress.checkpoint import config_dtype
 from compress.checkpoint.companions import left_behind
 from compress.model import sizes
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
-def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdict: str) -> Report:
+def report(source: Source, planned: Plan, outcome: Outcome, folder: Path, verdict: Verdict) -> Report:
     """Assembles the report from the plan, what was done and the files as written."""
     artifacts, checked = _artifacts(planned, outcome, folder), outcome.checked
     before, after = planned.model.architecture, planned.result.architecture

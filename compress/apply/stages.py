@@ -2,7 +2,8 @@
 
 from compress import prompts
 from compress.apply.plan import Plan
-from compress.check import baseline, compare, generated, state_costs, states
+from compress.check import audit, baseline, compare, generated, layer_audit, state_costs, states, tasks
+from compress.disk.paths import as_text
 from compress.model.config import Config
 from compress.recipe.check import PHASES, Check
 
@@ -27,11 +28,14 @@ def of(planned: Plan) -> list[str]:
 
 
 def _of_check(check: Check, config: Config, artifacts: list[str]) -> list[str]:
-    found = [*map(prompts.stage, check.prompts), *map(baseline.stage, check.prompts)]
+    audits = [stage(name) for name in artifacts for stage in (audit.stage, layer_audit.stage)] if check.audit else []
+    found = [*audits, *map(prompts.stage, check.prompts), *map(baseline.stage, check.prompts)]
     writers = [generated.stage(name) for name in (generated.BASELINE, *artifacts)] if check.generate else []
     found += writers[:1]
+    found += [tasks.stage(tasks.BASELINE, as_text(name)) for name in check.tasks]
     found += [states.STAGE] if states.are_watched(check.states, config) else []
     for place, artifact in enumerate(artifacts, start=1):
         found += [compare.stage(artifact, phase, name) for phase in PHASES for name in check.prompts]
+        found += [tasks.stage(artifact, as_text(name)) for name in check.tasks]
         found += writers[place : place + 1]
     return found

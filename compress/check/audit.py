@@ -1,29 +1,30 @@
-"""Every stored tensor against what the original and the records say it ought to be.
-
-What no pass touched is the same bit for bit. What was rounded differs by what its format and method explain: the relative error
-
-    |stored - ought| / |ought|      (Frobenius norms)
-
-of rounding to nearest in the same format, times a factor for the method. GPTQ (Frantar et al., arXiv 2210.17323) makes errors of a
-row compensate each other at the layer's output, and so larger themselves.
-"""
+"""Every stored tensor against what the original and the records say it ought to be: the same bit for bit where no pass touched it,
+and where it was quantized no further off than its format and method explain (`explained.py`)."""
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple, NotRequired, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NotRequired, TypedDict
 
 from compress import formats
+from compress.check import discrepancy, explained
+from compress.check.discrepancy import Discrepancy
+from compress.check.explained import Judged
 from compress.model.hybrid import HybridModel
+from compress.model.records import Record
 from compress.model.replay import Ought, replayed, since
 from compress.model.roles import Role
 from compress.model.weight import Weight
 from compress.passes.quantization import rounding
+from compress.terminal.progress import Advance
 
-FACTORS = {None: 1.05, "nearest": 1.05, "gptq": 1.8}  # of rounding to nearest; docs/checks.md has where they come from
+STATES, STATE_PRECISION = "compress.states", "state_precision"
 
 
 class AuditFacts(TypedDict):
-    """A row as JSON has it; the error is None where the original has nothing to compare with, or a value is not finite."""
+    """A row as JSON has it; the error is None where the original has nothing to compare with, or a value is not finite. Where few
+    rows or columns differ, both figures are of the worst one of them; of a gain, they are what it is off by."""
 
     artifact: str
     tensor: str
@@ -34,23 +35,56 @@ class AuditFacts(TypedDict):
     note: NotRequired[str]
 
 
-class Judged(NamedTuple):
-    error: float | None
-    most: float | None
-    passed: bool
-    note: str | None = None
+def stage(artifact: str) -> str:
+    """What the progress of it is shown under."""
+    return f"{artifact}: audit of weights"
 
 
-def audit(artifact: str, original: HybridModel, candidate: HybridModel) -> Iterator[AuditFacts]:
-    """A row for each tensor of the candidate, and for each that it lacks."""
-    done = since(original.config.compress.passes, candidate.config.compress.passes)
-    ought = replayed(original.weights, done)
-    for weight in candidate.weights:
-        yield _row(artifact, weight.name, weight.format, _judged(weight, ought.get(weight.name)))
-    stored = {weight.name for weight in candidate.weights}
-    for name, missing in ought.items():
+@dataclass(frozen=True)
+class Models:
+    """What is compared."""
+
+    original: HybridModel
+    candidate: HybridModel
+
+    @cached_property
+    def done(self) -> Sequence[Record]:
+        """What passes did to the one until it was the other."""
+        return since(self.original.config.compress.passes, self.candidate.config.compress.passes)
+
+    @cached_property
+    def ought(self) -> Mapping[str, Ought]:
+        """What each tensor of the candidate ought to be, by its name there."""
+        return replayed(self.original.weights, self.done)
+
+
+def audit(artifact: str, models: Models, advance: Advance) -> Iterator[AuditFacts]:
+    """A row for each tensor of the candidate, and for each that it lacks. `advance` hears of parameters."""
+    siblings, stored = _siblings(models.ought), set[str]()
+    for weight in models.candidate.weights:
+        yield _row(artifact, weight.name, weight.format, _judged(weight, models.ought.get(weight.name), siblings))
+        advance(weight.parameters)
+        stored.add(weight.name)
+    for name, missing in models.ought.items():
         if name not in stored and missing.weight is not None and missing.weight.role != Role.MTP:
             yield _row(artifact, name, missing.weight.format, Judged(None, None, False, "is not there"))
+    yield from _states(artifact, models)
+
+
+def nearest(stored: Weight, ought: Weight) -> Weight:
+    """What ought to be there, rounded to nearest in the stored format."""
+    if not stored.is_quantized:
+        return rounding.as_plain(ought, stored.format)
+    return rounding.to_nearest(ought, formats.get(stored.format), clips=False, rotation=stored.rotation)
+
+
+def _states(artifact: str, models: Models) -> Iterator[AuditFacts]:
+    """Formats of states that no pass says it decided on."""
+    kept = set(models.candidate.config.compress.states) - set(models.original.config.compress.states)
+    if kept and not any(record.name == STATE_PRECISION for record in models.done):
+        first = min(kept, key=lambda state: (state.layer, state.state))
+        note = f"keeps {first.state} of layer {first.layer} in {first.format}, and no pass says that it decided so"
+        yield _row(artifact, STATES, first.format, Judged(None, None, False, note))
 
 
 def _row(artifact: str, tensor: str, number_format: str, judged: Judged) -> AuditFacts:
@@ -65,43 +99,54 @@ def _row(artifact: str, tensor: str, number_format: str, judged: Judged) -> Audi
     return row if judged.note is None else row | {"note": judged.note}
 
 
-def _judged(stored: Weight, ought: Ought | None) -> Judged:
+Siblings = Mapping[tuple[str, tuple[int, ...]], list[tuple[str, Weight]]]
+
+
+def _siblings(ought: Mapping[str, Ought]) -> Siblings:
+    """Tensors of one shape that stand together, such as the matrices of an expert: what may have been mixed up."""
+    found: dict[tuple[str, tuple[int, ...]], list[tuple[str, Weight]]] = {}
+    for name, known in ought.items():
+        if known.weight is not None:
+            found.setdefault((_home(name), known.weight.shape), []).append((name, known.weight))
+    return found
+
+
+def _home(name: str) -> str:
+    """`model.layers.3.mamba.` of `model.layers.3.mamba.D`: what the number of an expert is counted in, too."""
+    parts = name.split(".")[:-2]
+    return ".".join(part for place, part in enumerate(parts) if place < 3 or not part.isdecimal())
+
+
+def _judged(stored: Weight, ought: Ought | None, siblings: Siblings) -> Judged:
     if ought is None:
         return Judged(None, None, False, "is not in the original, and no pass says that it made it")
     if ought.weight is None:
         return Judged(None, None, True, "was made by a pass")
     if stored.shape != ought.weight.shape:
         return Judged(None, None, False, f"has shape {list(stored.shape)}, expected {list(ought.weight.shape)}")
-    error = _relative(stored, ought.weight)
-    if not math.isfinite(error):
+    found = discrepancy.between(stored, ought.weight)
+    if not math.isfinite(found.error):
         return Judged(None, None, False, "holds values that are not finite")
     if not ought.follows:
-        return Judged(error, None, True, "was computed anew by a pass")
-    most = _explained(stored, ought)
-    return Judged(error, most, error <= most)
+        return Judged(found.error, None, True, "was computed anew by a pass")
+    judged = _against_nearest(stored, ought, found)
+    return judged if judged.passed else _named(judged, stored, siblings)
 
 
-def _relative(stored: Weight, ought: Weight) -> float:
-    """|stored - ought| / |ought|, block of rows by block of rows."""
-    lost, whole = 0.0, 0.0
-    for rows in stored.row_blocks():
-        expected = ought.dense(rows)
-        lost += float((stored.dense(rows) - expected).double().square().sum())
-        whole += float(expected.double().square().sum())
-    return math.sqrt(lost / whole) if whole > 0 else math.sqrt(lost)
-
-
-def _explained(stored: Weight, ought: Ought) -> float:
-    """The relative error that the stored format accounts for."""
+def _against_nearest(stored: Weight, ought: Ought, found: Discrepancy) -> Judged:
     assert ought.weight is not None
-    if stored.format == ought.weight.format:
-        return 0.0
-    nearest = _relative(_to_nearest(stored, ought.weight), ought.weight)
-    return nearest * FACTORS[ought.method] if stored.is_quantized else nearest
-
-
-def _to_nearest(stored: Weight, ought: Weight) -> Weight:
-    """What ought to be there, rounded to nearest in the stored format."""
+    rounded = nearest(stored, ought.weight)
     if not stored.is_quantized:
-        return rounding.as_plain(ought, stored.format)
-    return rounding.to_nearest(ought, formats.get(stored.format), clips=False, rotation=stored.rotation)
+        return explained.cast(found, discrepancy.between(stored, rounded), is_kept=stored.format == ought.weight.format)
+    return explained.rounded(
+        found, discrepancy.between(rounded, ought.weight), explained.FACTORS[ought.method or "gptq"]
+    )
+
+
+def _named(judged: Judged, stored: Weight, siblings: Siblings) -> Judged:
+    """Whether what is there is what ought to be elsewhere, whole or by rows."""
+    most = 0.5 * (judged.error or 0.0)
+    for name, other in siblings.get((_home(stored.name), stored.shape), ()):
+        if name != stored.name and discrepancy.between(stored, other).error < most:
+            return judged._replace(note=f"is what {name} ought to be")
+    return judged

@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 
-from compress.check import figures, positions, recall
+from compress.check import figures, positions, recall, standing, tasks
 from compress.check.audit import AuditFacts
 from compress.check.baseline import Baseline
 from compress.check.figures import Figure
@@ -14,19 +14,24 @@ from compress.check.flips import FlipFacts
 from compress.check.generated import GeneratedFacts
 from compress.check.layer_audit import LayerAuditFacts
 from compress.check.metrics import STATISTICS, Scores, WindowScores, score
+from compress.check.outcomes import Outcome, more_tokens, outcome
 from compress.check.positions import PositionFacts
 from compress.check.recall import Answer, Marks, RecallFacts
+from compress.check.standing import OnTask, OnText, Place
 from compress.check.states import HealthFacts, SaturationFacts
-from compress.check.tasks import TaskFacts
+from compress.check.statistics import Interval
+from compress.check.tasks import Answered, TaskFacts
 from compress.check.worst import WorstFacts
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet
-from compress.recipe.check import DRIFT_FROM, METRICS, PHASES, MetricName
+from compress.recipe.check import DRIFT_FROM, METRICS, PHASES, MetricName, Phase
 from compress.runtime.candidates import Candidate
 from compress.strict.json_text import finite
 from compress.terminal import progress
 
 ALL = "all"
+OF_TASKS: MetricName = "task_accuracy_drop"
+Verdict = Literal["pass", "fail", "undecided", "not_checked"]
 
 
 def stage(artifact: str, phase: str, prompt_set: str) -> str:
@@ -35,7 +40,9 @@ def stage(artifact: str, phase: str, prompt_set: str) -> str:
 
 
 class RowFacts(TypedDict):
-    """A row as JSON has it: without a value where it is not finite, or where nothing could be measured (`positions` is 0)."""
+    """A row as JSON has it: without a value where it is not finite, or where nothing could be measured (`positions` is 0).
+    `more_tokens` is about how much more text would settle what is undecided; None where no amount would, or where it cannot
+    be told."""
 
     artifact: str
     metric: MetricName
@@ -46,14 +53,17 @@ class RowFacts(TypedDict):
     high: float | None
     positions: int
     limit: float | None
+    outcome: Outcome | None
     passed: bool | None
+    more_tokens: int | None
     note: NotRequired[str]
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the report's `checks`. Rows over all prompts carry a limit where the recipe gives one. `value` is None where
-    a limit asks for what the prompts cannot tell; `note` says why, or why there is no interval."""
+    a limit asks for what the prompts cannot tell; `note` says why, or why there is no interval. The figure is of `tokens` tokens
+    of text, and its interval narrows as a Figure's."""
 
     artifact: str
     metric: MetricName
@@ -65,12 +75,29 @@ class Row:
     low: float | None = None
     high: float | None = None
     note: str | None = None
+    tokens: int = 0
+    narrowing: float = 0.5
+
+    @property
+    def interval(self) -> Interval | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """None where there is no limit, or nothing to compare with it."""
+        if self.limit is None or self.value is None:
+            return None
+        return outcome(self.metric, self.limit, self.value, self.interval)
 
     @property
     def passed(self) -> bool | None:
-        if self.limit is None or self.value is None:
+        return None if self.outcome is None else self.outcome == "held"
+
+    @property
+    def more_tokens(self) -> int | None:
+        if self.outcome != "undecided" or self.limit is None or self.value is None:
             return None
-        return self.is_finite and METRICS[self.metric].holds(self.value, self.limit)
+        return more_tokens(self.limit, self.value, self.interval, self.tokens, self.narrowing)
 
     @property
     def is_finite(self) -> bool:
@@ -88,7 +115,9 @@ class Row:
             "high": self.high,
             "positions": self.positions,
             "limit": self.limit,
+            "outcome": self.outcome,
             "passed": self.passed,
+            "more_tokens": self.more_tokens,
         }
         if self.note is not None:
             found["note"] = self.note
@@ -115,7 +144,8 @@ class FoundFacts(TypedDict):
 @dataclass
 class Found:
     """What a check found: rows with their limits, what the audit says of tensors and layers, the same figures by position and
-    by distance, what states and generated texts look like. `remarks` are sentences on whether to believe it."""
+    by distance, what states and generated texts look like. `remarks` are sentences on whether to believe it. `text` and
+    `answered` are sums that a later check is paired with; they are no part of a report."""
 
     rows: list[Row] = field(default_factory=list)
     audit: list[AuditFacts] = field(default_factory=list)
@@ -129,6 +159,8 @@ class Found:
     state_saturation: list[SaturationFacts] = field(default_factory=list)
     generated: list[GeneratedFacts] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    text: list[OnText] = field(default_factory=list)
+    answered: list[OnTask] = field(default_factory=list)
 
     def add(self, other: "Found") -> None:
         for part in fields(self):
@@ -153,10 +185,28 @@ class Found:
 
 @dataclass(frozen=True)
 class Scored:
-    """One phase over one prompt set; windows without a scored position are left out."""
+    """One phase over one prompt set; windows without a scored position are left out. Questions were asked in windows of
+    `asked` tokens together."""
 
+    prompts: PromptSet
     windows: list[WindowScores]
     answers: list[Answer]
+    asked: int
+
+    def tokens(self, metric: MetricName) -> int:
+        """Of the text that a metric looks at."""
+        if metric == "recall_accuracy_drop":
+            return self.asked
+        first = DRIFT_FROM if metric == "decode_drift_ratio" else 0
+        return sum(window.tokens for window in self.windows if window.tokens > first)
+
+    def sums(self, artifact: str, phase: Phase) -> list[OnText]:
+        """The baseline's, then the artifact's."""
+        places = Place(None, self.prompts, phase), Place(artifact, self.prompts, phase)
+        return [
+            standing.of_baseline(places[0], self.windows, self.answers),
+            standing.of_candidate(places[1], self.windows, self.answers),
+        ]
 
 
 def compare(
@@ -165,38 +215,65 @@ def compare(
     """Scores one artifact in both phases. Limits bind the rows over all prompts; rows per set inform."""
     found = Found()
     for phase in PHASES:
-        by_set = {prompts.name: _scored(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
+        by_set = {prompts.name: scored(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
         together = list(by_set.values())
         found.rows += _rows(artifact, phase, ALL, together, limits)
-        for name, scored in by_set.items():
-            found.rows += _rows(artifact, phase, name, [scored], {})
-        found.by_position += positions.by_position(artifact, phase, [scored.windows for scored in together])
-        found.recall += recall.by_distance(artifact, phase, [scored.answers for scored in together])
+        for name, one in by_set.items():
+            found.rows += _rows(artifact, phase, name, [one], {})
+            found.text += one.sums(artifact, phase)
+        found.by_position += positions.by_position(artifact, phase, [one.windows for one in together])
+        found.recall += recall.by_distance(artifact, phase, [one.answers for one in together])
     return found
 
 
-def verdict(rows: list[Row]) -> str:
-    """`fail` where a limit was missed or a metric is not a number, else `pass`; `not_checked` where there was no limit, or one
-    that nothing could be compared with."""
-    if any(row.passed is False or not row.is_finite for row in rows):
+def of_tasks(artifact: str, answered: list[Answered], limits: dict[MetricName, float]) -> Found:
+    """What the tasks tell of an artifact: a row over all of them, which the limit binds, and one for each."""
+    found, limit = Found(), limits.get(OF_TASKS)
+    if answered:
+        tokens = sum(one.task.tokens for one in answered)
+        found.rows.append(_row(artifact, OF_TASKS, tasks.PHASE, ALL, tasks.drop(answered), limit, tokens))
+    elif limit is not None:
+        found.rows.append(_unmeasured(artifact, OF_TASKS, tasks.PHASE, ALL, limit))
+    for one in answered:
+        found.tasks += tasks.facts(artifact, one)
+        found.answered += [standing.of_task(None, one, "baseline"), standing.of_task(artifact, one, "candidate")]
+    return found
+
+
+def verdict(found: Found) -> Verdict:
+    """`fail` where a limit was missed, a metric is not a number, or the audit found what the recipe does not explain; else
+    `undecided` where a limit is, else `pass`; `not_checked` where there was no limit, or one that nothing could be compared
+    with."""
+    outcomes = [row.outcome for row in found.rows if row.limit is not None]
+    is_damaged = not all(row["passed"] for row in (*found.audit, *found.layer_audit))
+    if is_damaged or "missed" in outcomes or not all(row.is_finite for row in found.rows):
         return "fail"
-    limited = [row for row in rows if row.limit is not None]
-    return "pass" if limited and all(row.passed for row in limited) else "not_checked"
+    if "undecided" in outcomes:
+        return "undecided"
+    return "pass" if outcomes and None not in outcomes else "not_checked"
 
 
 def _rows(artifact: str, phase: str, prompts: str, sets: list[Scored], limits: dict[MetricName, float]) -> list[Row]:
-    told = _figures(phase, sets)
-    asked = [metric for metric in METRICS if metric in told or (metric in limits and phase in METRICS[metric].phases)]
-    return [_row(artifact, metric, phase, prompts, told.get(metric), limits.get(metric)) for metric in asked]
+    told, found = _figures(phase, sets), []
+    for metric in METRICS:
+        limit = limits.get(metric) if phase in METRICS[metric].phases else None
+        if metric in told:
+            tokens = sum(scored.tokens(metric) for scored in sets)
+            found.append(_row(artifact, metric, phase, prompts, told[metric], limit, tokens))
+        elif limit is not None and metric != OF_TASKS:
+            found.append(_unmeasured(artifact, metric, phase, prompts, limit))
+    return found
 
 
-def _row(
-    artifact: str, metric: MetricName, phase: str, prompts: str, figure: Figure | None, limit: float | None
-) -> Row:
-    if figure is None:
-        return Row(artifact, metric, phase, prompts, None, 0, limit, note=METRICS[metric].unmeasured)
+def _unmeasured(artifact: str, metric: MetricName, phase: str, prompts: str, limit: float) -> Row:
+    return Row(artifact, metric, phase, prompts, None, 0, limit, note=METRICS[metric].unmeasured)
+
+
+def _row(artifact: str, metric: MetricName, phase: str, prompts: str, figure: Figure, limit: float | None,
+         tokens: int) -> Row:  # fmt: skip
     low, high = figure.interval or (None, None)
-    return Row(artifact, metric, phase, prompts, figure.value, figure.positions, limit, low, high, figure.note)
+    return Row(artifact, metric, phase, prompts, figure.value, figure.positions, limit, low, high, figure.note, tokens,
+               figure.narrowing)  # fmt: skip
 
 
 def _figures(phase: str, sets: list[Scored]) -> dict[MetricName, Figure]:
@@ -212,7 +289,8 @@ def _figures(phase: str, sets: list[Scored]) -> dict[MetricName, Figure]:
     return found
 
 
-def _scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scored:
+def scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scored:
+    """An artifact on one prompt set, beside the baseline."""
     pieces: dict[int, dict[int, Scores]] = {}
     marks = Marks(prompts)
     with progress.task(stage(artifact, phase, prompts.name), candidate.steps(prompts.tokens)) as advance:
@@ -223,7 +301,9 @@ def _scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: B
                 log_p = baseline.log_probs(window, start, stop)
                 pieces.setdefault(window, {})[start] = score(log_p, logits, targets)
                 marks.hear(window, start, log_p, logits)
-    return Scored([_in_order(pieces[window]) for window in sorted(pieces)], marks.answers())
+    answers = marks.answers()
+    asked = sum(len(prompts.windows[window]) for window in {answer.question.window for answer in answers})
+    return Scored(prompts, [_in_order(pieces[window]) for window in sorted(pieces)], answers, asked)
 
 
 def _in_order(pieces: dict[int, Scores]) -> WindowScores:

@@ -6,24 +6,29 @@ from dataclasses import dataclass
 
 from compress.check import statistics
 from compress.check.metrics import STATISTICS, Scores, summarize
-from compress.check.statistics import Interval
+from compress.check.statistics import Array, Interval
 from compress.recipe.check import MetricName
 
-ONE_WINDOW = "a single window, which tells no interval"
+ONE_WINDOW = "a single window, which tells no interval; more text or a smaller 'length' gives several"
+NOT_FINITE = "windows drawn anew give a figure that is not finite, which tells no interval"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """`interval` is None where it cannot be told, as of one window."""
+    """`interval` is None where it cannot be told, as of one window; its width goes with the amount of text to the power of
+    -`narrowing`."""
 
     value: float
     positions: int
     windows: int
     interval: Interval | None
+    narrowing: float = 0.5
 
     @property
     def note(self) -> str | None:
-        return ONE_WINDOW if self.windows == 1 else None
+        if self.windows == 1:
+            return ONE_WINDOW
+        return NOT_FINITE if self.interval is None and math.isfinite(self.value) else None
 
 
 def of(metric: MetricName, sets: Sequence[Sequence[Scores]]) -> Figure:
@@ -33,3 +38,13 @@ def of(metric: MetricName, sets: Sequence[Sequence[Scores]]) -> Figure:
     value, statistic = summarize(together)[metric], STATISTICS[metric](windows)
     interval = statistics.interval(statistic, [len(of_set) for of_set in sets]) if math.isfinite(value) else None
     return Figure(value, len(together.kl_divergence), len(windows), interval)
+
+
+def drop(lost: Array, trials: Array, strata: Sequence[int], *, has_changed: bool) -> Figure:
+    """How much of a rate was lost, by what is drawn anew, [W] each; so many of them are of each set. Where nothing changed, as
+    much may have changed as is not seen among so few."""
+    if has_changed or len(trials) == 1:
+        interval, narrowing = statistics.interval(statistics.ratio(lost, trials), strata), 0.5
+    else:
+        interval, narrowing = statistics.of_no_change(int(trials.sum())), 1.0
+    return Figure(float(lost.sum() / trials.sum()), int(trials.sum()), len(trials), interval, narrowing)

@@ -1,21 +1,31 @@
 """One check from start to end: prompts, baseline, every artifact, rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from compress import prompts
-from compress.check import baseline, default_limits, generated, states
+from compress import parallel, prompts
+from compress.check import audit, baseline, default_limits, generated, layer_audit, states, tasks
+from compress.check.audit import Models
 from compress.check.baseline import Baseline
-from compress.check.compare import Found, compare
+from compress.check.compare import Found, compare, of_tasks
+from compress.check.expected import expected
+from compress.check.statistics import Array
+from compress.check.tasks import Answered
 from compress.errors import InputError
-from compress.recipe.check import Check, MetricName
+from compress.prompts import task_files
+from compress.prompts.task_files import Task
+from compress.recipe.check import Check
 from compress.runtime.artifacts import Artifact, open_artifact
 from compress.runtime.candidates import Overheard, StatefulCandidate
+from compress.terminal import progress
 
 
 def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed: int, device: str = "cpu",
         prompt_folder: Path | None = None) -> tuple[Found, list[prompts.Used]]:  # fmt: skip
     """Compares each artifact (name -> path) with the original. Returns the figures, and what was used of each prompt set."""
+    opened, found = {name: open_artifact(path, device) for name, path in artifacts.items()}, Found()
+    for name, artifact in opened.items() if settings.audit else ():
+        found.add(_audited(name, original, artifact, seed, device))
     digest = original.sha256()
     baseline.refuse_long_own_text(original, digest, settings, seed)
     sets = prompts.load_all(original, digest, settings, purpose="check", seed=seed, folder=prompt_folder,
@@ -26,34 +36,59 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
     if settings.generate is not None:
         task = generated.task(original, sets, settings.generate)
         against.texts = task, generated.of_baseline(original, digest, task)
-    found = Found()
-    for name, path in artifacts.items():
-        found.add(_compared(name, path, open_artifact(path, device), against))
+    found.remarks += _with_tasks(against, original, digest, prompt_folder)
+    for name, artifact in opened.items():
+        limited = replace(against, settings=_limited(name, original, artifact, settings, found.remarks))
+        found.add(_compared(name, artifacts[name], artifact, limited))
     return found, prompts.used(sets)
+
+
+def _audited(name: str, original: Artifact, artifact: Artifact, seed: int, device: str) -> Found:
+    """Tensor by tensor, then layer by layer where there is all of every layer."""
+    models = Models(original.model(), artifact.model())
+    found, total = Found(), models.candidate.parameters
+    with progress.task(audit.stage(name), total) as advance, parallel.steady():
+        found.audit = list(audit.audit(name, models, advance))
+    if not any(row["relative_error"] is None and not row["passed"] for row in found.audit):
+        layers, ids = original.config.num_hidden_layers, layer_audit.tokens(original, seed)
+        with progress.task(layer_audit.stage(name), layers) as advance, parallel.steady():
+            found.layer_audit = list(layer_audit.audit(name, models, ids, device, advance))
+    return found
 
 
 @dataclass
 class Against:
-    """What an artifact is compared with: log-probabilities, states, and texts where they are asked for."""
+    """What an artifact is compared with: log-probabilities, states, texts and answers where they are asked for."""
 
-    original: Artifact
     reference: StatefulCandidate
     sha256: str
     sets: list[tuple[prompts.PromptSet, Baseline]]
     settings: Check
     texts: tuple[generated.Task, list[generated.Text]] | None = None
-
-    def limits(self, artifact: Artifact) -> dict[MetricName, float]:
-        """Those that are named, and where they are asked for those that follow from its formats."""
-        if not self.settings.limited_by_default:
-            return self.settings.limits
-        return default_limits.of(self.original, artifact) | self.settings.limits
+    tasks: list[tuple[Task, Array]] = field(default_factory=list)
 
 
 def _against(original: Artifact, digest: str, sets: list[prompts.PromptSet], settings: Check) -> Against:
     reference = original.candidate()
-    computed = [(found, baseline.compute(reference, digest, found)) for found in sets]
-    return Against(original, reference, digest, computed, settings)
+    return Against(reference, digest, [(found, baseline.compute(reference, digest, found)) for found in sets], settings)
+
+
+def _with_tasks(against: Against, original: Artifact, digest: str, folder: Path | None) -> list[str]:
+    """Adds what the original answers; returns warnings of texts that are too long for it."""
+    found, warnings = task_files.load_all(against.settings.tasks, original.folder, original.config, folder)
+    for warning in warnings:
+        progress.warn(warning)
+    against.tasks = [(task, tasks.of_baseline(against.reference, digest, task)) for task in found]
+    return warnings
+
+
+def _limited(name: str, original: Artifact, artifact: Artifact, settings: Check, remarks: list[str]) -> Check:
+    """The settings with limits for this artifact, where they are to follow from its formats."""
+    if not settings.limited_by_default:
+        return settings
+    costs = expected(original, artifact)
+    remarks.append(default_limits.sentence(name, costs))
+    return settings.with_limits(default_limits.limits(costs) | settings.limits)
 
 
 def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
@@ -66,16 +101,24 @@ def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Fo
 
 def _scored(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
     """All but texts, which take as much memory again when this has returned."""
-    settings, vocab_size, limits = against.settings, against.reference.vocab_size, against.limits(artifact)
-    candidate = artifact.candidate(settings.prefill)
+    candidate, vocab_size = artifact.candidate(against.settings.prefill), against.reference.vocab_size
     if candidate.vocab_size != vocab_size:
         raise InputError(f"{path}: its vocabulary has {candidate.vocab_size} tokens, the baseline's {vocab_size}")
+    found = _on_text(name, artifact, candidate, against)
+    answered = [Answered(task, before, tasks.right(name, candidate, task)) for task, before in against.tasks]
+    found.add(of_tasks(name, answered, against.settings.limits))
+    return found
+
+
+def _on_text(name: str, artifact: Artifact, candidate: StatefulCandidate, against: Against) -> Found:
+    """Figures of the prompt sets, and of states while they are decoded."""
+    settings = against.settings
     if not states.are_watched(settings.states, artifact.config):
-        return compare(name, candidate, against.sets, limits)
+        return compare(name, candidate, against.sets, settings.limits)
     places = states.Places.of(artifact.config, settings.prefill)
     before = states.of_baseline(against.reference, against.sha256, [found for found, _ in against.sets], places)
     watch = states.Watch(places)
-    found = compare(name, Overheard(candidate, watch.hear), against.sets, limits)
+    found = compare(name, Overheard(candidate, watch.hear), against.sets, settings.limits)
     found.state_health = states.health(name, watch.sizes, before)
     found.state_saturation = watch.saturation(name)
     return found

@@ -29,6 +29,8 @@ class Scores:
     nll_candidate: np.ndarray  # -log q_y, nats
     kl_divergence: np.ndarray  # nats
     same_top1: np.ndarray  # bool
+    right_baseline: np.ndarray  # bool: y is the most likely token
+    right_candidate: np.ndarray  # bool
 
     @staticmethod
     def concatenate(parts: list["Scores"]) -> "Scores":
@@ -44,6 +46,11 @@ class WindowScores:
     first: int
     scores: Scores
 
+    @property
+    def tokens(self) -> int:
+        """Of the window, those before the first position included."""
+        return self.first + len(self.scores.kl_divergence)
+
     def between(self, first: int, last: float) -> Scores:
         """Of the tokens `first` to `last`, both included, as far as they were scored."""
         places = np.arange(self.first, self.first + len(self.scores.kl_divergence))
@@ -55,12 +62,14 @@ def score(log_p: torch.Tensor, logits_q: torch.Tensor, targets: torch.Tensor) ->
     """log_p [n, V] log-probabilities of the baseline, logits_q [n, V] of the candidate, targets [n] -> n scores."""
     log_q = torch.log_softmax(logits_q.float(), dim=-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    pick = targets[:, None]
+    pick, top_p, top_q = targets[:, None], log_p.argmax(-1), log_q.argmax(-1)
     return Scores(
         -log_p.gather(1, pick)[:, 0].double().numpy(),
         -log_q.gather(1, pick)[:, 0].double().numpy(),
         kl.double().numpy(),
-        (log_p.argmax(-1) == log_q.argmax(-1)).numpy(),
+        (top_p == top_q).numpy(),
+        (top_p == targets).numpy(),
+        (top_q == targets).numpy(),
     )
 
 

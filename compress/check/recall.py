@@ -7,7 +7,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from compress.check import statistics
+from compress.check import figures, statistics
 from compress.check.figures import Figure
 from compress.prompts import PromptSet
 from compress.prompts.questions import Question
@@ -68,11 +68,8 @@ def drop(sets: Sequence[Sequence[Answer]]) -> Figure | None:
         return None
     windows = [_by_window(answers) for answers in sets]
     lost, trials = np.concatenate([of_set[0] for of_set in windows]), np.concatenate([of_set[1] for of_set in windows])
-    if len(trials) == 1 or any(answer.baseline != answer.candidate for answers in sets for answer in answers):
-        interval = statistics.interval(statistics.ratio(lost, trials), [len(of_set[0]) for of_set in windows])
-    else:
-        interval = statistics.of_no_change(int(trials.sum()))
-    return Figure(float(lost.sum() / trials.sum()), int(trials.sum()), len(trials), interval)
+    has_changed = any(answer.baseline != answer.candidate for answers in sets for answer in answers)
+    return figures.drop(lost, trials, [len(of_set[0]) for of_set in windows], has_changed=has_changed)
 
 
 def by_distance(artifact: str, phase: str, sets: Sequence[Sequence[Answer]]) -> list[RecallFacts]:

@@ -87,9 +87,16 @@ def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED) -> I
 
 def of_no_change(trials: int) -> Interval:
     """Of a difference of rates where none of the pairs differed, which drawing them anew would take for certainty: as many may
-    differ as binomially show none among so many (Clopper and Pearson), one way or the other."""
+    differ as binomially show none among so many (Clopper and Pearson), one way or the other. It narrows with the trials
+    themselves, not with their root."""
     most = float(stats.binomtest(0, trials).proportion_ci(LEVEL, "exact").high)
     return -most, most
+
+
+def mcnemar(only_baseline: int, only_candidate: int) -> float:
+    """The exact two-sided p-value of pairs that only one of the two got right: how often a fair coin would be as one-sided."""
+    flips = only_baseline + only_candidate
+    return float(stats.binomtest(only_candidate, flips, 0.5).pvalue) if flips else 1.0
 
 
 def _places(strata: Sequence[int]) -> tuple[Array, ...]:

@@ -177,18 +177,11 @@ def file_of(name: str, folder: Path | None) -> Path | None:
     return None if name in NAMES else _find_file(name, folder, "check").resolve()
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long to be a path
-        return False
-
-
 def _find_file(name: str, folder: Path | None, purpose: str) -> Path:
     usable = set(NAMES) - {"heldout" if purpose == "calibration" else "prose"}
-    for candidate in ([folder / name] if folder else []) + [Path(name)]:
-        if _is_file(candidate):
-            if candidate.suffix not in (".txt", ".jsonl"):
-                raise InputError(f"prompts '{name}': expected a .txt or .jsonl file")
-            return candidate
-    raise InputError(f"prompts '{name}' is neither a file nor a known set{nearest(name, usable)}")
+    found = passages.find(name, folder)
+    if found is None:
+        raise InputError(f"prompts '{name}' is neither a file nor a known set{nearest(name, usable)}")
+    if found.suffix not in (".txt", ".jsonl"):
+        raise InputError(f"prompts '{name}': expected a .txt or .jsonl file")
+    return found

@@ -9,7 +9,8 @@ from pydantic import field_validator, model_serializer, model_validator
 
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
-PHASES = ("prefill", "decode")
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 DEFAULT = "default"  # in the place of limits: what the artifact's formats are expected to cost
 DRIFT_FROM = 257  # the first token that `decode_drift_ratio` looks at
 
@@ -20,6 +21,7 @@ MetricName = Literal[
     "top1_agreement",
     "decode_drift_ratio",
     "recall_accuracy_drop",
+    "task_accuracy_drop",
 ]
 
 
@@ -56,6 +58,13 @@ METRICS: dict[MetricName, Metric] = {
             "baseline minus candidate share of recall questions answered exactly",
             unmeasured="no recall question was scored; add 'recall' to 'prompts', or lower 'prefill'",
         ),
+        Metric(
+            "task_accuracy_drop",
+            "above",
+            "baseline minus candidate share of items of 'tasks' answered rightly",
+            phases=("prefill",),
+            unmeasured="no task was given; list files in 'tasks' (--tasks FILE)",
+        ),
     )
 }
 
@@ -91,17 +100,21 @@ class Generate(Strict):
 class Check(Strict):
     """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set; decoding
     begins with the first `prefill` tokens of each in one call. `recall` replaces the windows of the set of that name.
-    `states`: whether states are looked at while windows are decoded; None looks where an artifact keeps them in formats of
-    their own."""
+    `audit`: whether every stored tensor and every layer is held against the original. `states`: whether states are looked at
+    while windows are decoded; None looks where an artifact keeps them in formats of their own. `tasks` are .jsonl files of
+    questions and texts to complete. `on_undecided`: whether a verdict of that name ends as a failure does."""
 
     prompts: tuple[str, ...] = Field(default=("heldout",), min_length=1)
     samples: WholeNumber = Field(default=48, ge=1, le=1_000_000)
     length: WholeNumber = Field(default=512, ge=2, le=1_048_576)
     prefill: WholeNumber = Field(default=0, ge=0, le=1_048_574)
     recall: Recall | None = None
+    audit: bool = True
     states: bool | None = None
     generate: Generate | None = None
+    tasks: tuple[str, ...] = ()
     limits: dict[MetricName, Limit] = Field(default_factory=dict)
+    on_undecided: Literal["fail", "pass"] = "fail"
     _by_default: bool = PrivateAttr(default=False)
 
     @property
@@ -120,9 +133,10 @@ class Check(Strict):
     @model_validator(mode="wrap")
     @classmethod
     def _word_for_limits(cls, given: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        by_default = isinstance(given, dict) and given.get("limits") == DEFAULT
-        found = handler({**given, "limits": {}} if isinstance(given, dict) and by_default else given)
-        found._by_default = found._by_default or by_default
+        if not isinstance(given, dict) or given.get("limits") != DEFAULT:
+            return handler(given)
+        found = handler({**given, "limits": {}})
+        found._by_default = True
         return found
 
     @model_serializer(mode="wrap")
@@ -149,6 +163,13 @@ class Check(Strict):
             if name in NOT_ZERO and limit == 0:
                 raise KeyedError(name, "no value can be as low as 0; a ratio of 1 is an unchanged perplexity")
         return limits
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_task_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) != len(tasks):
+            raise ValueError("a task file is listed twice")
+        return tasks
 
     @field_validator("prompts")
     @classmethod

@@ -7,7 +7,7 @@ from compress.model.sizes import StateFacts
 from compress.report import measures
 from compress.report.passes import PassDone
 from compress.report.schema import Report
-from compress.report.terminal import interval_words, notes, value_words, verdict_words
+from compress.report.terminal import interval_words, notes, outcome_words, value_words, verdict_words
 from compress.runtime.runtimes import Runtime, as_lines
 from compress.terminal.escaping import code, markdown
 
@@ -29,7 +29,7 @@ def _headline(report: Report) -> str:
     model, size = report["model"], report["size"]
     ratio = size["candidate_bytes"] / size["baseline_float32_bytes"]
     return (
-        f"# {markdown(model['name'])}: {verdict_words(report['verdict'], report['checks'])}\n\n"
+        f"# {markdown(model['name'])}: {verdict_words(report['verdict'], report)}\n\n"
         f"{model['parameters']:,} parameters ({model['active_parameters']:,} active), model type {code(model['model_type'])}.\n"
         f"Weights: {size['baseline_bytes']:,} bytes before, {size['candidate_bytes']:,} after "
         f"({size['bits_per_weight']:.2f} bits per weight of the original, {ratio:.3f} of float32).\n"
@@ -106,7 +106,7 @@ def _checks(report: Report) -> str:
 
 def _check_row(row: RowFacts) -> str:
     limit = "" if row["limit"] is None else f"{row['limit']:g}"
-    mark = {None: "", True: "held", False: "**missed**"}[row["passed"]]
+    mark = "**missed**" if row["outcome"] == "missed" else outcome_words(row)
     interval = interval_words(row.get("low"), row.get("high"))
     name = f"{row['artifact']} | {row['phase']} | {markdown(row['prompts'])} | {row['metric']}"
     return f"| {name} | {value_words(row)} | {interval} | {limit} | {mark} |"

@@ -127,9 +127,8 @@ def _measured(report: Report) -> str:
         for row in rows
     ]
     head = ("| file | phase | metric | value | limit |", "|---|---|---|---|---|")
-    return (
-        f"Against the original, on {sets}. Verdict: {verdict_words(report['verdict'], report['checks'])}.\n\n"
-        + "\n".join((*head, *lines))
+    return f"Against the original, on {sets}. Verdict: {verdict_words(report['verdict'], report)}.\n\n" + "\n".join(
+        (*head, *lines)
     )
 
 

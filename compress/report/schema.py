@@ -2,7 +2,7 @@
 
 from typing import NotRequired, TypedDict
 
-from compress.check.compare import FoundFacts
+from compress.check.compare import FoundFacts, Verdict
 from compress.model.sizes import MemoryFacts, StateFacts
 from compress.prompts import Used
 from compress.runtime.runtimes import RuntimeFacts
@@ -72,7 +72,7 @@ class StateMemoryFacts(TypedDict):
 
 class Report(FoundFacts):
     schema: int
-    verdict: str
+    verdict: Verdict
     model: ModelFacts
     size: SizeFacts
     passes: list[PassFacts]

@@ -1,21 +1,26 @@
 """The end of a run on the terminal: the verdict, the rows that had limits, where things are."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from compress.check.compare import ALL, RowFacts
+from compress.check.compare import ALL, FoundFacts, RowFacts, Verdict
 from compress.report.schema import Report
 from compress.terminal import output, progress
+from compress.terminal.exits import MISSED
 
-GOOD = ("pass", "not_checked")  # verdicts that end with exit code 0
+
+def exit_code(verdict: Verdict, on_undecided: Literal["fail", "pass"]) -> int:
+    """That of `apply` and `check`."""
+    return MISSED if verdict == "fail" or (verdict == "undecided" and on_undecided == "fail") else 0
 
 
-def show(report: Report, out: Path) -> None:
-    """On stdout: it is the result."""
+def show(report: Report, out: Path, code: int) -> None:
+    """On stdout: it is the result; the reason of an exit code that is not 0 also on stderr."""
     console = output.console(stderr=False)
     size = report["size"]
     console.print(
@@ -25,21 +30,55 @@ def show(report: Report, out: Path) -> None:
     coverage = report["calibration"].get("expert_coverage") if "calibration" in report else None
     if coverage and (cold := coverage["experts_below_threshold"]):
         console.print(f"calibration: {len(cold)} experts {coverage['below_threshold']}")
-    show_rows(report["checks"], console)
-    last = f"verdict: {verdict_words(report['verdict'], report['checks'])}   {out}/report.md"
+    show_found(report, console)
+    last = f"verdict: {verdict_words(report['verdict'], report)}   {out}/report.md"
     console.print(last)
-    if report["verdict"] not in GOOD and not sys.stdout.isatty():
-        progress.note(last)  # as with every exit code but 0, stderr says why
+    if code and not sys.stdout.isatty():
+        progress.note(last)
 
 
-def verdict_words(verdict: str, rows: Sequence[RowFacts]) -> str:
-    """The verdict of a report or of a check's result, and why, where no row tells."""
-    words, unmeasured = verdict.replace("_", " "), [row for row in rows if is_unmeasured(row)]
+def verdict_words(verdict: Verdict, found: FoundFacts) -> str:
+    """The verdict of a report or of a check's result, and why: what failed first, then what is undecided."""
+    reasons = list(_reasons(found))
+    if verdict == "not_checked" and found["checks"] and not reasons:
+        reasons = ["no limits were set"]
+    return ", ".join(filter(None, (verdict.replace("_", " "), "; ".join(reasons))))
+
+
+def _reasons(found: FoundFacts) -> Iterator[str]:
+    rows = found["checks"]
+    damaged = [f"{row['tensor']} ({row['artifact']})" for row in found["audit"] if not row["passed"]]
+    damaged += [
+        f"layer {row['layer']} {row['block']} ({row['artifact']})" for row in found["layer_audit"] if not row["passed"]
+    ]
+    if damaged:
+        yield f"the recipe does not explain {_first_of(damaged)}"
     if any(row["value"] is None and not is_unmeasured(row) for row in rows):
-        return f"{words}, not every figure is finite"
-    if unmeasured:
-        return f"{words}, {unmeasured[0]['metric']} could not be measured"
-    return f"{words}, no limits were set" if verdict == "not_checked" and rows else words
+        yield "not every figure is finite"
+    if missed := [_named(row) for row in rows if row["outcome"] == "missed" and row["value"] is not None]:
+        yield f"missed {_first_of(missed)}"
+    if undecided := [_named(row) for row in rows if row["outcome"] == "undecided"]:
+        yield f"too little text to settle {_first_of(undecided)}"
+    if unmeasured := [row["metric"] for row in rows if is_unmeasured(row)]:
+        yield f"{unmeasured[0]} could not be measured"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _named(row: RowFacts) -> str:
+    return f"{row['metric']} ({row['artifact']}, {row['phase']}: {value_words(row)}, limit {row['limit']:g})"
+
+
+def outcome_words(row: RowFacts) -> str:
+    """What became of a row's limit, and of one that is undecided how much text would settle it."""
+    if row["outcome"] != "undecided":
+        return row["outcome"] or ""
+    if (more := row["more_tokens"]) is not None:
+        return f"undecided (about {float(f'{more:.2g}'):,.0f} more tokens would settle it)"
+    why = "the value is the limit, which no amount of text would settle" if row["low"] is not None else "no interval"
+    return f"undecided ({why})"
 
 
 def is_unmeasured(row: RowFacts) -> bool:
@@ -67,16 +106,20 @@ def notes(rows: Sequence[RowFacts]) -> list[str]:
     return list(said)
 
 
-def show_rows(rows: Sequence[RowFacts], console: Console) -> None:
-    """The rows over all prompts."""
-    if not rows:
-        return
+def show_found(found: FoundFacts, console: Console) -> None:
+    """The rows over all prompts, and what is to be said of them."""
+    if found["checks"]:
+        _show_rows(found["checks"], console)
+    for sentence in (*notes(found["checks"]), *found["remarks"]):
+        console.print(sentence)
+
+
+def _show_rows(rows: Sequence[RowFacts], console: Console) -> None:
     table = Table("artifact", "phase", "metric", "value", "95 % interval", "limit", "")
     for row in (row for row in rows if row["prompts"] == ALL):
         limit = "" if row["limit"] is None else f"{row['limit']:g}"
-        mark = {None: "", True: "held", False: "missed"}[row["passed"]]
         interval = interval_words(row["low"], row["high"])
-        table.add_row(row["artifact"], row["phase"], row["metric"], value_words(row), interval, limit, mark)
+        table.add_row(
+            row["artifact"], row["phase"], row["metric"], value_words(row), interval, limit, outcome_words(row)
+        )
     console.print(table)
-    for note in notes(rows):
-        console.print(note)

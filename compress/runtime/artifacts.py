@@ -15,6 +15,7 @@ from compress.disk.files import file_sha256
 from compress.errors import InputError
 from compress.model import sizes
 from compress.model.config import Config
+from compress.model.hybrid import HybridModel
 from compress.output_folder import integrity, onnx_layouts
 from compress.runtime.candidates import CheckpointCandidate, OnnxCandidate, StatefulCandidate
 from compress.runtime.inference import Decoder, fits_in_memory
@@ -60,6 +61,9 @@ class Artifact(Protocol):
     def sha256(self) -> str:
         """Digest of everything that decides its logits."""
 
+    def model(self) -> HybridModel:
+        """Its weights as they are stored, read when they are asked for."""
+
     def candidate(self, prefill: int = 0) -> StatefulCandidate:
         """What scores windows; it decodes after a prompt of so many tokens."""
 
@@ -83,6 +87,9 @@ class CheckpointArtifact:
     def sha256(self) -> str:
         self._weights_sha256 = self._weights_sha256 or self._checkpoint.files.sha256()
         return self._checkpoint.sha256(self._weights_sha256)
+
+    def model(self) -> HybridModel:
+        return self._model
 
     def candidate(self, prefill: int = 0) -> StatefulCandidate:
         return CheckpointCandidate(self._model, self._device, prefill)
@@ -112,6 +119,10 @@ class OnnxArtifact:
             files = sorted(file for file in {self._path, *self._data} if file.is_file())
             self._sha256 = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
         return self._sha256
+
+    def model(self) -> HybridModel:
+        reading = plugins.graph_reading()
+        return reading.hybrid(reading.load(self._path), self._path)
 
     def candidate(self, prefill: int = 0) -> StatefulCandidate:
         return OnnxCandidate(self._path, prefill=prefill)

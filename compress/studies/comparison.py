@@ -1,14 +1,16 @@
 """`compress check`: settings from flags, one comparison, rows to the terminal."""
 
 from pathlib import Path
+from typing import TypedDict
 
 from compress import prompts
 from compress.check import genai, judge, tokenizers
-from compress.check.compare import verdict
+from compress.check.compare import FoundFacts, Verdict, verdict
 from compress.disk.paths import as_text
 from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
 from compress.output_folder.manifest import versions
+from compress.prompts import task_files
 from compress.recipe import source
 from compress.recipe.check import DEFAULT, Check
 from compress.report import terminal
@@ -16,32 +18,53 @@ from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.json_text import JsonObject
 from compress.strict.models import from_flags, no_truth_value
+from compress.studies.check_options import Flags
 from compress.terminal import output
 
 
-def settings(
-    prompts: tuple[str, ...], limits: tuple[str, ...], limits_from: str | None, samples: int, length: int,
-    prefill: int = 0, distances: tuple[int, ...] = (), trials: int | None = None, states: bool | None = None,
-    generate: int | None = None, tokens: int | None = None,
-) -> Check:  # fmt: skip
+class BaselineFacts(TypedDict):
+    name: str
+    sha256: str
+
+
+class Result(FoundFacts):
+    """What `--json` writes."""
+
+    schema: int
+    verdict: Verdict
+    baseline: BaselineFacts
+    candidate: str
+    prompts: list[prompts.Used]
+    versions: dict[str, str]
+
+
+def settings(flags: Flags) -> Check:
     """Flags to validated settings; a --limit overrides the same metric of --limits, a file or `default`."""
-    named = from_flags(Check, limits=dict(_limit(text) for text in limits)).limits
-    asked = {"distances": distances} | ({} if trials is None else {"trials": trials})
-    recall = asked if distances or trials is not None else None
-    if recall is not None and "recall" not in prompts:
-        raise InputError("--distance and --trials are about the prompt set 'recall', which is not in 'prompts'")
+    named = from_flags(Check, limits=dict(_limit(text) for text in flags["limits"])).limits
     checks = from_flags(
         Check,
-        prompts=prompts or ("heldout",),
-        samples=samples,
-        length=length,
-        prefill=prefill,
-        recall=recall,
-        states=states,
-        generate=_generate(generate, tokens),
-        limits=DEFAULT if limits_from == DEFAULT else _file_limits(limits_from),
+        prompts=flags["prompts"] or ("heldout",),
+        samples=flags["samples"],
+        length=flags["length"],
+        prefill=flags["prefill"],
+        recall=_recall(flags),
+        audit=flags["audit"],
+        states=flags["states"],
+        generate=_generate(flags["generate"], flags["tokens"]),
+        tasks=flags["tasks"],
+        limits=DEFAULT if flags["limits_from"] == DEFAULT else _file_limits(flags["limits_from"]),
+        on_undecided=flags["on_undecided"],
     )
     return checks.with_limits(named)
+
+
+def _recall(flags: Flags) -> dict[str, object] | None:
+    distances, trials = flags["distances"], flags["trials"]
+    if not distances and trials is None:
+        return None
+    if "recall" not in flags["prompts"]:
+        raise InputError("--distance and --trials are about the prompt set 'recall', which is not in 'prompts'")
+    return {"distances": distances} | ({} if trials is None else {"trials": trials})
 
 
 def _generate(prompts: int | None, tokens: int | None) -> dict[str, int] | None:
@@ -77,7 +100,7 @@ def _file_limits(name: str | None) -> JsonObject:
     return values
 
 
-def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> dict[str, object]:
+def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> Result:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, original_path = find_artifact(candidate), _baseline_path(baseline)
     for artifact in (original_path, path):
@@ -85,29 +108,32 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
     original = open_artifact(original_path, device)
     for name in checks.prompts:
         prompts.refuse_unusable(name, original.folder, length=checks.length, asking=checks.recall)
+    task_files.load_all(checks.tasks, original.folder, original.config)
     for artifact in (original_path, path):  # last: it reads everything
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
     found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
-    figures, decided = [row.to_json() for row in found.rows], verdict(found.rows)
-    result: dict[str, object] = {
+    facts, decided = found.facts(), verdict(found)
+    result: Result = {
         "schema": 1,
         "verdict": decided,
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
         "candidate": as_text(str(candidate)),
         "prompts": used,
-        **found.facts(),
+        **facts,
         "versions": versions(),
     }
     console = output.console(stderr=True)
-    terminal.show_rows(figures, console)
-    console.print(f"verdict: {terminal.verdict_words(decided, figures)}")
+    terminal.show_found(facts, console)
+    console.print(f"verdict: {terminal.verdict_words(decided, facts)}")
     return result
 
 
 def _refuse_unfit(original: Artifact, path: Path, checks: Check) -> None:
     """What ships beside the weights decides what users get, too: the tokenizer, and how genai runs the graph."""
-    tokenizers.refuse_other(original.folder, onnx_layouts.folder_of(path), text_needed=checks.prompts != ("self",))
+    tokenizers.refuse_other(
+        original.folder, onnx_layouts.folder_of(path), text_needed=checks.prompts != ("self",) or bool(checks.tasks)
+    )
     if path.suffix == ".onnx":
         genai.refuse_broken(path, open_artifact(path).config)
 

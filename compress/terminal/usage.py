@@ -6,7 +6,7 @@ import click
 
 EXIT_CODES = (
     ("0", "done, and every limit held, or none was set"),
-    ("1", "done, and a limit was missed; artifacts and report are kept"),
+    ("1", "done, and a limit was missed or is undecided; artifacts and report are kept"),
     ("2", "the input is wrong: usage, recipe, model folder, data; one sentence says what"),
     ("3", "the work itself failed, such as a full disk, or a defect of ours"),
     ("130, 143, 129", "interrupted by Ctrl-C, SIGTERM or SIGHUP; 'apply --resume' continues"),

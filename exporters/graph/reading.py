@@ -1,4 +1,4 @@
-"""Reads an exported model.onnx back without its weights."""
+"""Reads an exported model.onnx back; its weights stay in the data file until they are asked for."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from compress.checkpoint.reader import parse_config
 from compress.disk.pointers import refuse_pointer
 from compress.errors import InputError, first_line
 from compress.model.architecture import Architecture
+from compress.model.hybrid import HybridModel
 from compress.strict import json_text
+from compress.strict.json_text import JsonObject
+from exporters.graph import weights
 from exporters.graph.builder import FORMAT_KEY
 
 CONFIG_KEY = "compress.config"  # metadata that carries config.json
@@ -25,16 +28,29 @@ def load(path: Path) -> ir.Model:
 
 def architecture(model: ir.Model, path: Path) -> Architecture:
     """The family and configuration of the checkpoint a graph was exported from."""
+    return parse_config(_config(model, path), _source(path))
+
+
+def hybrid(model: ir.Model, path: Path) -> HybridModel:
+    """The weights of a graph, as they lie in its data file, in the units of the checkpoint it was exported from."""
+    return weights.model(model, architecture(model, path), _config(model, path), path)
+
+
+def _source(path: Path) -> str:
+    return f"{path}: '{CONFIG_KEY}' in its metadata"
+
+
+def _config(model: ir.Model, path: Path) -> JsonObject:
+    """The checkpoint's config.json."""
     if CONFIG_KEY not in model.metadata_props:
         raise InputError(f"{path}: was not exported by this tool (no '{CONFIG_KEY}' in its metadata)")
-    source = f"{path}: '{CONFIG_KEY}' in its metadata"
     try:
         values = json_text.loads(model.metadata_props[CONFIG_KEY])
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: not valid JSON ({error})") from None
+        raise InputError(f"{_source(path)}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
-        raise InputError(f"{source}: expected a JSON object")
-    return parse_config(values, source)
+        raise InputError(f"{_source(path)}: expected a JSON object")
+    return values
 
 
 def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:

@@ -1,0 +1,234 @@
+"""Plants single faults in a finished checkpoint, as a bug would, and asks whether the gate finds them.
+
+    python benchmarks/planted_faults.py ORIGINAL OUTPUT [--only NAME] [--decode]
+
+OUTPUT is an output folder of `apply` with a checkpoint and an ONNX export. Each fault is planted in a copy without its manifest, in
+the stored formats: a quantized matrix is read, changed, and rounded to nearest in its format again. Prints for each which audit
+row names it; with --decode the faults of an exported graph too, which only its outputs show.
+"""
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save_file
+
+from compress import formats
+from compress.checkpoint.reader import Checkpoint
+from compress.model.hybrid import HybridModel
+from compress.model.roles import Role
+from compress.model.weight import PLAIN_DTYPES, Weight
+
+Tensors = dict[str, torch.Tensor]
+Fault = Callable[["Planter"], None]
+
+
+class Planter:
+    """A copy of a checkpoint whose tensors can be changed. Names are looked for by role and by how they end."""
+
+    def __init__(self, checkpoint: Path, folder: Path):
+        shutil.copytree(checkpoint, folder, symlinks=False)
+        self.folder, self._generator = folder, torch.Generator().manual_seed(1)
+
+    @property
+    def model(self) -> HybridModel:
+        """As it is now: what is saved moves other tensors within a file."""
+        return Checkpoint(self.folder, allow_quantized=True).model
+
+    def find(self, role: Role, end: str = "weight", layer: int | None = None) -> Weight:
+        """The first that ends so, of a layer or of any; LookupError where there is none."""
+        start = "" if layer is None else f"layers.{layer}."
+        for weight in self.model.weights:
+            if weight.role == role and weight.name.endswith(end) and start in weight.name:
+                return weight
+        raise LookupError(f"{role} {end}")
+
+    def noise(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=self._generator)
+
+    def put(self, weight: Weight, dense: torch.Tensor) -> None:
+        """Stores float32 values in the format that the weight has."""
+        if weight.is_quantized:
+            dense = dense if weight.rotation is None else _rotated(dense, weight.rotation)
+            parts = weight.stored_parts(formats.get(weight.format).quantize(dense.clone()))
+        else:
+            parts = {weight.name: dense.to(PLAIN_DTYPES[weight.format])}
+        for path in self.folder.glob("*.safetensors"):
+            tensors = load(path.read_bytes())  # a mapped file must not be written over
+            if here := {name: tensor.contiguous() for name, tensor in parts.items() if name in tensors}:
+                save_file(tensors | here, path, metadata={"format": "pt"})
+
+    def change(self, weight: Weight, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.put(weight, function(weight.dense().clone()))
+
+
+def _rotated(dense: torch.Tensor, block: int) -> torch.Tensor:
+    from compress.formats import hadamard
+
+    return hadamard.rotate(dense, block)
+
+
+def int4_per_tensor(dense: torch.Tensor) -> torch.Tensor:
+    step = dense.abs().max() / 7
+    return (dense / step).round().clamp(-8, 7) * step
+
+
+def zeroed(dense: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(dense)
+
+
+def with_rows(rows: dict[int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(dense: torch.Tensor) -> torch.Tensor:
+        other = dense.clone()
+        for to, source in rows.items():
+            other[to] = dense[source]
+        return other
+
+    return change
+
+
+def expert_zeroed(planter: Planter) -> None:
+    stem = _first_moe(planter.model) + ".experts.3."
+    for name in [weight.name for weight in planter.model.weights if weight.name.startswith(stem)]:
+        planter.change(planter.find(Role.EXPERTS, name), zeroed)
+
+
+def _first_moe(model: HybridModel) -> str:
+    names = [weight.name for weight in model.weights if weight.role == Role.EXPERTS and ".experts." in weight.name]
+    return names[0].partition(".experts.")[0]
+
+
+def swapped(planter: Planter, first: Weight, second: Weight) -> None:
+    values = first.dense().clone(), second.dense().clone()
+    planter.put(first, values[1])
+    planter.put(second, values[0])
+
+
+def experts_swapped(planter: Planter) -> None:
+    stem = _first_moe(planter.model)
+    for end in ("up_proj.weight", "down_proj.weight"):
+        swapped(planter, *(planter.find(Role.EXPERTS, f"{stem}.experts.{e}.{end}") for e in (1, 2)))
+
+
+def gate_and_up_swapped(planter: Planter) -> None:
+    swapped(planter, planter.find(Role.MLP, "gate_proj.weight"), planter.find(Role.MLP, "up_proj.weight"))
+
+
+def expert_gate_and_up_swapped(planter: Planter) -> None:
+    stem = _first_moe(planter.model) + ".experts.2."
+    swapped(planter, *(planter.find(Role.EXPERTS, f"{stem}{part}_proj.weight") for part in ("gate", "up")))
+
+
+def embedding_corrupted(planter: Planter) -> None:
+    def change(dense: torch.Tensor) -> torch.Tensor:
+        dense[100:120] = planter.noise(dense[100:120]) * dense.std()
+        return dense
+
+    planter.change(planter.model.embedding, change)
+
+
+def column_zeroed(dense: torch.Tensor) -> torch.Tensor:
+    dense[:, 5] = 0
+    return dense
+
+
+def on(role: Role, end: str, function: Callable[[torch.Tensor], torch.Tensor]) -> Fault:
+    return lambda planter: planter.change(planter.find(role, end), function)
+
+
+def noisy(share: float, role: Role, end: str = "weight") -> Fault:
+    def plant(planter: Planter) -> None:
+        planter.change(planter.find(role, end), lambda w: w + share * w.std() * planter.noise(w))
+
+    return plant
+
+
+def first_tap_zeroed(dense: torch.Tensor) -> torch.Tensor:
+    dense[..., 0] = 0
+    return dense
+
+
+FAULTS: dict[str, Fault] = {
+    "expert zeroed": expert_zeroed,
+    "expert down_proj zeroed": on(Role.EXPERTS, "3.down_proj.weight", zeroed),
+    "dt_proj int4 per tensor": on(Role.SSM_DT_PROJ, "weight", int4_per_tensor),
+    "dense down_proj int4 per tensor": on(Role.MLP, "down_proj.weight", int4_per_tensor),
+    "expert down_proj int4 per tensor": on(Role.EXPERTS, "1.down_proj.weight", int4_per_tensor),
+    "expert up_proj int4 per tensor": on(Role.EXPERTS, "1.up_proj.weight", int4_per_tensor),
+    "ssm in_proj int4 per tensor": on(Role.SSM_IN, "weight", int4_per_tensor),
+    "ssm out_proj int4 per tensor": on(Role.SSM_OUT, "weight", int4_per_tensor),
+    "o_proj int4 per tensor": on(Role.ATTENTION_OUT, "weight", int4_per_tensor),
+    "router rows swapped": on(Role.ROUTER, "weight", with_rows({1: 4, 4: 1})),
+    "router noise 10 %": noisy(0.1, Role.ROUTER),
+    "router noise 1 %": noisy(0.01, Role.ROUTER),
+    "first conv tap zeroed": on(Role.SSM_CONV, "weight", first_tap_zeroed),
+    "conv taps reversed": on(Role.SSM_CONV, "weight", lambda w: w.flip(-1)),
+    "keys times 2": on(Role.ATTENTION_QKV, "k_proj.weight", lambda w: 2 * w),
+    "queries times 1.1": on(Role.ATTENTION_QKV, "q_proj.weight", lambda w: 1.1 * w),
+    "values negated": on(Role.ATTENTION_QKV, "v_proj.weight", lambda w: -w),
+    "A_log + 0.3": on(Role.SSM_A, "A_log", lambda w: w + 0.3),
+    "A_log + 0.01": on(Role.SSM_A, "A_log", lambda w: w + 0.01),
+    "D zeroed": on(Role.SSM_D, "D", zeroed),
+    "dt bias zeroed": lambda p: p.change(next(w for w in p.model.weights if w.role == Role.SSM_DT_BIAS), zeroed),
+    "embedding of 20 tokens": embedding_corrupted,
+    "embedding row swap": lambda p: p.change(p.model.embedding, with_rows({200: 300, 300: 200})),
+    "gate and up swapped": gate_and_up_swapped,
+    "expert's gate and up swapped": expert_gate_and_up_swapped,
+    "experts swapped": experts_swapped,
+    "norm times 1.1": on(Role.NORM, "weight", lambda w: 1.1 * w),
+    "final norm times 1.01": lambda p: p.change(p.model.final_norm, lambda w: 1.01 * w),
+    "lm_head rows swapped": lambda p: p.change(p.model.output_matrix, with_rows({500: 600, 600: 500})),
+    "lm_head times 1.05": lambda p: p.change(p.model.output_matrix, lambda w: 1.05 * w),
+    "expert input zeroed": on(Role.EXPERTS, "1.up_proj.weight", column_zeroed),
+    "ssm out_proj input zeroed": on(Role.SSM_OUT, "weight", column_zeroed),
+    "expert noise 5 %": noisy(0.05, Role.EXPERTS, "2.down_proj.weight"),
+    "expert noise 30 %": noisy(0.3, Role.EXPERTS, "2.down_proj.weight"),
+    "ssm in_proj noise 5 %": noisy(0.05, Role.SSM_IN),
+    "expert times 1.1": on(Role.EXPERTS, "2.up_proj.weight", lambda w: 1.1 * w),
+    "expert times 0.95": on(Role.EXPERTS, "2.down_proj.weight", lambda w: 0.95 * w),
+    "x_proj rows swapped": on(Role.SSM_X_PROJ, "weight", lambda w: w.roll(1, 0)),
+}
+
+
+def audited(original: Path, candidate: Path, layers: bool) -> list[str]:
+    """What failed, as a report has it."""
+    from compress.check import audit, layer_audit
+    from compress.check.audit import Models
+    from compress.runtime.artifacts import find_artifact, open_artifact
+
+    before, after = (open_artifact(find_artifact(path)) for path in (original, candidate))
+    models = Models(before.model(), after.model())
+    found = [f"{r['tensor']} {r.get('note', '')} ({r['relative_error']:.3g} > {r['expected_at_most']:.3g})"
+             for r in audit.audit("checkpoint", models, lambda _: None) if not r["passed"]]  # fmt: skip
+    if layers:
+        ids = layer_audit.tokens(before, 0)
+        found += [f"layer {r['layer']} {r['block']} expert {r['expert']} ({r['relative_error']:.2g} > {r['expected_at_most']:.2g})"
+                  for r in layer_audit.audit("checkpoint", models, ids, "cpu", lambda _: None) if not r["passed"]]  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("original", type=Path)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--only")
+    arguments = parser.parse_args()
+    for name, fault in FAULTS.items():
+        if arguments.only and arguments.only not in name:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            planter = Planter(arguments.checkpoint, Path(folder) / "checkpoint")
+            try:
+                fault(planter)
+            except LookupError:
+                print(f"{name:<34} (the model has none)")
+                continue
+            found = audited(arguments.original, planter.folder, layers=True)
+            print(f"{name:<34} {len(found)} {found[:2] if found else 'MISSED'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
