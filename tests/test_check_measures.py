@@ -123,6 +123,31 @@ def test_more_tokens_are_those_of_windows_that_tell_the_metric(example):
     assert {row.tokens for row in whole} == {sum(LENGTHS)}
 
 
+@pytest.mark.parametrize("prefill", [0, 280])
+def test_what_decoding_changes_by_itself_is_told_from_what_both_ways_lose(tmp_path, prefill):
+    """A candidate far from the baseline in both phases, and 0.02 to 0.04 nats off in what it decodes."""
+    example = Example(tmp_path, LENGTHS)
+    decoded = [rows + 0.0 for rows in example.q]
+    changes = []
+    for window, rows in zip(example.windows, decoded, strict=True):
+        for token in range(prefill + 1, len(window)):
+            log_q = rows[token - 1].double().log_softmax(-1)
+            rows[token - 1, window[token]] += 0.04
+            changes.append(float(rows[token - 1].double().log_softmax(-1)[window[token]] - log_q[window[token]]))
+
+    class Decoding(Given):
+        def logits(self, windows, phase, advance):
+            self._logits = decoded if phase == "decode" else example.q
+            return super().logits(windows, phase, advance)
+
+    (row,) = rows_of(compare("given", Decoding(example.q, prefill), example.sets, {}), "decode_prefill_difference")
+    assert (row.phase, row.positions) == ("decode", len(changes))
+    assert row.value == pytest.approx(np.sqrt(np.mean(np.square(changes))), rel=1e-3)  # float32 log-probabilities
+    assert row.low < row.value < row.high
+    (still,) = rows_of(example.compared(prefill=prefill), "decode_prefill_difference")
+    assert (still.value, still.low, still.high) == (0, 0, 0)
+
+
 def test_windows_too_short_for_drift_have_no_row_and_a_limit_on_it_is_not_checked(tmp_path):
     example = Example(tmp_path, (257, 100))
     assert not rows_of(example.compared(), "decode_drift_ratio")

@@ -8,15 +8,11 @@ import pytest
 from scipy import stats
 
 from compress.check import figures, statistics
-from compress.check.metrics import STATISTICS, Scores, summarize
+from compress.check.metrics import STATISTICS, Scores
 
 SIMULATED = 250
 # of 250 intervals that cover with 95 %, fewer than 228 do so once in 1,000 simulations
 FEWEST = int(stats.binom.ppf(0.001, SIMULATED, 0.95))
-
-
-def scores(kl: np.ndarray, baseline: np.ndarray, candidate: np.ndarray, same: np.ndarray) -> Scores:
-    return Scores(baseline, candidate, kl, same, same, same)
 
 
 def random_windows(seed: int, *lengths: int) -> list[Scores]:
@@ -26,7 +22,8 @@ def random_windows(seed: int, *lengths: int) -> list[Scores]:
     def window(length: int) -> Scores:
         common, baseline = rng.gamma(4, 0.25), rng.gamma(2, 1, length)
         kl = common * rng.gamma(0.5, 0.01, length)
-        return scores(kl, baseline, baseline + rng.normal(0, kl + 0.01), rng.random(length) > common / 20)
+        hits = (rng.random(length) > share for share in (common / 20, 0.5, 0.55))
+        return Scores(baseline, baseline + rng.normal(0, kl + 0.01), kl, kl * rng.gamma(9, 0.1, length), *hits)
 
     return [window(length) for length in lengths]
 
@@ -74,6 +71,22 @@ def test_differences_between_prompt_sets_are_no_noise():
     assert high - low > 1
 
 
+def by_numpy(scores: Scores) -> dict[str, float]:
+    """The metrics from their definitions."""
+    kl = scores.kl_divergence
+    percentiles = {name: np.percentile(kl, percent) for name, percent in
+                   (("p50", 50), ("p95", 95), ("p99", 99), ("p999", 99.9))}  # fmt: skip
+    return {
+        "perplexity_ratio": np.exp(scores.nll_candidate.mean()) / np.exp(scores.nll_baseline.mean()),
+        "kl_divergence_mean": kl.mean(),
+        "kl_divergence_reverse_mean": scores.kl_reverse.mean(),
+        **{f"kl_divergence_{name}": value for name, value in percentiles.items()},
+        "kl_divergence_tail_ratio": percentiles["p99"] / kl.mean(),
+        "top1_agreement": scores.same_top1.mean(),
+        "top1_accuracy_drop": scores.baseline_right.mean() - scores.candidate_right.mean(),
+    }
+
+
 def test_statistics_of_windows_are_the_metrics_of_what_was_drawn():
     windows = random_windows(1, 40, 70, 5, 300)
     counts = np.array([[1, 1, 1, 1], [4, 0, 0, 0], [0, 2, 1, 1], [0, 0, 4, 0], [0, 0, 1, 3]])
@@ -81,15 +94,40 @@ def test_statistics_of_windows_are_the_metrics_of_what_was_drawn():
         found = statistic_of(windows)(counts)
         for row, value in zip(counts, found, strict=True):
             drawn = [window for window, times in zip(windows, row, strict=True) for _ in range(times)]
-            # sums in another order
-            assert value == pytest.approx(summarize(Scores.concatenate(drawn))[metric], rel=1e-12), (metric, row)
+            expected = by_numpy(Scores.concatenate(drawn))[metric]
+            assert value == pytest.approx(expected, rel=1e-12, abs=1e-15), (metric, row)  # sums in another order
+
+
+@pytest.mark.parametrize("percent", [0, 0.1, 37.5, 50, 99, 99.9, 100])
+@pytest.mark.parametrize("lengths", [(1,), (3, 1), (40, 70, 5, 300), (200,) * 30])
+def test_percentiles_are_numpys_of_ties_too(percent, lengths):
+    rng = np.random.default_rng(len(lengths))
+    windows = [rng.integers(0, 50, length) / 7 for length in lengths]
+    counts = rng.multinomial(len(lengths), np.full(len(lengths), 1 / len(lengths)), 20)
+    found = statistics.percentile(windows, percent)(counts)
+    for row, value in zip(counts, found, strict=True):
+        drawn = np.concatenate([window for window, times in zip(windows, row, strict=True) for _ in range(times)])
+        assert value == pytest.approx(np.percentile(drawn, percent), rel=1e-12, abs=1e-12)
+
+
+def test_a_percentile_hides_no_value_that_is_no_number():
+    windows = [np.ones(500), np.append(np.ones(499), np.nan)]
+    assert np.isnan(statistics.percentile(windows, 50)(np.ones((1, 2), int))).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_that_differs_has_a_tail_like_everything_that_differs_alike():
+    for kl in (np.zeros(40), np.full(40, 0.25)):
+        ones = np.ones(40)
+        figure = figures.of("kl_divergence_tail_ratio", [[Scores(ones, ones, kl, kl, *[ones > 0] * 3)] * 3])
+        assert (figure.value, figure.interval) == (pytest.approx(1), pytest.approx((1, 1)))
 
 
 @pytest.mark.parametrize("metric", list(STATISTICS))
 def test_a_figure_has_the_value_of_all_positions_and_an_interval_around_it(metric):
     sets = [random_windows(1, *[60] * 8), random_windows(2, *[40] * 6)]
     figure = figures.of(metric, sets)
-    assert figure.value == summarize(Scores.concatenate([*sets[0], *sets[1]]))[metric]
+    assert figure.value == pytest.approx(by_numpy(Scores.concatenate([*sets[0], *sets[1]]))[metric], rel=1e-12)
     assert figure.interval[0] < figure.value < figure.interval[1]
     assert (figure.positions, figure.windows) == (8 * 60 + 6 * 40, 14)
     assert figures.of(metric, sets) == figure, "the same windows have the same interval"

@@ -27,8 +27,8 @@ from compress.model import weight as model_module
 from compress.prompts.windows import encode
 from compress.recipe import resources
 from compress.recipe.source import load_tokenizer
-from compress.runtime import inference
-from compress.runtime.inference import Decoder, Head, LayerWeights, layer_weights, sample, stream
+from compress.runtime import inference, memory
+from compress.runtime.inference import Decoder, Head, LayerWeights, sample, stream
 
 # Standard deviation of random weights times sqrt(inputs). At 0.7 transformers in float32 is 1e-6 to 3e-5 away from itself
 # in float64, so that the requirement tests us and not the noise; at models.py's 1.5 that noise alone is 5e-4.
@@ -222,8 +222,15 @@ def test_stream_in_small_blocks_gives_the_same(plain_case, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("decode", [False, True])
 def test_stream_that_reads_weights_again_gives_the_same(plain_case, tmp_path, monkeypatch, decode):
-    monkeypatch.setattr(inference, "layer_weights", functools.partial(layer_weights, budget=0))
+    monkeypatch.setattr(inference, "kept_bytes", lambda device: 0)
     assert_stream_agrees(plain_case, tmp_path, decode=decode)
+
+
+@pytest.mark.parametrize(("free", "kept"), [(0, 512 << 20), (8 << 30, 2 << 30)])
+def test_where_memory_is_free_more_of_a_layer_is_kept(monkeypatch, free, kept):
+    monkeypatch.setattr(memory, "available", lambda: free)
+    assert inference.kept_bytes("cpu") == kept
+    assert inference.kept_bytes("cuda") == 512 << 20, "memory of the host says nothing of it"
 
 
 def test_stream_reports_every_token_of_every_layer(plain_case, tmp_path):
@@ -266,7 +273,7 @@ def test_layer_weights_are_kept_only_as_far_as_the_budget_goes(budget, expected)
 
 
 def no_free_memory(monkeypatch):
-    monkeypatch.setattr(inference.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
 
 
 @pytest.mark.parametrize("enough_memory", [True, False])

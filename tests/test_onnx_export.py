@@ -23,7 +23,7 @@ from compress.prompts.windows import encode
 from compress.recipe import resources
 from compress.recipe.recipe import load_recipe
 from compress.recipe.source import load_tokenizer, resolve
-from compress.runtime import onnx_session
+from compress.runtime import memory
 from compress.runtime.inference import Head, stream
 from compress.runtime.onnx_session import OnnxSession
 from exporters import onnx as exporter
@@ -593,7 +593,7 @@ def test_an_artifact_whose_data_file_is_missing_is_refused(awkward, tmp_path):
 
 
 def test_an_artifact_larger_than_free_memory_is_refused_before_it_is_loaded(awkward, monkeypatch):
-    monkeypatch.setattr(onnx_session.psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
     with pytest.raises(InputError, match="memory"):
         OnnxSession(awkward.path)
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import psutil
-
 from compress import prompts
 from compress.check import baseline
 from compress.checkpoint.end_tokens import of_generation_config
@@ -25,7 +23,7 @@ from compress.recipe.calibration import Calibration
 from compress.recipe.check import Check
 from compress.recipe.recipe import PassStep, Recipe
 from compress.recipe.source import Source
-from compress.runtime import runtimes
+from compress.runtime import memory, runtimes
 from compress.runtime.onnx_session import LOAD_FACTOR
 from compress.strict import yaml_text
 from compress.strict.models import Strict
@@ -254,7 +252,7 @@ def _memory_shortage(plan: Plan) -> str | None:
     """A checked ONNX artifact is loaded whole; said now rather than after the work."""
     if plan.recipe.check is None or not plan.recipe.export:
         return None
-    need, total = LOAD_FACTOR * max(plan.export_bytes().values()), psutil.virtual_memory().total
+    need, total = LOAD_FACTOR * max(plan.export_bytes().values()), memory.total()
     if need <= total:
         return None
     return f"the check loads the export, which takes about {need / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory; use check=null"

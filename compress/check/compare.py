@@ -6,25 +6,26 @@ from typing import Literal, NotRequired, TypedDict
 
 import torch
 
-from compress.check import figures, positions, recall, standing, tasks
+from compress.check import positions, recall, standing, tasks
 from compress.check.audit import AuditFacts
 from compress.check.baseline import Baseline
 from compress.check.figures import Figure
 from compress.check.flips import FlipFacts
 from compress.check.generated import GeneratedFacts
 from compress.check.layer_audit import LayerAuditFacts
-from compress.check.metrics import STATISTICS, Scores, WindowScores, score
+from compress.check.metrics import Scores, WindowScores, score
 from compress.check.outcomes import Outcome, more_tokens, outcome
 from compress.check.positions import PositionFacts
-from compress.check.recall import Answer, Marks, RecallFacts
-from compress.check.standing import OnTask, OnText, Place
+from compress.check.recall import Marks, RecallFacts
+from compress.check.scored import Scored, told
+from compress.check.standing import OnTask, OnText
 from compress.check.states import HealthFacts, SaturationFacts
 from compress.check.statistics import Interval
 from compress.check.tasks import Answered, TaskFacts
 from compress.check.worst import WorstFacts
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet
-from compress.recipe.check import DRIFT_FROM, METRICS, PHASES, MetricName, Phase
+from compress.recipe.check import METRICS, PHASES, MetricName
 from compress.runtime.candidates import Candidate
 from compress.strict.json_text import finite
 from compress.terminal import progress
@@ -183,45 +184,20 @@ class Found:
         }
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One phase over one prompt set; windows without a scored position are left out. Questions were asked in windows of
-    `asked` tokens together."""
-
-    prompts: PromptSet
-    windows: list[WindowScores]
-    answers: list[Answer]
-    asked: int
-
-    def tokens(self, metric: MetricName) -> int:
-        """Of the text that a metric looks at."""
-        if metric == "recall_accuracy_drop":
-            return self.asked
-        first = DRIFT_FROM if metric == "decode_drift_ratio" else 0
-        return sum(window.tokens for window in self.windows if window.tokens > first)
-
-    def sums(self, artifact: str, phase: Phase) -> list[OnText]:
-        """The baseline's, then the artifact's."""
-        places = Place(None, self.prompts, phase), Place(artifact, self.prompts, phase)
-        return [
-            standing.of_baseline(places[0], self.windows, self.answers),
-            standing.of_candidate(places[1], self.windows, self.answers),
-        ]
-
-
 def compare(
     artifact: str, candidate: Candidate, sets: list[tuple[PromptSet, Baseline]], limits: dict[MetricName, float]
 ) -> Found:
     """Scores one artifact in both phases. Limits bind the rows over all prompts; rows per set inform."""
-    found = Found()
+    found, prefilled = Found(), dict[str, Scored]()
     for phase in PHASES:
         by_set = {prompts.name: scored(artifact, candidate, prompts, baseline, phase) for prompts, baseline in sets}
+        prefilled = prefilled or by_set
         together = list(by_set.values())
-        found.rows += _rows(artifact, phase, ALL, together, limits)
+        found.rows += _rows(artifact, phase, ALL, told(phase, together, list(prefilled.values())), together, limits)
         for name, one in by_set.items():
-            found.rows += _rows(artifact, phase, name, [one], {})
+            found.rows += _rows(artifact, phase, name, told(phase, [one], [prefilled[name]]), [one], {})
             found.text += one.sums(artifact, phase)
-        found.by_position += positions.by_position(artifact, phase, [one.windows for one in together])
+        found.by_position += positions.by_position(artifact, phase, [one.scores for one in together])
         found.recall += recall.by_distance(artifact, phase, [one.answers for one in together])
     return found
 
@@ -253,13 +229,15 @@ def verdict(found: Found) -> Verdict:
     return "pass" if outcomes and None not in outcomes else "not_checked"
 
 
-def _rows(artifact: str, phase: str, prompts: str, sets: list[Scored], limits: dict[MetricName, float]) -> list[Row]:
-    told, found = _figures(phase, sets), []
+def _rows(artifact: str, phase: str, prompts: str, figures: dict[MetricName, Figure], sets: list[Scored],
+          limits: dict[MetricName, float]) -> list[Row]:  # fmt: skip
+    """In the order of the metrics; one that a limit asks for has a row also where nothing tells it."""
+    found = []
     for metric in METRICS:
         limit = limits.get(metric) if phase in METRICS[metric].phases else None
-        if metric in told:
+        if metric in figures:
             tokens = sum(scored.tokens(metric) for scored in sets)
-            found.append(_row(artifact, metric, phase, prompts, told[metric], limit, tokens))
+            found.append(_row(artifact, metric, phase, prompts, figures[metric], limit, tokens))
         elif limit is not None and metric != OF_TASKS:
             found.append(_unmeasured(artifact, metric, phase, prompts, limit))
     return found
@@ -276,19 +254,6 @@ def _row(artifact: str, metric: MetricName, phase: str, prompts: str, figure: Fi
                figure.narrowing)  # fmt: skip
 
 
-def _figures(phase: str, sets: list[Scored]) -> dict[MetricName, Figure]:
-    """Of every metric that the phase and the prompts tell."""
-    windows = [scored.windows for scored in sets]
-    whole = [[window.scores for window in of_set] for of_set in windows]
-    found = {metric: figures.of(metric, whole) for metric in STATISTICS}
-    late = positions.between(windows, DRIFT_FROM, math.inf)
-    if any(late) and phase in METRICS["decode_drift_ratio"].phases:
-        found["decode_drift_ratio"] = figures.of("perplexity_ratio", late)
-    if lost := recall.drop([scored.answers for scored in sets]):
-        found["recall_accuracy_drop"] = lost
-    return found
-
-
 def scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Baseline, phase: str) -> Scored:
     """An artifact on one prompt set, beside the baseline."""
     pieces: dict[int, dict[int, Scores]] = {}
@@ -303,7 +268,7 @@ def scored(artifact: str, candidate: Candidate, prompts: PromptSet, baseline: Ba
                 marks.hear(window, start, log_p, logits)
     answers = marks.answers()
     asked = sum(len(prompts.windows[window]) for window in {answer.question.window for answer in answers})
-    return Scored(prompts, [_in_order(pieces[window]) for window in sorted(pieces)], answers, asked)
+    return Scored(prompts, {window: _in_order(pieces[window]) for window in sorted(pieces)}, answers, asked)
 
 
 def _in_order(pieces: dict[int, Scores]) -> WindowScores:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.check import statistics
-from compress.check.metrics import STATISTICS, Scores, summarize
-from compress.check.statistics import Array, Interval
+from compress.check.metrics import STATISTICS, Scores
+from compress.check.statistics import Array, Interval, Statistic
 from compress.recipe.check import MetricName
 
 ONE_WINDOW = "a single window, which tells no interval; more text or a smaller 'length' gives several"
@@ -32,12 +32,16 @@ class Figure:
 
 
 def of(metric: MetricName, sets: Sequence[Sequence[Scores]]) -> Figure:
-    """A metric of `summarize`, over windows by prompt set; some window has positions."""
+    """A metric of `STATISTICS`, over windows by prompt set; some window has positions."""
     windows = [scores for of_set in sets for scores in of_set]
-    together = Scores.concatenate(windows)
-    value, statistic = summarize(together)[metric], STATISTICS[metric](windows)
-    interval = statistics.interval(statistic, [len(of_set) for of_set in sets]) if math.isfinite(value) else None
-    return Figure(value, len(together.kl_divergence), len(windows), interval)
+    return figure(STATISTICS[metric](windows), [len(of_set) for of_set in sets], sum(map(len, windows)))
+
+
+def figure(statistic: Statistic, strata: Sequence[int], positions: int) -> Figure:
+    """Of windows, of which each prompt set has so many, with so many positions together."""
+    value = statistics.value(statistic, sum(strata))
+    interval = statistics.interval(statistic, strata) if math.isfinite(value) else None
+    return Figure(value, positions, sum(strata), interval)
 
 
 def drop(lost: Array, trials: Array, strata: Sequence[int], *, has_changed: bool) -> Figure:

@@ -29,12 +29,12 @@ class PositionFacts(TypedDict):
 def between(sets: Sequence[Sequence[WindowScores]], first: int, last: float) -> list[list[Scores]]:
     """The scores of these tokens, of windows that have some, by prompt set."""
     cut = [[window.between(first, last) for window in of_set] for of_set in sets]
-    return [[scores for scores in of_set if len(scores.kl_divergence)] for of_set in cut]
+    return [[scores for scores in of_set if len(scores)] for of_set in cut]
 
 
 def by_position(artifact: str, phase: str, sets: Sequence[Sequence[WindowScores]]) -> list[PositionFacts]:
     """A row for each bucket of positions that was scored, over all prompt sets."""
-    longest = max(window.first + len(window.scores.kl_divergence) - 1 for of_set in sets for window in of_set)
+    longest = max(window.tokens - 1 for of_set in sets for window in of_set)
     found = [(bucket, between(sets, *bucket)) for bucket in buckets(longest)]
     return [_row(artifact, phase, *bucket, scores) for bucket, scores in found if any(scores)]
 

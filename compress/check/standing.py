@@ -80,13 +80,13 @@ class Place:
 
 def of_baseline(place: Place, windows: Sequence[WindowScores], answers: Sequence[Answer]) -> OnText:
     nll = [window.scores.nll_baseline for window in windows]
-    right = [window.scores.right_baseline for window in windows]
+    right = [window.scores.baseline_right for window in windows]
     return _on_text(place, nll, right, answers, "baseline")
 
 
 def of_candidate(place: Place, windows: Sequence[WindowScores], answers: Sequence[Answer]) -> OnText:
     nll = [window.scores.nll_candidate for window in windows]
-    right = [window.scores.right_candidate for window in windows]
+    right = [window.scores.candidate_right for window in windows]
     beside = {
         "kl_divergence": _sums([window.scores.kl_divergence for window in windows]),
         "same_top1": _counts([window.scores.same_top1 for window in windows]),

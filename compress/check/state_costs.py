@@ -20,7 +20,6 @@ from compress.check.metrics import WindowScores, score
 from compress.model.hybrid import HybridModel
 from compress.passes import Cost
 from compress.recipe.check import DRIFT_FROM
-from compress.runtime.candidates import ROWS
 from compress.runtime.inference import (
     Advance,
     Head,
@@ -31,6 +30,7 @@ from compress.runtime.inference import (
     layer_weights,
     run_layer,
 )
+from compress.runtime.pieces import of_hidden
 from compress.terminal import progress
 
 ALONE, TOGETHER = "what states cost", "states together"  # stages
@@ -150,10 +150,9 @@ class StateCosts:
         self, head: Head, window: torch.Tensor, unrounded: torch.Tensor, rounded: torch.Tensor
     ) -> Iterator[WindowScores]:
         """Of one window [S] from both final states [S, H], in pieces; nothing follows its last token."""
-        for start in range(0, len(window) - 1, ROWS):
-            rows = slice(start, min(start + ROWS, len(window) - 1))
-            log_p, logits = (head(states[rows].to(self._device)).float().cpu() for states in (unrounded, rounded))
-            targets = window[start + 1 : rows.stop + 1]
+        both = (of_hidden(head, 0, states.to(self._device)) for states in (unrounded, rounded))
+        for (_, start, log_p), (_, _, logits) in zip(*both, strict=True):
+            targets = window[start + 1 : start + len(logits) + 1]
             yield WindowScores(start + 1, score(torch.log_softmax(log_p, dim=-1), logits, targets))
 
     def _steps(self, first: int) -> int:

@@ -6,6 +6,7 @@ BCa (Efron 1987), which follows the skew of divergences. Any such interval is to
 raised by what Student's t has over the normal distribution (Hesterberg 2015, "expanded").
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -32,32 +33,70 @@ def exp(statistic: Statistic) -> Statistic:
     return lambda counts: np.exp(statistic(counts))
 
 
-def percentile(windows: Sequence[Array], percent: float) -> Statistic:
-    """Of all positions of the windows, as numpy interpolates it. Only the top of the values is looked at, as far as needed."""
-    values = np.concatenate(windows)
-    order = np.argsort(-values, kind="stable")
-    lengths = np.array([len(window) for window in windows])
-    values, owners = values[order], np.repeat(np.arange(len(windows)), lengths)[order]
+def root(statistic: Statistic) -> Statistic:
+    """Of mean squares."""
+    return lambda counts: np.sqrt(statistic(counts))
+
+
+def share(statistic: Statistic, whole: Statistic) -> Statistic:
+    """One figure by another; 1 where the whole is 0, as where nothing differs."""
 
     def figure(counts: Array) -> Array:
-        place = (counts @ lengths - 1) * (1 - percent / 100)  # from the top
-        upper = np.floor(place).astype(np.int64)
-        seen = _seen(counts, owners, int(upper.max()) + 1)
-        above, below = (values[(seen <= rank[:, None]).sum(1).clip(max=len(values) - 1)] for rank in (upper, upper + 1))
-        mixed: Array = above + (below - above) * (place - upper)
+        top, bottom = statistic(counts), whole(counts)
+        return np.divide(top, bottom, out=np.ones_like(bottom), where=bottom != 0)
+
+    return figure
+
+
+def value(statistic: Statistic, windows: int) -> float:
+    """The figure of the windows as they are; NaN or infinite where that of some position is."""
+    with np.errstate(all="ignore"):
+        return float(statistic(np.ones((1, windows), np.int64))[0])
+
+
+def percentile(windows: Sequence[Array], percent: float) -> Statistic:
+    """Of all positions of the windows, as numpy interpolates it; NaN where some value is."""
+    if any(np.isnan(window).any() for window in windows):
+        return lambda counts: np.full(len(counts), np.nan)
+    lengths = np.array([len(window) for window in windows])
+    ranked = _Ranked(windows, lengths)
+
+    def figure(counts: Array) -> Array:
+        place = (counts @ lengths - 1) * (percent / 100)
+        lower = np.floor(place).astype(np.int64)
+        below, above = ranked.at(counts, lower), ranked.at(counts, lower + 1)
+        mixed: Array = below + np.where(above == below, 0, above - below) * (place - lower)  # infinite ones too
         return mixed
 
     return figure
 
 
-def _seen(counts: Array, owners: Array, rank: int) -> Array:
-    """How many drawn positions are among the first j + 1 of the order, [R, j]: far enough to meet `rank` in every row."""
-    size = max(64, 4 * rank)
-    while True:
-        seen = np.cumsum(counts[:, owners[:size]], axis=1)
-        if size >= len(owners) or seen[:, -1].min() > rank:
-            return seen
-        size *= 2
+class _Ranked:
+    """The positions of windows by their value, in blocks: those drawn are counted block by block first, then within one."""
+
+    def __init__(self, windows: Sequence[Array], lengths: Array):
+        values = np.concatenate(windows)
+        order = np.argsort(values, kind="stable")
+        self._values, self._owners = values[order], np.repeat(np.arange(len(windows)), lengths)[order]
+        self._step = math.isqrt(len(values)) + 1
+        self._starts = np.arange(0, len(values), self._step)
+        blocks = len(self._starts)
+        cells = self._owners * blocks + np.arange(len(values)) // self._step
+        of_block = np.bincount(cells, minlength=len(windows) * blocks).reshape(len(windows), blocks)
+        self._before = np.cumsum(of_block, axis=1) - of_block  # [W, blocks]
+
+    def at(self, counts: Array, rank: Array) -> Array:
+        """The values of the drawn positions of these ranks [R], from 0; of the last where there are fewer."""
+        before, rows = (
+            counts @ self._before.astype(float),
+            np.arange(len(counts)),
+        )  # [R, blocks]; quicker than of integers
+        block = (before <= rank[:, None]).sum(1) - 1
+        places = self._starts[block][:, None] + np.arange(self._step)
+        owners = self._owners[places.clip(max=len(self._values) - 1)]
+        seen = before[rows, block][:, None] + np.cumsum(counts[rows[:, None], owners], axis=1)
+        found: Array = self._values[(places[:, 0] + (seen <= rank[:, None]).sum(1)).clip(max=len(self._values) - 1)]
+        return found
 
 
 def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED) -> Interval | None:

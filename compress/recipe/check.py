@@ -17,9 +17,16 @@ DRIFT_FROM = 257  # the first token that `decode_drift_ratio` looks at
 MetricName = Literal[
     "perplexity_ratio",
     "kl_divergence_mean",
+    "kl_divergence_reverse_mean",
+    "kl_divergence_p50",
+    "kl_divergence_p95",
     "kl_divergence_p99",
+    "kl_divergence_p999",
+    "kl_divergence_tail_ratio",
     "top1_agreement",
+    "top1_accuracy_drop",
     "decode_drift_ratio",
+    "decode_prefill_difference",
     "recall_accuracy_drop",
     "task_accuracy_drop",
 ]
@@ -33,6 +40,7 @@ class Metric:
     most: float = math.inf  # no value is above this
     phases: tuple[str, ...] = PHASES
     unmeasured: str = ""  # why a check may have no value of it; empty where it always has
+    is_shown: bool = False  # on the terminal, without a limit too
 
     def holds(self, value: float, limit: float) -> bool:
         return value <= limit if self.bound == "above" else value >= limit
@@ -41,22 +49,44 @@ class Metric:
 METRICS: dict[MetricName, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("perplexity_ratio", "above", "candidate / baseline perplexity"),
-        Metric("kl_divergence_mean", "above", "mean KL(baseline || candidate), nats per token"),
-        Metric("kl_divergence_p99", "above", "99th percentile of KL(baseline || candidate), nats"),
-        Metric("top1_agreement", "below", "share of positions with the same most likely token", most=1.0),
+        Metric("perplexity_ratio", "above", "candidate / baseline perplexity", is_shown=True),
+        Metric("kl_divergence_mean", "above", "mean KL(baseline || candidate), nats per token", is_shown=True),
+        Metric("kl_divergence_reverse_mean", "above", "mean KL(candidate || baseline), nats per token"),
+        Metric("kl_divergence_p50", "above", "median of KL(baseline || candidate), nats"),
+        Metric("kl_divergence_p95", "above", "95th percentile of KL(baseline || candidate), nats"),
+        Metric("kl_divergence_p99", "above", "99th percentile of KL(baseline || candidate), nats", is_shown=True),
+        Metric("kl_divergence_p999", "above", "99.9th percentile of KL(baseline || candidate), nats"),
+        Metric(
+            "kl_divergence_tail_ratio",
+            "above",
+            "99th percentile of KL(baseline || candidate) by its mean; 1 where nothing differs",
+        ),
+        Metric(
+            "top1_agreement", "below", "share of positions with the same most likely token", most=1.0, is_shown=True
+        ),
+        Metric(
+            "top1_accuracy_drop", "above", "baseline minus candidate share of positions with the text's token on top"
+        ),
         Metric(
             "decode_drift_ratio",
             "above",
             f"candidate / baseline perplexity over tokens {DRIFT_FROM} and later, decoded token by token",
             phases=("decode",),
             unmeasured=f"no window has the {DRIFT_FROM + 1} tokens it takes, or more; set 'length'",
+            is_shown=True,
+        ),
+        Metric(
+            "decode_prefill_difference",
+            "above",
+            "root mean square of what decoding token by token changes in the candidate's own log-probabilities, nats",
+            phases=("decode",),
         ),
         Metric(
             "recall_accuracy_drop",
             "above",
             "baseline minus candidate share of recall questions answered exactly",
             unmeasured="no recall question was scored; add 'recall' to 'prompts', or lower 'prefill'",
+            is_shown=True,
         ),
         Metric(
             "task_accuracy_drop",

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.check.compare import ALL, FoundFacts, RowFacts, Verdict
+from compress.recipe.check import METRICS
 from compress.report.schema import Report
 from compress.terminal import output, progress
 from compress.terminal.exits import MISSED
@@ -107,16 +108,20 @@ def notes(rows: Sequence[RowFacts]) -> list[str]:
 
 
 def show_found(found: FoundFacts, console: Console) -> None:
-    """The rows over all prompts, and what is to be said of them."""
-    if found["checks"]:
-        _show_rows(found["checks"], console)
+    """The rows over all prompts that have limits or are looked at first, and what is to be said of them."""
+    if rows := [row for row in found["checks"] if row["prompts"] == ALL and _is_shown(row)]:
+        _show_rows(rows, console)
     for sentence in (*notes(found["checks"]), *found["remarks"]):
         console.print(sentence)
 
 
+def _is_shown(row: RowFacts) -> bool:
+    return METRICS[row["metric"]].is_shown or row["limit"] is not None or row["value"] is None
+
+
 def _show_rows(rows: Sequence[RowFacts], console: Console) -> None:
     table = Table("artifact", "phase", "metric", "value", "95 % interval", "limit", "")
-    for row in (row for row in rows if row["prompts"] == ALL):
+    for row in rows:
         limit = "" if row["limit"] is None else f"{row['limit']:g}"
         interval = interval_words(row["low"], row["high"])
         table.add_row(

@@ -14,16 +14,15 @@ from compress.disk import cache
 from compress.model.hybrid import HybridModel
 from compress.recipe.check import PHASES as PHASES
 from compress.runtime.graph_states import GraphStates
-from compress.runtime.inference import Advance, Cuts, Head, blocks_of, calls, stream
+from compress.runtime.inference import Advance, Cuts, Head, blocks_of, kept_bytes, stream
 from compress.runtime.kept import Listen
 from compress.runtime.onnx_session import Generation, OnnxSession
+from compress.runtime.pieces import PIECE_BYTES, Piece, cut, of_hidden, rows_within
 
-LOGIT_BYTES = 64 << 20  # of logits in memory together
+LOGIT_BYTES = 64 << 20  # of the logits of windows that run side by side; a long one alone is read call by call
 DECODE_BATCH = 16  # windows decoded side by side
-ROWS = 256
 
 Tell = Callable[[Generation, int], None]
-Piece = tuple[int, int, torch.Tensor]  # window, first position, logits [n, V]
 
 
 class Candidate(Protocol):
@@ -75,16 +74,16 @@ class CheckpointCandidate:
     def logits(
         self, windows: list[torch.Tensor], phase: str, advance: Advance, listen: Listen | None = None
     ) -> Iterator[Piece]:
-        head, decode = Head(self._model, self._device), phase == "decode"
+        head, decode = None, phase == "decode"
         first = self._prefill if decode else 0
         with cache.scratch("candidate") as scratch:
             for block, hidden in stream(
                 self._model, windows, scratch, device=self._device, decode=decode, prefill=first, advance=advance,
                 listen=listen if decode else None,
             ):  # fmt: skip
+                head = head or Head(self._model, self._device, kept_bytes(self._device))  # after the layers are done
                 for window, states in zip(block, hidden, strict=True):
-                    for start in range(first, len(states) - 1, ROWS):
-                        yield window, start, head(states[start : min(start + ROWS, len(states) - 1)]).cpu()
+                    yield from of_hidden(head, window, states, first)
 
     def remember(self, windows: list[torch.Tensor], cuts: Cuts, advance: Advance, listen: Listen) -> None:
         with cache.scratch("candidate") as scratch:
@@ -119,7 +118,7 @@ class OnnxCandidate:
             ids = torch.stack([windows[i] for i in block]).numpy()
             generation, tell = self._session.start(len(ids)), self._telling(block, ids, listen)
             for start, stop in cuts(ids.shape[1]):
-                generation.step(ids[:, start:stop])
+                generation.read(ids[:, start:stop])
                 tell(generation, stop)
             advance(ids.size)
 
@@ -145,16 +144,28 @@ class OnnxCandidate:
         return longest * max(1, min(DECODE_BATCH, at_once // max(1, self._prefill)))
 
     def _in_one_pass(self, block: list[int], ids: np.ndarray) -> Iterator[Piece]:
-        logits = torch.from_numpy(self._session.start(len(ids)).step(ids))
-        for window, values in zip(block, logits, strict=True):
-            for start in range(0, len(values) - 1, ROWS):
-                yield window, start, values[start : min(start + ROWS, len(values) - 1)]
+        generation, scored = self._session.start(len(ids)), ids.shape[1] - 1
+        for start, stop in generation.calls(ids.shape[1]):
+            yield from _pieces(block, start, generation.step(ids[:, start:stop])[:, : scored - start])
 
     def _decode(self, block: list[int], ids: np.ndarray, tell: Tell) -> Iterator[Piece]:
-        generation = self._session.start(len(ids))
-        for start, stop in calls(ids.shape[1] - 1, self._prefill):
-            logits = torch.from_numpy(generation.step(ids[:, start:stop]))
-            tell(generation, stop)
-            if start >= self._prefill:
-                for window, values in zip(block, logits, strict=True):
-                    yield window, start, values
+        """After the prompt, the logits of some steps at a time."""
+        generation, scored = self._session.start(len(ids)), ids.shape[1] - 1
+        prompt = min(self._prefill, scored)
+        if prompt:
+            generation.read(ids[:, :prompt])
+            tell(generation, prompt)
+        together = rows_within(PIECE_BYTES // len(ids), self.vocab_size)
+        for start in range(prompt, scored, together):
+            stop = min(start + together, scored)
+            logits = np.empty((len(ids), stop - start, self.vocab_size), np.float32)
+            for t in range(start, stop):
+                logits[:, t - start : t - start + 1] = generation.step(ids[:, t : t + 1])
+                tell(generation, t + 1)
+            yield from _pieces(block, start, logits)
+
+
+def _pieces(block: list[int], first: int, logits: np.ndarray) -> Iterator[Piece]:
+    """The logits [B, n, V] of consecutive positions of some windows."""
+    for window, values in zip(block, torch.from_numpy(logits), strict=True):
+        yield from cut(window, first, values)

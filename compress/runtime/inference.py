@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from compress import parallel
@@ -19,10 +18,12 @@ from compress.errors import InputError
 from compress.model.block import Layer
 from compress.model.hybrid import HybridModel
 from compress.model.weight import Unit, is_finite
+from compress.runtime import memory
 from compress.runtime.eager import Eager
 from compress.runtime.kept import Kept, Listen
 
 CACHE_BYTES = 512 << 20  # of float32 weights of a layer kept between blocks; beyond that they are read again
+SHARE = 4  # one in so many bytes of free memory may be kept too, where that is more
 BLOCK_TOKENS = 4096  # tokens whose hidden states are in memory together, in prefill
 DECODE_TOKENS = 32768  # the same in decode, where a step holds one token of each window
 TINY = torch.finfo(torch.float32).tiny  # of temperatures: below it, all the same
@@ -58,6 +59,11 @@ class LayerWeights:
         return parallel.linear(self._unit.weights[self._prefix + name].rounded_input(x), self(name), bias)
 
 
+def kept_bytes(device: str) -> int:
+    """Of float32 weights, which a decoded token would have read from disk again."""
+    return max(CACHE_BYTES, memory.available() // SHARE) if device == "cpu" else CACHE_BYTES
+
+
 def layer_weights(model: HybridModel, index: int, device: str, budget: int = CACHE_BYTES) -> LayerWeights:
     return LayerWeights(model.unit(f"layer.{index}"), model.layer(index).prefix, device, budget)
 
@@ -86,6 +92,7 @@ class Head:
     def __init__(self, model: HybridModel, device: str, budget: int = CACHE_BYTES):
         self._norm = model.final_norm.dense().to(device)
         self._eps, self._weight, self._device = model.config.rms_norm_eps, model.output_matrix, device
+        self.vocab_size = self._weight.shape[0]
         keep = 4 * self._weight.parameters <= budget
         self._blocks = [(rows, self._rows(rows) if keep else None) for rows in self._weight.row_blocks()]
 
@@ -198,8 +205,9 @@ def stream(model: HybridModel, windows: list[torch.Tensor], scratch: Path, *, de
     states = HiddenStates(scratch, windows, model.config.hidden_size, tokens)
     embed_windows(model, windows, states)
     for index in range(model.config.num_hidden_layers):
-        weights = layer_weights(model, index, device)
+        weights = layer_weights(model, index, device, kept_bytes(device))
         run_layer(model, index, weights, states, states, device, advance, cuts=cuts, listen=listen)
+    del weights  # what is yielded takes memory too
     for number, block in enumerate(states.blocks):
         yield block, states.read(number).to(device)
         states.remove(number)
@@ -260,7 +268,7 @@ def _run_block(model: HybridModel, index: int, weights: LayerWeights, hidden: to
 
 def fits_in_memory(model: HybridModel) -> bool:
     """Whether its weights, as float32, take at most half of what is free."""
-    return bool(4 * model.parameters <= psutil.virtual_memory().available // 2)
+    return bool(4 * model.parameters <= memory.available() // 2)
 
 
 class Decoder:

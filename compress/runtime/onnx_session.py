@@ -3,16 +3,16 @@
 import ctypes
 import math
 import os
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import psutil
 import torch
 
 from compress.errors import InputError, first_line
-from compress.runtime import graph_names
+from compress.parallel import slices
+from compress.runtime import graph_names, memory
 from compress.runtime.onnx_files import open_session
 
 # what onnxruntime says on stderr by itself: nothing, since whatever fails is told in a sentence (3: errors, 4: fatal ones)
@@ -36,6 +36,8 @@ TORCH_TYPES = {
     "tensor(int8)": torch.int8,
     "tensor(uint8)": torch.uint8,
 }
+CALL_LOGIT_BYTES = 256 << 20  # of the logits of one call, since a graph gives those of all its tokens
+CALL_TOKENS = 2048  # and in attention each of them meets all that were read before
 LOAD_FACTOR = 3.0  # peak memory of a session over the artifact's bytes: 2.7 measured (benchmarks/RESULTS.md), for prepacked copies
 
 
@@ -97,6 +99,17 @@ class Generation:
         values: np.ndarray = logits.numpy()
         return values
 
+    def calls(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Where each call starts and stops that reads so many tokens of every sequence within bounded memory."""
+        fitting = CALL_LOGIT_BYTES // (4 * self._session.vocab_size * len(self._seen))
+        return ((piece.start, piece.stop) for piece in slices(tokens, max(1, min(CALL_TOKENS, fitting))))
+
+    def read(self, ids: np.ndarray) -> np.ndarray:
+        """Feeds [B, S] more tokens in as many calls, and returns the logits [B, V] after the last."""
+        for start, stop in self.calls(ids.shape[1]):
+            last = self.step(ids[:, start:stop])[:, -1].copy()
+        return last
+
     def states(self) -> dict[str, torch.Tensor]:
         """What is kept, by name of the input it comes in by, in the type it is stored in: views, until the next step."""
         return {name: _view(value, self._session.past[name].type) for name, value in self._state.items()}
@@ -109,7 +122,7 @@ class OnnxDecoder:
         self._generation = generation
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self._generation.step(ids.numpy())[:, -1].copy())
+        return torch.from_numpy(self._generation.read(ids.numpy()))
 
 
 def _empty(value: ort.NodeArg, batch: int) -> ort.OrtValue:
@@ -153,7 +166,7 @@ def _refuse_too_large(path: Path) -> None:
         raise InputError(f"{path}: no such file")
     parts = (part for part in path.parent.iterdir() if part.name.startswith(path.name) and part.is_file())
     size = sum(part.stat().st_size for part in parts)
-    available = psutil.virtual_memory().available
+    available = memory.available()
     if size * LOAD_FACTOR > available:
         raise InputError(
             f"{path}: needs about {size * LOAD_FACTOR / 2**30:.1f} GiB of memory to run, {available / 2**30:.1f} GiB are free"

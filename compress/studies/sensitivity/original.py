@@ -8,8 +8,8 @@ import torch
 from compress.check import baseline
 from compress.model.hybrid import HybridModel
 from compress.prompts import PromptSet
-from compress.runtime.candidates import ROWS, Piece
 from compress.runtime.inference import Advance, Head, HiddenStates, embed_windows, layer_weights, run_layer
+from compress.runtime.pieces import Piece, of_hidden
 from compress.terminal import progress
 
 
@@ -56,10 +56,8 @@ def bytes_needed(model: HybridModel, sets: list[PromptSet]) -> int:
     return states + baseline.bytes_needed(tokens, config.vocab_size)
 
 
-@torch.inference_mode()
 def logits(states: HiddenStates, head: Head, device: str) -> Iterator[Piece]:
-    """The logits of every position but the last of each window, in pieces of at most ROWS positions."""
+    """The logits of every position but the last of each window, in pieces."""
     for number, block in enumerate(states.blocks):
         for window, hidden in zip(block, states.read(number).to(device), strict=True):
-            for start in range(0, len(hidden) - 1, ROWS):
-                yield window, start, head(hidden[start : min(start + ROWS, len(hidden) - 1)]).cpu()
+            yield from of_hidden(head, window, hidden)
