@@ -31,15 +31,15 @@ def factors(whole: dict[str, dict]) -> dict[str, tuple[str, float]]:
     return {base: (base, 1.0) for base in AT_ONCE} | found
 
 
-def compensated(folder: Path, model: str, weights: dict, formats: dict, inputs: dict) -> dict[str, float]:
-    """GPTQ's part of rounding to nearest by base; int8's first, which the others have in some roles."""
-    eight, four, fp8 = ({role: row[base]["kl"] for role, row in weights.items()} for base in GPTQ)
-    found = {"int8": kl_of(folder, "int8", model) / sum(eight.values())}
-    kept = sum(cost for role, cost in eight.items() if role in AT_INT8) * formats["int8-g32"][1] * found["int8"]
-    rest = sum(cost for role, cost in four.items() if role not in AT_INT8)
+def compensated(folder: Path, model: str, weights: dict, whole: dict, together: dict, inputs: dict) -> dict[str, float]:
+    """GPTQ's part of rounding to nearest by base; int8's first, which int4-gptq has in some roles."""
+    eight, four = ({role: row[base]["kl"] for role, row in weights.items()} for base in ("int8", "int4-g32"))
+    found = {"int8": kl_of(folder, "int8", model) / whole["int8"]["kl"]}
+    kept = sum(cost for role, cost in eight.items() if role in AT_INT8) * together["int8"] * found["int8"]
+    rest = sum(cost for role, cost in four.items() if role not in AT_INT8) * together["int4-g32"]
     found["int4-g32"] = (kl_of(folder, "int4-gptq", model) - kept) / rest
     rounded = sum(row["static-fp8"]["kl"] for role, row in inputs.items() if role not in ACTIVATED)
-    found["fp8-e4m3"] = (kl_of(folder, "fp8-static", model) - rounded) / sum(fp8.values())
+    found["fp8-e4m3"] = (kl_of(folder, "fp8-static", model) - rounded) / whole["fp8-e4m3"]["kl"]
     return found
 
 
@@ -50,22 +50,29 @@ def short(number: float) -> float:
 
 def block(folder: Path, model: str) -> str:
     weights, inputs = read(folder, "weights", model), read(folder, "inputs", model)["inputs"]
-    states = read(folder, "states", model)["states"]
-    formats = factors(weights["whole"])
-    parts = compensated(folder, model, weights["weights"], formats, inputs)
-    lines = ["weights={"]
-    lines += [f'Role("{role}"): {_row(row)},' for role, row in weights["weights"].items()]
-    lines += ["},", "formats={", *(f'"{name}": ("{base}", {short(f)}),' for name, (base, f) in formats.items()), "},"]
-    lines += [f"compensated={ {base: short(part) for base, part in parts.items()} },", "inputs={"]
-    lines += [f'Role("{role}"): {_row(row)},' for role, row in inputs.items()]
-    lines += ["},", "states={"]
-    for kind, forms in states.items():
-        lines += [f'("{kind}", {", ".join(map(repr, form.split()))}): {short(row["kl"])},' for form, row in forms.items()]
-    return "\n".join([*lines, "},"])
+    by_role, whole = weights["weights"], weights["whole"]
+    together = {base: whole[base]["kl"] / sum(row[base]["kl"] for row in by_role.values()) for base in AT_ONCE}
+    parts = compensated(folder, model, by_role, whole, together, inputs)
+    known = [f'"{name}": ("{base}", {short(factor)}),' for name, (base, factor) in factors(whole).items()]
+    states = [
+        f'("{kind}", {", ".join(map(repr, form.split()))}): {short(row["kl"])},'
+        for kind, forms in read(folder, "states", model)["states"].items()
+        for form, row in forms.items()
+    ]
+    lines = ["weights={", *_by_role(by_role), "},", f"together={_plain(together)},", "formats={", *known, "},"]
+    lines += [f"compensated={_plain(parts)},", "inputs={", *_by_role(inputs), "},", "states={", *states, "},"]
+    return "\n".join(lines)
 
 
-def _row(row: dict[str, dict]) -> dict[str, float]:
-    return {name: short(max(found["kl"], 0.0)) for name, found in row.items()}
+def _by_role(table: dict[str, dict]) -> list[str]:
+    return [
+        f'Role("{role}"): {_plain({name: max(found["kl"], 0.0) for name, found in row.items()})},'
+        for role, row in table.items()
+    ]
+
+
+def _plain(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: short(number) for name, number in numbers.items()}
 
 
 def main() -> None:

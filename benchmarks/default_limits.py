@@ -149,13 +149,19 @@ def of_weights(pool: Pool) -> dict[str, object]:
         role: {name: figure(pool, f"{role} {name}", changed(model, rounded(role, name))) for name in BY_ROLE}
         for role in roles_of(model)
     }
-    return {"weights": by_role, "whole": {name: figure(pool, name, changed(model, rounded(None, name))) for name in everywhere}}
+    return {
+        "weights": by_role,
+        "whole": {name: figure(pool, name, changed(model, rounded(None, name))) for name in everywhere},
+    }
 
 
 def of_inputs(pool: Pool) -> dict[str, object]:
     model = pool.checkpoint.model
     found = {
-        role: {name: figure(pool, f"inputs of {role} {name}", changed(model, change)) for name, change in inputs(pool, role).items()}
+        role: {
+            name: figure(pool, f"inputs of {role} {name}", changed(model, change))
+            for name, change in inputs(pool, role).items()
+        }
         for role in roles_of(model)
         if role != Role.EMBEDDING
     }

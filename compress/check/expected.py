@@ -7,7 +7,7 @@ costliest layers of a role cost several times the mean, and may be those that ha
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,10 @@ from compress.check.costs import Costs
 from compress.checkpoint import compressed_tensors
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.model.hybrid import HybridModel
-from compress.model.records import Record, Recomputed, Rounded
+from compress.model.records import Recomputed, Record, Rounded
 from compress.model.roles import QUANTIZABLE, Role
 from compress.model.states import SCALE_AXES, StateKind, StateSpec
 from compress.model.tensor_names import written_out
-from compress.model.weight import Weight
 from compress.runtime.artifacts import Artifact
 
 ROTATED = " rotated"
@@ -36,17 +35,18 @@ SAMPLE = (64, 512)  # of normal numbers, on which a format that nobody measured 
 
 @dataclass(frozen=True)
 class Expected:
-    """Mean divergences: of weights, of inputs that are rounded, and of states, which only decoding sees. `prunes`: whether
-    experts were removed, which is among what weights cost."""
+    """Mean divergences: of weights, of inputs that are rounded, and of states, which only decoding sees. `tail` is how many
+    times the mean the 99th percentile is at most. `prunes`: whether experts were removed, which is among what weights cost."""
 
     weights: float = 0.0
     inputs: float = 0.0
     states: float = 0.0
+    tail: float = 0.0
     prunes: bool = False
 
     def __add__(self, other: "Expected") -> "Expected":
         sums = (self.weights + other.weights, self.inputs + other.inputs, self.states + other.states)
-        return Expected(*sums, self.prunes or other.prunes)
+        return Expected(*sums, max(self.tail, other.tail), self.prunes or other.prunes)
 
 
 class Form(NamedTuple):
@@ -82,12 +82,12 @@ def _of_one(model: HybridModel, artifact: Artifact, known: Costs) -> Expected:
         of_role[kind.role] += count
     shares = {kind: math.sqrt(count / of_role[kind.role]) for kind, count in parameters.items()}
     inputs = sum(share * known.inputs_of(kind.role, kind.inputs) for kind, share in shares.items() if kind.inputs)
-    return Expected(_of_rounding(shares, known), inputs, _of_states(model, known))
+    return Expected(_of_rounding(shares, known), inputs, _of_states(model, known), known.tail)
 
 
 def _of_rounding(shares: Mapping[Stored, float], known: Costs) -> float:
     """Of matrices that are stored so, each kind by its share of its role."""
-    alone, rounded = Counter[str](), Counter[str]()
+    alone, rounded = defaultdict[str, float](float), defaultdict[str, float](float)
     for kind, share in shares.items():
         if kind.format not in formats.PLAIN:
             base, factor = known.formats.get(kind.format) or ("int8", _noise(kind.format) / _noise("int8"))
@@ -102,11 +102,10 @@ def _kinds(model: HybridModel, artifact: Artifact) -> Iterator[tuple[Stored, int
     schemes, compensated = _schemes(model, artifact.folder), set(_compensated(model.config.compress.passes))
     for weight in model.weights:
         if weight.role in QUANTIZABLE:
-            inputs = _inputs(weight, schemes.get(weight.name), artifact.runtime)
-            kind = Stored(weight.role, weight.format, weight.name in compensated, inputs)
-            yield kind, weight.parameters
-            if weight.role == Role.EMBEDDING and model.is_tied:
-                yield kind._replace(role=Role.LM_HEAD), weight.parameters
+            is_tied = weight.role == Role.EMBEDDING and model.is_tied
+            for role in (Role.EMBEDDING, Role.LM_HEAD) if is_tied else (weight.role,):
+                inputs = _inputs(role, weight.format, schemes.get(weight.name), artifact.runtime)
+                yield Stored(role, weight.format, weight.name in compensated, inputs), weight.parameters
 
 
 def _schemes(model: HybridModel, folder: Path) -> dict[str, Scheme]:
@@ -124,11 +123,12 @@ def _compensated(passes: tuple[Record, ...]) -> Iterator[str]:
                 yield from written_out(change.tensors)
 
 
-def _inputs(weight: Weight, scheme: Scheme | None, runtime: str) -> str | None:
-    if scheme is None:
+def _inputs(role: Role, number_format: str, scheme: Scheme | None, runtime: str) -> str | None:
+    """How what is multiplied with a matrix is rounded; nothing is multiplied with a table."""
+    if scheme is None or role == Role.EMBEDDING:
         return None
     if scheme.activation is None:
-        return FUSED if runtime == "onnxruntime" and compressed_tensors.is_integer(weight.format) else None
+        return FUSED if runtime == "onnxruntime" and compressed_tensors.is_integer(number_format) else None
     return scheme.activation + (ROTATED if scheme.rotation and scheme.activation.endswith("int8") else "")
 
 

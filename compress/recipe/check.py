@@ -4,8 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, SerializerFunctionWrapHandler
-from pydantic import field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
