@@ -140,12 +140,12 @@ def check(
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed or
     undecided."""
     from compress.report import terminal
-    from compress.studies import comparison, results
+    from compress.studies import across, comparison, results
 
-    settings = comparison.settings(flags)
+    settings, beside = comparison.settings(flags), across.Across(flags)
     results.refuse_unwritable(json_file)
     _refuse_missing_device(device)
-    result = comparison.compare(baseline, candidate, settings, seed=seed, device=device)
+    result = comparison.compare(baseline, candidate, settings, beside, seed=seed, device=device)
     results.put_json(result, json_file)
     sys.exit(terminal.exit_code(result["verdict"], settings.on_undecided))
 

@@ -10,6 +10,8 @@ drawn anew, as many from each prompt set as shipped recipes use.
 """
 
 import argparse
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +20,19 @@ from default_limits import changed, rounded
 from window_pool import Pool
 
 from compress.check import figures
-from compress.check.metrics import Scores
+from compress.check.compare import Found, Row, verdict
+from compress.check.default_limits import limits
+from compress.check.expected import expected
+from compress.check.metrics import STATISTICS, Scores, root_mean_square
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
+from compress.recipe.check import MetricName
+from compress.runtime.artifacts import find_artifact, open_artifact
 from compress.runtime.candidates import CheckpointCandidate
 
 CUT = 64  # positions of the pieces that are drawn: a change of 2 % takes less than a few windows of 512
 CHECKS = 200
+SEEDS, DRAWN = 20, 24  # checks, and windows that each draws from each prompt set
 SURE, LIKELY = 1.96, 0.84  # two-sided 95 %, 80 %
 DAMAGES: dict[str, tuple[tuple[Role, str], ...]] = {
     "attention_qkv int4-g32": ((Role.ATTENTION_QKV, "int4-g32"),),
@@ -72,7 +80,9 @@ def power(windows: list[Scores], tokens: float, rng: np.random.Generator) -> flo
 
 def resolve(model: Path) -> None:
     pool, rng = Pool(model, "odd", 20, 6), np.random.default_rng(0)
-    print("| candidate | mean KL | perplexity | sd of a token | tokens, predicted | shown at that many | at twice as many |")
+    print(
+        "| candidate | mean KL | perplexity | sd of a token | tokens, predicted | shown at that many | at twice as many |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, roles in DAMAGES.items():
         windows = pieces(pool.scores(CheckpointCandidate(damaged(pool.checkpoint.model, roles))))
@@ -86,12 +96,64 @@ def resolve(model: Path) -> None:
         )  # fmt: skip
 
 
+def judged(sets: list[list[Scores]], decoded: list[list[Scores]], limits: dict[MetricName, float]) -> Found:
+    """The rows of one check: both phases of the same windows."""
+    found = Found()
+    for phase, of_phase in (("prefill", sets), ("decode", decoded)):
+        of_metric = {metric: figures.of(metric, of_phase) for metric in limits if metric in STATISTICS}
+        if phase == "decode":
+            moved = [b.nll_candidate - a.nll_candidate for a, b in zip(chain(*sets), chain(*decoded), strict=True)]
+            strata, positions = [len(windows) for windows in sets], sum(map(len, moved))
+            of_metric["decode_prefill_difference"] = figures.figure(root_mean_square(moved), strata, positions)
+        for metric, figure in of_metric.items():
+            low, high = figure.interval or (None, None)
+            row = Row("", metric, phase, "all", figure.value, figure.positions, limits[metric], low, high)
+            found.rows.append(row)
+    return found
+
+
+def seeds(model: Path, folder: Path, named: list[str]) -> None:
+    print("| candidate | expected KL | measured | of 20 seeds pass | nearest to its limit |")
+    print("|---|---|---|---|---|")
+    original = open_artifact(model)
+    for name, _, path in (word.partition("=") for word in named):
+        costs = expected(original, open_artifact(find_artifact(Path(path))))
+        windows, sizes = read(folder / f"{name}.npz")
+        decoded = read(folder / f"{name}.npz", "decode")[0]
+        verdicts, nearest, rng = Counter[str](), Counter[str](), np.random.default_rng(0)
+        for _ in range(SEEDS):
+            places = [
+                rng.integers(size, size=DRAWN) + start
+                for start, size in zip((0, sizes["heldout"]), sizes.values(), strict=True)
+            ]
+            found = judged(
+                *([[of[i] for i in set_places] for set_places in places] for of in (windows, decoded)), limits(costs)
+            )
+            verdicts[verdict(found)] += 1
+            nearest[max(found.rows, key=used).metric] += 1
+        kl = float(np.concatenate([window.kl_divergence for window in windows]).mean())
+        most = ", ".join(metric for metric, _ in nearest.most_common(2))
+        print(f"| {name} | {costs.weights + costs.inputs:.2g} | {kl:.2g} | {dict(verdicts)} | {most} |", flush=True)
+
+
+def used(row: Row) -> float:
+    """How much of the way from an unchanged model to the limit the farther end of the interval is."""
+    unchanged = {"perplexity_ratio": 1.0, "top1_agreement": 1.0}.get(row.metric, 0.0)
+    ends = [row.value or 0.0, *(row.interval or ())]
+    return max((end - unchanged) / ((row.limit or 0.0) - unchanged) for end in ends)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("resolve", "seeds"))
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("artifacts", nargs="*", metavar="NAME=ARTIFACT")
     parser.add_argument("-m", "--model", type=Path, required=True)
     arguments = parser.parse_args()
-    resolve(arguments.model)
+    if arguments.what == "resolve":
+        resolve(arguments.model)
+    else:
+        seeds(arguments.model, arguments.folder, arguments.artifacts)
 
 
 if __name__ == "__main__":

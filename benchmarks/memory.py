@@ -8,9 +8,11 @@ Runs the installed command in a process of its own under /usr/bin/time -v, so th
 import argparse
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from machine import describe_machine
@@ -22,20 +24,31 @@ def measure(source: Path, out: Path, recipe: str, overrides: list[str]) -> dict:
     command = [sys.executable, "-m", "cli", "apply", recipe, "-m", source, "-o", out, "--overwrite"]
     for override in ["check=null", *overrides]:
         command += ["--set", override]
-    run = subprocess.run(["/usr/bin/time", "-v", *command], capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise SystemExit(run.stderr)
+    taken = timed(command)
     report = json.loads((out / "report.json").read_text())
     return {
         "recipe": [recipe, *overrides],
-        "seconds": _elapsed(run.stderr),
-        "processor_seconds": float(re.search(r"User time \(seconds\): ([\d.]+)", run.stderr)[1]),
-        "peak_rss_gib": int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", run.stderr)[1]) / 2**20,
+        **taken,
         "reported_peak_gib": report["passes"][0]["peak_rss_bytes"] / 2**30,
         "pass_seconds": report["passes"][0]["seconds"],
         "calibration": report.get("calibration"),
         "baseline_bytes": report["size"]["baseline_bytes"],
         "artifacts": {a["kind"]: a["bytes"] for a in report["artifacts"]},
+    }
+
+
+def timed(command: list, most_bytes: int | None = None) -> dict:
+    """Runs a command, under a cap on what it may allocate (`ulimit -d`) where one is given: time and peak memory."""
+    cap = partial(resource.setrlimit, resource.RLIMIT_DATA, (most_bytes, most_bytes)) if most_bytes else None
+    run = subprocess.run(
+        ["/usr/bin/time", "-v", *map(str, command)], capture_output=True, text=True, check=False, preexec_fn=cap
+    )
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return {
+        "seconds": _elapsed(run.stderr),
+        "processor_seconds": float(re.search(r"User time \(seconds\): ([\d.]+)", run.stderr)[1]),
+        "peak_rss_gib": int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", run.stderr)[1]) / 2**20,
     }
 
 

@@ -32,6 +32,7 @@ class Planter:
     def __init__(self, checkpoint: Path, folder: Path):
         shutil.copytree(checkpoint, folder, symlinks=False)
         self.folder, self._generator = folder, torch.Generator().manual_seed(1)
+        self.touched: set[str] = set()
 
     @property
     def model(self) -> HybridModel:
@@ -51,6 +52,7 @@ class Planter:
 
     def put(self, weight: Weight, dense: torch.Tensor) -> None:
         """Stores float32 values in the format that the weight has."""
+        self.touched.add(weight.name)
         if weight.is_quantized:
             dense = dense if weight.rotation is None else _rotated(dense, weight.rotation)
             parts = weight.stored_parts(formats.get(weight.format).quantize(dense.clone()))

@@ -71,6 +71,12 @@ SHAPES = {
         "num_key_value_heads": 4, "attn_layer_period": 8, "attn_layer_offset": 4, "num_experts": 16, "num_experts_per_tok": 2,
         "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 64, "tie_word_embeddings": False,
     },
+    # the first half of it, for what is to be larger than a cap and done in minutes: 0.83B parameters, 1.66 GB
+    "moe-0.8b": JAMBA | {
+        "vocab_size": 16384, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "attn_layer_period": 8, "attn_layer_offset": 4, "num_experts": 16, "num_experts_per_tok": 2,
+        "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_dt_rank": 64, "tie_word_embeddings": False,
+    },
     # NVIDIA Nemotron-3-Nano-30B-A3B cut to 3 of 52 layers and 16,384 of 131,072 tokens: 1.45B parameters,
     # of which the mixture of experts has 1.30B, 2.59 GB
     "nemotron-3-nano-cut": NEMOTRON_3_NANO,

@@ -11,6 +11,15 @@ class WorkError(Exception):
     """The input was fine, the work itself failed (disk full, exporter error): exit code 3."""
 
 
+# what allocators of torch, onnxruntime and C++ say, whose errors are those of any failure
+OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory", "bad_alloc", "bad allocation", "AllocateRaw")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a library's exception means that memory ran out."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 def first_line(error: Exception) -> str:
     """What a library's exception says, as one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

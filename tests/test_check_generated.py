@@ -9,7 +9,7 @@ from refusals import refusal_of_command
 
 from compress.apply import exporting
 from compress.check import generated
-from compress.check.generated import Task
+from compress.check.generated import Task, Text
 from compress.prompts import PromptSet
 from compress.recipe.check import Generate
 from compress.runtime import artifacts
@@ -19,16 +19,22 @@ END = 2
 QUICK = ("--prompts", "self", "--samples", 3, "--length", 12)
 
 
-def rows_of(before, after, sets=None) -> dict[str, generated.GeneratedFacts]:
-    """Of texts whose end is token 2, by figure; the prompts are in sets of these sizes."""
+def rows_of(before, after, sets=None, entropy=0.5) -> dict[str, generated.GeneratedFacts]:
+    """Of texts whose end is token 2, by figure; the prompts are in sets of these sizes. The candidate is as sure as said of each
+    token, the baseline half a nat."""
     prompts = tuple((torch.zeros(1),) * size for size in sets or (len(before),))
-    return {row["figure"]: row for row in generated.figures("it", Task(prompts, 8, (END,)), before, after)}
+    texts = [[Text(tokens, [nats] * len(tokens)) for tokens in of] for nats, of in ((0.5, before), (entropy, after))]
+    return {row["figure"]: row for row in generated.figures("it", Task(prompts, 8, (END,)), *texts)}
+
+
+def tokens_of(texts) -> list[list[int]]:
+    return [text.tokens for text in texts]
 
 
 def test_figures_of_texts_by_hand():
     before = [[5, 6, 7, 8, 5, 6, 7, 8], [5, 6, 7, END], [9, 9, 9, 9, 9, 9, 9, 9]]
     after = [[5, 6, 7, 8, 9, 10, 11, 12], [5, 6, 7, END], [9, 9, END]]
-    found = rows_of(before, after)
+    found = rows_of(before, after, entropy=1.25)
     length = found["length"]
     assert (length["baseline"], length["candidate"]) == (pytest.approx(19 / 3), pytest.approx(13 / 3))
     assert (length["value"], length["texts"]) == (pytest.approx(-2), 3)
@@ -36,6 +42,9 @@ def test_figures_of_texts_by_hand():
     repeated = found["repeated_4grams"]  # of 5 runs one was there before, of 1 none, of 5 four
     assert (repeated["baseline"], repeated["candidate"]) == (5 / 11, 0)
     assert repeated["value"] == pytest.approx(-5 / 11)
+    entropy = found["entropy"]
+    assert (entropy["baseline"], entropy["candidate"], entropy["value"]) == pytest.approx((0.5, 1.25, 0.75))
+    assert (entropy["low"], entropy["high"]) == pytest.approx((0.75, 0.75))  # of every text the same
     assert found["equal"]["value"] == pytest.approx(1 / 3)
     assert 0 <= found["equal"]["low"] < 1 / 3 < found["equal"]["high"] <= 1
     parted = found["first_difference"]
@@ -126,24 +135,30 @@ def test_texts_are_those_of_greedy_generation(told, small, tmp_path, kind):
         small if kind == "checkpoint" else exporting.export_checkpoint(small, "onnx", tmp_path / "onnx") / "model.onnx"
     )
     found = generated.generate("it", open_artifact(path), task)
-    assert found == expected
+    assert tokens_of(found) == expected
     assert len(expected[0]) <= 5, "one that ended"
     assert max(map(len, expected)) == 12, "one that did not"
+    reference = load_reference(small)
+    for text, prompt in zip(found, told[1], strict=True):
+        logits = reference(torch.cat([prompt, torch.tensor(text.tokens)])[None]).logits[0, len(prompt) - 1 : -1]
+        log_p = logits.double().log_softmax(-1)
+        assert text.entropies == pytest.approx((-log_p.exp() * log_p).sum(-1).tolist(), abs=1e-3)  # as that of a graph
 
 
 def test_the_baselines_texts_are_written_once(told, small, monkeypatch):
     task, _, expected = told
     original = open_artifact(small)
-    assert generated.of_baseline(original, original.sha256(), task) == expected
+    written = generated.of_baseline(original, original.sha256(), task)
+    assert tokens_of(written) == expected
     monkeypatch.setattr(generated, "generate", lambda *_: pytest.fail("they are in the cache"))
-    assert generated.of_baseline(original, original.sha256(), task) == expected
+    assert generated.of_baseline(original, original.sha256(), task) == written
 
 
 def test_a_model_larger_than_memory_generates_the_same_and_says_what_it_costs(told, small, monkeypatch, capsys):
     task, _, expected = told
     monkeypatch.setattr("compress.runtime.inference.fits_in_memory", lambda model: False)
     monkeypatch.setattr(artifacts, "fits_in_memory", lambda model: False)
-    assert generated.generate("checkpoint", open_artifact(small), task) == expected
+    assert tokens_of(generated.generate("checkpoint", open_artifact(small), task)) == expected
     said = capsys.readouterr().err
     assert "checkpoint: its weights do not fit into memory" in said
     assert "for each of 12 tokens" in said
@@ -158,7 +173,8 @@ def test_a_model_of_no_finite_logits_has_texts_nevertheless(told):
             return torch.full((len(ids), 67), torch.nan)
 
     texts = generated._continued(Broken(), torch.stack([torch.arange(3)] * 2), task, lambda steps: None)
-    json.dumps(list(rows_of(expected[:2], texts).values()), allow_nan=False)
+    before = [Text(tokens, [0.5] * len(tokens)) for tokens in expected[:2]]
+    json.dumps(generated.figures("it", Task(((torch.zeros(1),) * 2,), 12, task.ends), before, texts), allow_nan=False)
 
 
 # --- the command
@@ -169,7 +185,7 @@ def test_the_command_generates_where_it_is_asked_to(compress_cli, small):
     assert result.exit_code == 0, result.stderr
     rows = {row["figure"]: row for row in json.loads(result.stdout)["generated"]}
     assert {figure: row["texts"] for figure, row in rows.items()} == {
-        "length": 2, "repeated_4grams": 2, "equal": 2, "first_difference": 0,
+        "length": 2, "repeated_4grams": 2, "entropy": 2, "equal": 2, "first_difference": 0,
     }  # fmt: skip
     assert rows["equal"]["value"] == 1
     assert 0 < rows["length"]["baseline"] == rows["length"]["candidate"] <= 5

@@ -9,6 +9,7 @@ import pytest
 import torch
 from jamba_models import load_reference
 from refusals import refusal, refusal_of_command
+from scipy import stats
 
 from compress.apply import exporting
 from compress.check import baseline, judge
@@ -200,6 +201,26 @@ def test_after_a_prompt_the_tokens_that_were_decoded_are_scored_in_decode(exampl
         )
     assert rows_of(found, "decode_drift_ratio")[0].value == pytest.approx(decoded["ratio"], rel=1e-6)
     assert min(row["first"] for row in found.by_position if row["phase"] == "decode") == 256
+
+
+@pytest.mark.parametrize("prefill", [0, 280])
+def test_flips_are_counted_by_phase_and_set_with_their_direction(tmp_path, prefill):
+    example = Example(tmp_path, LENGTHS)
+    targets = [window[1:] for window in example.windows]
+    for phase, first in (("prefill", 0), ("decode", prefill)):
+        right = [[torch.cat([rows[first:].argmax(-1) == y[first:] for rows, y in zip(of, targets, strict=True)])]
+                 for of in (example.p, example.q)]  # fmt: skip
+        before, after = (one[0].numpy() for one in right)
+        expected = [(before & after).sum(), (before & ~after).sum(), (~before & after).sum(), (~before & ~after).sum()]
+        assert min(expected) > 0, "the example must not be a trivial one"
+        for prompts in ("all", "random"):
+            (row,) = [row for row in example.compared(prefill=prefill).flips
+                      if (row["phase"], row["prompts"]) == (phase, prompts)]  # fmt: skip
+            assert [row[key] for key in ("both_right", "only_baseline", "only_candidate", "neither")] == expected
+            assert row["positions"] == len(before)
+            assert row["p_value"] == pytest.approx(
+                stats.binomtest(int(expected[1]), int(expected[1] + expected[2])).pvalue
+            )
 
 
 # --- recall

@@ -75,7 +75,7 @@ def worse(changes: Sequence[ChangeFacts]) -> list[ChangeFacts]:
 
 
 def _pairs(old: Standing, new: Standing, phase: str) -> tuple[list[OnText], list[OnText]]:
-    """The sets of a phase that both have, in the same order."""
+    """The sets of a phase that both have, in the same order. Of a set that was measured twice the second time counts."""
     before = {one.prompts: one for one in old.text if one.phase == phase}
     after = [one for one in new.text if one.phase == phase and one.prompts in before]
     return [before[one.prompts] for one in after], after

@@ -6,11 +6,11 @@ from typing import Literal, NotRequired, TypedDict
 
 import torch
 
-from compress.check import positions, recall, standing, tasks
+from compress.check import positions, recall, standing, tasks, worst
 from compress.check.audit import AuditFacts
 from compress.check.baseline import Baseline
 from compress.check.figures import Figure
-from compress.check.flips import FlipFacts
+from compress.check.flips import FlipFacts, flips
 from compress.check.generated import GeneratedFacts
 from compress.check.layer_audit import LayerAuditFacts
 from compress.check.metrics import Scores, WindowScores, score
@@ -194,11 +194,14 @@ def compare(
         prefilled = prefilled or by_set
         together = list(by_set.values())
         found.rows += _rows(artifact, phase, ALL, told(phase, together, list(prefilled.values())), together, limits)
+        found.flips.append(flips(artifact, phase, ALL, [window for one in together for window in one.scores]))
         for name, one in by_set.items():
             found.rows += _rows(artifact, phase, name, told(phase, [one], [prefilled[name]]), [one], {})
+            found.flips.append(flips(artifact, phase, name, one.scores))
             found.text += one.sums(artifact, phase)
         found.by_position += positions.by_position(artifact, phase, [one.scores for one in together])
         found.recall += recall.by_distance(artifact, phase, [one.answers for one in together])
+        found.worst_prompts = worst.find(artifact, phase, together)  # of the last phase: what decoding hands on counts
     return found
 
 

@@ -1,7 +1,6 @@
 """The result of an earlier check in a file, and whether a later one is on the same ground: the same baseline, the same text and
 the same tasks, decoded alike."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -66,16 +65,27 @@ class Now:
     standing: Standing
 
 
-def ground(baseline_sha256: str, prompts: Sequence[Text], tasks: Sequence[Text], settings: Check, seed: int) -> Ground:
+def expected(baseline_sha256: str, settings: Check, seed: int) -> Ground:
+    """What a check will measure on, before its texts are there."""
+    prompts, tasks = (
+        tuple(Text(name=as_name(name), sha256="") for name in names) for names in (settings.prompts, settings.tasks)
+    )
     return Ground(
         baseline_sha256=baseline_sha256,
-        prompts=tuple(prompts),
-        tasks=tuple(tasks),
+        prompts=prompts,
+        tasks=tasks,
         samples=settings.samples,
         length=settings.length,
         prefill=settings.prefill,
         seed=seed,
     )
+
+
+def measured(expected: Ground, standing: Standing) -> Ground:
+    """With the digests of the texts that were measured on."""
+    prompts = {one.prompts: Text(name=one.prompts, sha256=one.sha256) for one in standing.text}
+    tasks = (Text(name=one.task, sha256=one.sha256) for one in standing.tasks)
+    return expected.model_copy(update={"prompts": tuple(prompts.values()), "tasks": tuple(tasks)})
 
 
 def read(path: Path) -> Earlier:

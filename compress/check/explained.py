@@ -91,13 +91,13 @@ def _violations(found: Discrepancy, nearest: Discrepancy, factors: Factors, most
     words = discrepancy.described(found, rows.excess, columns.excess, most)
     if found.error > most:
         yield Judged(found.error, most, False, words)
-    off, room = abs(found.gain - 1), _room(found.gain, found.error)
+    off, room = abs(found.gain - 1), _room(found.gain, found.error) + abs(nearest.gain - 1)
     if off > room:
         yield Judged(off, room, False, f"is {found.gain:.3g} times what it ought to be")
     for bounds in (rows, columns):
         if float(bounds.excess[bounds.worst]) > 1:
             yield Judged(float(bounds.found[bounds.worst]), float(bounds.most[bounds.worst]), False, words)
-    gains = _gains(found)
+    gains = _gains(found, nearest)
     if float(gains.excess[gains.worst]) > 1:
         gain = float(found.gain_by_row[gains.worst])
         note = f"row {gains.worst} of {len(gains.most)} is {gain:.3g} times what it ought to be"
@@ -110,9 +110,9 @@ def _room(gain: float, error: float) -> float:
     return LINEAR * error + (SHRUNK if gain < 1 else GROWN) * error**2
 
 
-def _gains(found: Discrepancy) -> Bounds:
-    """How far the gains of rows are from 1, against what errors that point nowhere make of K values."""
+def _gains(found: Discrepancy, nearest: Discrepancy) -> Bounds:
+    """How far the gains of rows are from 1, against what errors that point nowhere make of K values, beside rounding to nearest."""
     error, count = found.by_row, len(found.columns)
     off = (found.gain_by_row - 1).abs()
     room = LINEAR * error + SHRUNK * error**2 + SPREAD * error / count**0.5
-    return Bounds(off, room.clamp_min(LEAST_ROOM))
+    return Bounds(off, (room + (nearest.gain_by_row - 1).abs()).clamp_min(LEAST_ROOM))

@@ -1,5 +1,5 @@
 """Texts that baseline and artifact go on with from the same prompts, taking the most likely token: their lengths, how much they
-repeat, and where they part."""
+repeat, how sure each token is, and where they part."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,16 +20,24 @@ from compress.recipe.check import Generate
 from compress.runtime.artifacts import Artifact, Steps
 from compress.runtime.candidates import LOGIT_BYTES
 from compress.runtime.inference import blocks_of
+from compress.strict.json_text import finite
 from compress.terminal import progress
 from compress.terminal.progress import Advance
 
 BASELINE = "baseline"
 GRAM = 4  # tokens of what may be repeated
-VERSION = 1  # part of the key: raise it when our forward changes its values
+VERSION = 2  # part of the key: raise it when our forward changes its values
 GIB = 1 << 30
 
-FigureName = Literal["length", "repeated_4grams", "equal", "first_difference"]
-Text = list[int]  # the token that ended it is its last one
+FigureName = Literal["length", "repeated_4grams", "entropy", "equal", "first_difference"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens, the one that ended it included, and the entropy (nats) of the distribution that each was the top of."""
+
+    tokens: list[int]
+    entropies: list[float]
 
 
 class GeneratedFacts(TypedDict):
@@ -46,18 +54,19 @@ class GeneratedFacts(TypedDict):
     high: float | None
 
 
-def stage(artifact: str) -> str:
+def stage(artifact: str, doing: str = "generating") -> str:
     """What the progress of generating is shown under."""
-    return f"{as_text(artifact)}: generating"
+    return f"{as_text(artifact)}: {doing}"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What both go on from: the beginnings of windows, by prompt set, and where texts end."""
+    """What both go on from: the beginnings of windows, by prompt set, and where texts end; `doing` is what people are told."""
 
     sets: tuple[tuple[torch.Tensor, ...], ...]
     tokens: int
     ends: tuple[int, ...]
+    doing: str = "generating"
 
     @property
     def prompts(self) -> list[torch.Tensor]:
@@ -80,14 +89,22 @@ def of_baseline(original: Artifact, model_sha256: str, task: Task) -> list[Text]
     cache.folder("generated")
 
     def write(file: BinaryIO) -> None:
-        texts = generate(BASELINE, original, task)
-        rows = np.full((len(texts), task.tokens), -1, np.int64)
-        for row, text in zip(rows, texts, strict=True):
-            row[: len(text)] = text
-        np.save(file, rows)
+        np.save(file, _as_array(generate(BASELINE, original, task), task.tokens))
 
     with cache.entry(_path(model_sha256, task), write) as file:
-        return [row[row >= 0].tolist() for row in np.load(file)]
+        return _as_texts(np.load(file))
+
+
+def _as_array(texts: Sequence[Text], tokens: int) -> np.ndarray:
+    """[texts, 2, tokens]: tokens, -1 behind the last, and entropies."""
+    rows = np.full((len(texts), 2, tokens), -1.0)
+    for row, text in zip(rows, texts, strict=True):
+        row[:, : len(text.tokens)] = text.tokens, text.entropies
+    return rows
+
+
+def _as_texts(rows: np.ndarray) -> list[Text]:
+    return [Text(row[0, row[0] >= 0].astype(int).tolist(), row[1, row[0] >= 0].tolist()) for row in rows]
 
 
 def _path(model_sha256: str, task: Task) -> Path:
@@ -100,7 +117,7 @@ def generate(name: str, artifact: Artifact, task: Task) -> list[Text]:
     """One text for each prompt, those that fit into memory together side by side."""
     _warn_of_reading(name, artifact, task.tokens)
     texts: list[Text] = []
-    with progress.task(stage(name), len(task.prompts) * task.tokens) as advance:
+    with progress.task(stage(name, task.doing), len(task.prompts) * task.tokens) as advance:
         for block in blocks_of(task.prompts, LOGIT_BYTES // (4 * artifact.config.vocab_size)):
             begun = torch.stack([task.prompts[place] for place in block])
             texts += _continued(artifact.steps(len(block)), begun, task, advance)
@@ -118,22 +135,24 @@ def _warn_of_reading(name: str, artifact: Artifact, tokens: int) -> None:
 @torch.inference_mode()
 def _continued(steps: Steps, begun: torch.Tensor, task: Task, advance: Advance) -> list[Text]:
     """begun [B, S] -> a text each."""
-    drawn, ends, given = list[torch.Tensor](), torch.tensor(task.ends), begun
+    drawn, entropies, ends, given = list[torch.Tensor](), list[torch.Tensor](), torch.tensor(task.ends), begun
     running = torch.ones(len(begun), dtype=torch.bool)
     while len(drawn) < task.tokens and running.any():
-        token = steps.step(given).argmax(-1).cpu()
-        drawn.append(token)
-        running &= ~torch.isin(token, ends)
-        given = token[:, None]
+        logits = steps.step(given).float().cpu()
+        drawn.append(logits.argmax(-1))
+        entropies.append(torch.distributions.Categorical(logits=logits, validate_args=False).entropy())
+        running &= ~torch.isin(drawn[-1], ends)
+        given = drawn[-1][:, None]
         advance(len(begun))
     advance(len(begun) * (task.tokens - len(drawn)))
-    return [_until_end(row, task.ends) for row in torch.stack(drawn, 1).tolist()]
+    rows = zip(torch.stack(drawn, 1).tolist(), torch.stack(entropies, 1).tolist(), strict=True)
+    return [_until_end(*row, task.ends) for row in rows]
 
 
-def _until_end(tokens: Text, ends: Sequence[int]) -> Text:
+def _until_end(tokens: list[int], entropies: list[float], ends: Sequence[int]) -> Text:
     """The end included."""
     stop = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]
+    return Text(tokens[:stop], entropies[:stop])
 
 
 def figures(artifact: str, task: Task, before: Sequence[Text], after: Sequence[Text]) -> list[GeneratedFacts]:
@@ -142,6 +161,12 @@ def figures(artifact: str, task: Task, before: Sequence[Text], after: Sequence[T
     return [
         _both(artifact, "length", np.array([[_length(text, task.ends), 1] for p in pairs for text in p]), strata),
         _both(artifact, "repeated_4grams", np.array([_repeated(text) for p in pairs for text in p]), strata),
+        _both(
+            artifact,
+            "entropy",
+            np.array([[sum(text.entropies), len(text.tokens)] for p in pairs for text in p]),
+            strata,
+        ),
         _equal(artifact, pairs, strata),
         _first_difference(artifact, pairs, strata),
     ]
@@ -149,12 +174,12 @@ def figures(artifact: str, task: Task, before: Sequence[Text], after: Sequence[T
 
 def _length(text: Text, ends: Sequence[int]) -> int:
     """Tokens until an end, which is none of them."""
-    return len(text) - (text[-1] in ends)
+    return len(text.tokens) - (text.tokens[-1] in ends)
 
 
 def _repeated(text: Text) -> tuple[int, int]:
     """Runs of four tokens that stand in the text before, of all of them (Welleck et al., arXiv 1908.04319: seq-rep-4)."""
-    grams = [tuple(text[start : start + GRAM]) for start in range(len(text) - GRAM + 1)]
+    grams = [tuple(text.tokens[start : start + GRAM]) for start in range(len(text.tokens) - GRAM + 1)]
     return len(grams) - len(set(grams)), len(grams)
 
 
@@ -171,7 +196,7 @@ def _both(artifact: str, figure: FigureName, counts: np.ndarray, strata: Sequenc
 
 
 def _equal(artifact: str, pairs: Sequence[tuple[Text, Text]], strata: Sequence[int]) -> GeneratedFacts:
-    same = np.array([float(before == after) for before, after in pairs])
+    same = np.array([float(before.tokens == after.tokens) for before, after in pairs])
     value, interval = float(same.mean()), None
     if value in (0.0, 1.0):  # which drawing anew would take for certainty
         reach = statistics.of_no_change(len(same))[1]
@@ -195,7 +220,9 @@ def _first_difference(artifact: str, pairs: Sequence[tuple[Text, Text]], strata:
 
 def _parting(before: Text, after: Text) -> int:
     """-1 where they are the same."""
-    pairs = zip(before, after, strict=False)  # no text is the beginning of another: each ends alike, or at the maximum
+    pairs = zip(
+        before.tokens, after.tokens, strict=False
+    )  # no text is the beginning of another: each ends alike, or at the maximum
     return next((place for place, (a, b) in enumerate(pairs) if a != b), -1)
 
 
@@ -208,9 +235,9 @@ def _row(
         "artifact": artifact,
         "figure": figure,
         "texts": texts,
-        "baseline": baseline,
-        "candidate": candidate,
-        "value": value,
+        "baseline": finite(baseline),
+        "candidate": finite(candidate),
+        "value": finite(value),
         "low": low,
         "high": high,
     }

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compress import parallel, prompts
-from compress.check import audit, baseline, default_limits, generated, layer_audit, states, tasks
+from compress.check import audit, baseline, default_limits, generated, layer_audit, old, remarks, states, tasks, worst
 from compress.check.audit import Models
 from compress.check.baseline import Baseline
-from compress.check.compare import Found, compare, of_tasks
+from compress.check.compare import ALL, Found, compare, of_tasks
 from compress.check.expected import expected
 from compress.check.statistics import Array
 from compress.check.tasks import Answered
@@ -21,8 +21,9 @@ from compress.terminal import progress
 
 
 def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, seed: int, device: str = "cpu",
-        prompt_folder: Path | None = None) -> tuple[Found, list[prompts.Used]]:  # fmt: skip
-    """Compares each artifact (name -> path) with the original. Returns the figures, and what was used of each prompt set."""
+        prompt_folder: Path | None = None, is_old: bool = False) -> tuple[Found, list[prompts.Used]]:  # fmt: skip
+    """Compares each artifact (name -> path) with the original. Returns the figures, and what was used of each prompt set. An
+    original that `is_old` is itself an artifact, which is measured in decode, too."""
     opened, found = {name: open_artifact(path, device) for name, path in artifacts.items()}, Found()
     for name, artifact in opened.items() if settings.audit else ():
         found.add(_audited(name, original, artifact, seed, device))
@@ -40,6 +41,8 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
     for name, artifact in opened.items():
         limited = replace(against, settings=_limited(name, original, artifact, settings, found.remarks))
         found.add(_compared(name, artifacts[name], artifact, limited))
+    if is_old:
+        found.text += old.decoded(original, digest, against.sets, settings.prefill)
     return found, prompts.used(sets)
 
 
@@ -60,6 +63,7 @@ def _audited(name: str, original: Artifact, artifact: Artifact, seed: int, devic
 class Against:
     """What an artifact is compared with: log-probabilities, states, texts and answers where they are asked for."""
 
+    original: Artifact
     reference: StatefulCandidate
     sha256: str
     sets: list[tuple[prompts.PromptSet, Baseline]]
@@ -70,7 +74,8 @@ class Against:
 
 def _against(original: Artifact, digest: str, sets: list[prompts.PromptSet], settings: Check) -> Against:
     reference = original.candidate()
-    return Against(reference, digest, [(found, baseline.compute(reference, digest, found)) for found in sets], settings)
+    scored = [(found, baseline.compute(reference, digest, found)) for found in sets]
+    return Against(original, reference, digest, scored, settings)
 
 
 def _with_tasks(against: Against, original: Artifact, digest: str, folder: Path | None) -> list[str]:
@@ -93,6 +98,9 @@ def _limited(name: str, original: Artifact, artifact: Artifact, settings: Check,
 
 def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
     found = _scored(name, path, artifact, against)
+    of_all = [row for row in found.rows if row.prompts == ALL]
+    found.remarks = list(remarks.remarks(of_all, lambda: artifact.sha256() == against.sha256))
+    worst.tell(found.worst_prompts, [of_set for of_set, _ in against.sets], against.original, against.sha256, artifact)
     if against.texts is not None:
         task, before = against.texts
         found.generated = generated.figures(name, task, before, generated.generate(name, artifact, task))

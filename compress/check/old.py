@@ -43,7 +43,7 @@ def _decoded(original: Artifact, model_sha256: str, prompt_set: PromptSet, log_p
     def write(file: BinaryIO) -> None:
         found = scored(NAME, original.candidate(prefill), prompt_set, log_probs, "decode")
         place = Place(None, prompt_set, "decode")
-        sums = standing.of_candidate(place, found.scores, found.answers)
+        sums = standing.alone(place, found.scores, found.answers)
         file.write(sums.model_dump_json().encode() + b"\n")
 
     with cache.entry(_path(model_sha256, prompt_set, prefill), write) as file:

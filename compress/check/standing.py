@@ -85,13 +85,18 @@ def of_baseline(place: Place, windows: Sequence[WindowScores], answers: Sequence
 
 
 def of_candidate(place: Place, windows: Sequence[WindowScores], answers: Sequence[Answer]) -> OnText:
-    nll = [window.scores.nll_candidate for window in windows]
-    right = [window.scores.candidate_right for window in windows]
     beside = {
         "kl_divergence": _sums([window.scores.kl_divergence for window in windows]),
         "same_top1": _counts([window.scores.same_top1 for window in windows]),
     }
-    return _on_text(place, nll, right, answers, "candidate").model_copy(update=beside)
+    return alone(place, windows, answers).model_copy(update=beside)
+
+
+def alone(place: Place, windows: Sequence[WindowScores], answers: Sequence[Answer]) -> OnText:
+    """A candidate, without what it has beside the baseline."""
+    nll = [window.scores.nll_candidate for window in windows]
+    right = [window.scores.candidate_right for window in windows]
+    return _on_text(place, nll, right, answers, "candidate")
 
 
 def of_task(artifact: str | None, answered: "Answered", who: Who) -> OnTask:

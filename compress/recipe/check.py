@@ -101,6 +101,7 @@ METRICS: dict[MetricName, Metric] = {
             "baseline minus candidate share of items of 'tasks' answered rightly",
             phases=("prefill",),
             unmeasured="no task was given; list files in 'tasks' (--tasks FILE)",
+            is_shown=True,
         ),
     )
 }

@@ -51,11 +51,12 @@ class Steps(Protocol):
 
 class Artifact(Protocol):
     """A model that runs. `folder` has its tokenizer, `config` its validated configuration, `formats` says how many
-    parameters each number format stores, `runtime` what computes it."""
+    parameters each number format stores, in `weight_bytes`, `runtime` what computes it."""
 
     folder: Path
     config: Config
     formats: dict[str, int]
+    weight_bytes: int
     runtime: str
 
     def sha256(self) -> str:
@@ -83,6 +84,7 @@ class CheckpointArtifact:
         self._checkpoint, self._model, self._device = checkpoint, checkpoint.model, device
         self._weights_sha256 = weights_sha256
         self.formats = sizes.parameters_by_format(checkpoint.model.weights)
+        self.weight_bytes = sizes.stored_bytes(checkpoint.model.units)
 
     def sha256(self) -> str:
         self._weights_sha256 = self._weights_sha256 or self._checkpoint.files.sha256()
@@ -113,6 +115,7 @@ class OnnxArtifact:
         self.config = reading.architecture(graph, path).config
         tensors = reading.external_tensors(graph)
         self._data, self.formats = {Path(tensor.path) for tensor in tensors}, reading.stored_parameters(tensors)
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
 
     def sha256(self) -> str:
         if self._sha256 is None:

@@ -23,7 +23,7 @@ from compress.runtime.eager import Eager
 from compress.runtime.kept import Kept, Listen
 
 CACHE_BYTES = 512 << 20  # of float32 weights of a layer kept between blocks; beyond that they are read again
-SHARE = 4  # one in so many bytes of free memory may be kept too, where that is more
+SHARE = 4  # of a layer that is streamed, one in so many bytes of free memory instead
 BLOCK_TOKENS = 4096  # tokens whose hidden states are in memory together, in prefill
 DECODE_TOKENS = 32768  # the same in decode, where a step holds one token of each window
 TINY = torch.finfo(torch.float32).tiny  # of temperatures: below it, all the same
@@ -61,7 +61,7 @@ class LayerWeights:
 
 def kept_bytes(device: str) -> int:
     """Of float32 weights, which a decoded token would have read from disk again."""
-    return max(CACHE_BYTES, memory.available() // SHARE) if device == "cpu" else CACHE_BYTES
+    return memory.available() // SHARE if device == "cpu" else CACHE_BYTES
 
 
 def layer_weights(model: HybridModel, index: int, device: str, budget: int = CACHE_BYTES) -> LayerWeights:

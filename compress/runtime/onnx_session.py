@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from compress.errors import InputError, first_line
+from compress.errors import InputError, WorkError, first_line, is_out_of_memory
 from compress.parallel import slices
 from compress.runtime import graph_names, memory
 from compress.runtime.onnx_files import open_session
@@ -56,6 +56,8 @@ class OnnxSession:
         except InputError:
             raise
         except Exception as error:  # onnxruntime's own exceptions share no public base class
+            if is_out_of_memory(error):
+                raise WorkError(f"{path}: memory ran out while loading it") from None
             raise InputError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
         inputs = {value.name: value for value in self._session.get_inputs()}
         self.past = {name: value for name, value in inputs.items() if graph_names.is_past(name)}
@@ -73,6 +75,8 @@ class OnnxSession:
         try:
             found: list[ort.OrtValue] = self._session.run_with_ort_values(outputs, feeds, options)
         except Exception as error:  # as above
+            if is_out_of_memory(error):
+                raise WorkError(f"{self._path}: memory ran out while running it") from None
             raise InputError(f"{self._path}: onnxruntime fails while running it ({first_line(error)})") from None
         return found
 

@@ -1,11 +1,13 @@
 """The options of `compress check`, as the command line has them."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, TypedDict, TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., object])
+PATH = click.Path(path_type=Path)
 
 
 class Flags(TypedDict):
@@ -25,6 +27,9 @@ class Flags(TypedDict):
     tokens: int | None
     tasks: tuple[str, ...]
     on_undecided: Literal["fail", "pass"]
+    save_result: Path | None
+    against_result: Path | None
+    fail_if_worse: bool
 
 
 TEXT = (
@@ -92,8 +97,26 @@ MEASURED = (
 )
 
 
+ACROSS = (
+    click.option(
+        "--save-result", type=PATH, metavar="FILE", help="Keep what was measured for a later --against-result."
+    ),
+    click.option(
+        "--against-result",
+        type=PATH,
+        metavar="FILE",
+        help="Say what is better or worse than in a kept result on the same prompts.",
+    ),
+    click.option(
+        "--fail-if-worse",
+        is_flag=True,
+        help="Exit 1 where CANDIDATE is worse than that result, or than a BASELINE that is itself an artifact.",
+    ),
+)
+
+
 def check_options(command: Command) -> Command:
     """Gives the command all of them, in the order of the help."""
-    for option in reversed((*TEXT, *LIMITS, *MEASURED)):
+    for option in reversed((*TEXT, *LIMITS, *MEASURED, *ACROSS)):
         command = option(command)
     return command

@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from compress import prompts
 from compress.check import genai, judge, tokenizers
-from compress.check.compare import FoundFacts, Verdict, verdict
+from compress.check.compare import FoundFacts, Verdict
 from compress.disk.paths import as_text
 from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
@@ -13,11 +13,12 @@ from compress.output_folder.manifest import versions
 from compress.prompts import task_files
 from compress.recipe import source
 from compress.recipe.check import DEFAULT, Check
-from compress.report import terminal
+from compress.report import changes, terminal
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.json_text import JsonObject
 from compress.strict.models import from_flags, no_truth_value
+from compress.studies.across import Across, AcrossFacts
 from compress.studies.check_options import Flags
 from compress.terminal import output
 
@@ -27,7 +28,7 @@ class BaselineFacts(TypedDict):
     sha256: str
 
 
-class Result(FoundFacts):
+class Result(FoundFacts, AcrossFacts):
     """What `--json` writes."""
 
     schema: int
@@ -100,7 +101,7 @@ def _file_limits(name: str | None) -> JsonObject:
     return values
 
 
-def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device: str) -> Result:
+def compare(baseline: str, candidate: Path, checks: Check, beside: Across, *, seed: int, device: str) -> Result:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, original_path = find_artifact(candidate), _baseline_path(baseline)
     for artifact in (original_path, path):
@@ -112,21 +113,36 @@ def compare(baseline: str, candidate: Path, checks: Check, *, seed: int, device:
     for artifact in (original_path, path):  # last: it reads everything
         integrity.verify(artifact, digests=True)
     _refuse_unfit(original, path, checks)
-    found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device)
-    facts, decided = found.facts(), verdict(found)
+    begun = beside.begin(original, checks, seed)
+    found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device, is_old=begun.is_old)
+    name, measured = as_text(str(candidate)), found.facts()
+    changed, now = beside.compare(begun, name, found, open_artifact(path).weight_bytes)
     result: Result = {
         "schema": 1,
-        "verdict": decided,
+        "verdict": beside.verdict(found, changed),
         "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
-        "candidate": as_text(str(candidate)),
+        "candidate": name,
         "prompts": used,
-        **facts,
+        **measured,
+        **changed,
         "versions": versions(),
     }
-    console = output.console(stderr=True)
-    terminal.show_found(facts, console)
-    console.print(f"verdict: {terminal.verdict_words(decided, facts)}")
+    _show(result, beside.because(changed))
+    beside.save(now)
     return result
+
+
+def _show(result: Result, because: str) -> None:
+    console = output.console(stderr=True)
+    terminal.show_found(result, console)
+    if "change" in result:
+        changes.show(f"{result['candidate']} after {result['baseline']['name']}", result["change"], console)
+    if "against_result" in result:
+        against = result["against_result"]
+        changes.show(
+            f"{result['candidate']} after {against['candidate']}, of {against['file']}", against["changes"], console
+        )
+    console.print(f"verdict: {terminal.verdict_words(result['verdict'], result)}{because}")
 
 
 def _refuse_unfit(original: Artifact, path: Path, checks: Check) -> None:

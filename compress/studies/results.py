@@ -21,10 +21,13 @@ STDOUT = "-"
 def refuse_unwritable(json_file: str | None, html_file: str | None = None) -> None:
     """A result that cannot be written is refused before the work."""
     for option, target in (("--json", json_file), ("--html", html_file)):
-        if target is None or (option, target) == ("--json", STDOUT):
-            continue
-        if target == STDOUT or not _can_be_written(target):
-            raise InputError(f"{option} {target}: expected a file in a folder that exists and can be written to")
+        if target is not None and (option, target) != ("--json", STDOUT):
+            refuse_unwritable_file(option, target)
+
+
+def refuse_unwritable_file(option: str, target: str) -> None:
+    if target == STDOUT or not _can_be_written(target):
+        raise InputError(f"{option} {target}: expected a file in a folder that exists and can be written to")
 
 
 def put_json(result: Mapping[str, object], target: str | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from compress.errors import InputError, WorkError, first_line
+from compress.errors import InputError, WorkError, first_line, is_out_of_memory
 from compress.terminal import signals, streams, usage
 from compress.terminal.escaping import printable
 
@@ -39,8 +39,6 @@ class Commands(usage.Helpful):
             stop(error, BAD_INPUT)
         except WorkError as error:
             stop(error, FAILED)
-        except MemoryError:
-            stop("out of memory", FAILED)
         except OSError as error:
             code = BAD_INPUT if error.errno == errno.ENAMETOOLONG else FAILED  # only a user can have given such a name
             stop(f"{error.filename or 'input/output'}: {error.strerror or error}", code)
@@ -53,6 +51,8 @@ class Commands(usage.Helpful):
         except Exception as error:  # a defect of ours must not look like a missed limit, which is exit code 1
             if os.environ.get("COMPRESS_TRACEBACK"):
                 raise
+            if is_out_of_memory(error):
+                stop("out of memory", FAILED)
             what = f"{type(error).__name__}: {first_line(error)}"
             where = " ".join(getattr(error, "__notes__", [])[:1])  # a plugin's hook, where it is in one
             stop(

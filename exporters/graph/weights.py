@@ -130,7 +130,7 @@ class _Lying:
             return found
         if tensor.dtype not in TORCH:
             raise InputError(f"{self._path}: tensor '{tensor.name}' is {tensor.dtype.name}, which no export writes")
-        return found.view(TORCH[tensor.dtype]).view(*tensor.shape.numpy())
+        return found.view(TORCH[tensor.dtype]).view(tensor.shape.numpy())
 
 
 def _moved(value: ir.Value) -> Iterator[ir.Value]:
