@@ -265,6 +265,18 @@ def test_a_recipe_asks_for_them_with_a_word(tmp_path):
     assert load_recipe(str(again)).recipe == loaded.recipe
 
 
+def test_a_limit_that_is_set_on_top_stands_beside_them(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\ncheck:\n  limits: default\n")
+    loaded = load_recipe(str(recipe), ("check.limits.kl_divergence_mean=0.5",))
+    assert loaded.recipe.check.limited_by_default and loaded.recipe.check.limits == {"kl_divergence_mean": 0.5}
+    again = tmp_path / "again.yaml"
+    again.write_text(loaded.resolved_yaml())
+    assert load_recipe(str(again)).recipe == loaded.recipe
+    only = load_recipe(str(recipe), ("check.limits={kl_divergence_mean: 0.5}",)).recipe.check
+    assert not only.limited_by_default and only.limits == {"kl_divergence_mean": 0.5}
+
+
 @pytest.mark.parametrize("value", ["defualt", "3", "[default]", "", "true"])
 def test_another_word_is_refused(tmp_path, value):
     recipe = tmp_path / "recipe.yaml"

@@ -129,7 +129,7 @@ def _inputs(role: Role, number_format: str, scheme: Scheme | None, runtime: str)
         return None
     if scheme.activation is None:
         return FUSED if runtime == "onnxruntime" and compressed_tensors.is_integer(number_format) else None
-    return scheme.activation + (ROTATED if scheme.rotation and scheme.activation.endswith("int8") else "")
+    return scheme.activation + (ROTATED if scheme.rotation and scheme.activation == "static-int8" else "")
 
 
 def _noise(number_format: str) -> float:

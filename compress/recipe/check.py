@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from compress.strict.json_text import Json
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
 Phase = Literal["prefill", "decode"]
@@ -135,6 +136,11 @@ class Generate(Strict):
     prompt_tokens: WholeNumber = Field(default=32, ge=1, le=4096)
 
 
+def limits_written_out(limits: Json) -> Json:
+    """What the word for default limits stands for: a mapping that others may be named in."""
+    return {DEFAULT: True} if limits == DEFAULT else limits
+
+
 class Check(Strict):
     """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set; decoding
     begins with the first `prefill` tokens of each in one call. `recall` replaces the windows of the set of that name.
@@ -170,17 +176,21 @@ class Check(Strict):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _word_for_limits(cls, given: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if not isinstance(given, dict) or given.get("limits") != DEFAULT:
+    def _word_among_limits(cls, given: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        limits = limits_written_out(given.get("limits")) if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(limits, dict) or limits.get(DEFAULT) is not True:
             return handler(given)
-        found = handler({**given, "limits": {}})
+        found = handler({**given, "limits": {name: limit for name, limit in limits.items() if name != DEFAULT}})
         found._by_default = True
         return found
 
     @model_serializer(mode="wrap")
     def _with_the_word(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         plain: dict[str, object] = handler(self)
-        return plain | {"limits": DEFAULT} if self._by_default and "limits" in plain else plain
+        if self._by_default and "limits" in plain:
+            named: dict[str, float | bool] = {DEFAULT: True, **self.limits}
+            plain["limits"] = named if self.limits else DEFAULT
+        return plain
 
     @field_validator("limits", mode="before")
     @classmethod
