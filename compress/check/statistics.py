@@ -99,7 +99,7 @@ class _Ranked:
         return found
 
 
-def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED) -> Interval | None:
+def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED, level: float = LEVEL) -> Interval | None:
     """Of a figure of windows, of which each prompt set has so many; they count on from set to set.
 
     None where there is one window, which tells nothing of others, or where a figure of a resample is not finite.
@@ -113,14 +113,14 @@ def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED) -> I
         warnings.simplefilter("ignore")  # of scipy, where all resamples agree: seen below
         found = stats.bootstrap(
             _places(strata), _of_places(statistic, sum(strata)), vectorized=True, axis=-1, n_resamples=RESAMPLES,
-            batch=BATCH, confidence_level=_level(strata), method="BCa", random_state=np.random.default_rng(seed),
+            batch=BATCH, confidence_level=_level(strata, level), method="BCa", random_state=np.random.default_rng(seed),
         )  # fmt: skip
     drawn = found.bootstrap_distribution
     if not np.isfinite(drawn).all():
         return None
     low, high = (float(edge) for edge in found.confidence_interval)
     if not np.isfinite([low, high]).all():  # no skew can be told, as where all windows agree
-        low, high = (float(edge) for edge in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+        low, high = (float(edge) for edge in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
     return low, high
 
 
@@ -157,7 +157,7 @@ def _of_places(statistic: Statistic, windows: int) -> Callable[..., Array]:
     return figure
 
 
-def _level(strata: Sequence[int]) -> float:
+def _level(strata: Sequence[int], level: float) -> float:
     windows, free = sum(strata), sum(strata) - len(strata)
-    reach = stats.t.ppf((1 + LEVEL) / 2, free) * np.sqrt(windows / free)
+    reach = stats.t.ppf((1 + level) / 2, free) * np.sqrt(windows / free)
     return float(1 - 2 * stats.norm.sf(reach))
