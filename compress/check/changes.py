@@ -136,7 +136,8 @@ def _statistic(metric: ChangeName, sums: Array, counts: Array) -> statistics.Sta
 def _interval(paired: Paired, level: float, old: statistics.Statistic, new: statistics.Statistic) -> Interval | None:
     """Of shares where nothing changed, as many as may have without being seen."""
     if not np.array_equal(paired.old, paired.new):
-        return statistics.interval(lambda drawn: new(drawn) - old(drawn), paired.strata, level=level)
+        within = (-1.0, 1.0) if paired.metric in SHARES else (-math.inf, math.inf)
+        return statistics.interval(lambda drawn: new(drawn) - old(drawn), paired.strata, within, level)
     return statistics.of_no_change(int(paired.counts.sum())) if paired.metric in SHARES else (0.0, 0.0)
 
 

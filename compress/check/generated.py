@@ -202,7 +202,7 @@ def _equal(artifact: str, pairs: Sequence[tuple[Text, Text]], strata: Sequence[i
         reach = statistics.of_no_change(len(same))[1]
         interval = (1 - reach, 1.0) if value else (0.0, reach)
     else:
-        interval = statistics.interval(statistics.ratio(same, np.ones(len(same))), strata)
+        interval = statistics.interval(statistics.ratio(same, np.ones(len(same))), strata, within=(0, 1))
     return _row(artifact, "equal", len(pairs), None, None, value, interval)
 
 

@@ -10,21 +10,17 @@ from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
 from compress.output_folder.manifest import versions
 from compress.prompts import task_files
-from compress.recipe.check import Check
+from compress.recipe.check import DEFAULT, Check
 from compress.report import changes, terminal
 from compress.report.schema import CheckFacts
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.json_text import JsonObject
 from compress.strict.models import from_flags, no_truth_value
-from compress.studies.across import Across, AcrossFacts
+from compress.studies.across import Across
 from compress.studies.check_options import Flags
 from compress.studies.originals import Originals
 from compress.terminal import output
-
-
-class Result(CheckFacts, AcrossFacts):
-    """What `--json` writes."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +37,9 @@ class Job:
 
 
 def settings(flags: Flags) -> Check:
-    """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
-    return from_flags(
+    """Flags to validated settings; a --limit overrides the same metric of --limits, a file or `default`."""
+    named = from_flags(Check, limits=dict(_limit(text) for text in flags["limits"])).limits
+    checks = from_flags(
         Check,
         prompts=flags["prompts"] or ("heldout",),
         samples=flags["samples"],
@@ -53,9 +50,10 @@ def settings(flags: Flags) -> Check:
         states=flags["states"],
         generate=_generate(flags["generate"], flags["tokens"]),
         tasks=flags["tasks"],
-        limits=_file_limits(flags["limits_file"]) | dict(_limit(text) for text in flags["limits"]),
+        limits=DEFAULT if flags["limits_from"] == DEFAULT else _file_limits(flags["limits_from"]),
         on_undecided=flags["on_undecided"],
     )
+    return checks.with_limits(named)
 
 
 def _recall(flags: Flags) -> dict[str, object] | None:
@@ -86,9 +84,10 @@ def _limit(text: str) -> tuple[str, float]:
         raise InputError(f"--limit {text}: expected METRIC=VALUE, such as kl_divergence_mean=0.01") from None
 
 
-def _file_limits(path: Path | None) -> JsonObject:
-    if path is None:
+def _file_limits(name: str | None) -> JsonObject:
+    if name is None:
         return {}
+    path = Path(name)
     values = yaml_text.load(path).data
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of METRIC: VALUE")
@@ -99,7 +98,7 @@ def _file_limits(path: Path | None) -> JsonObject:
     return values
 
 
-def compare(job: Job) -> Result:
+def compare(job: Job) -> CheckFacts:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
     path, checks = find_artifact(job.candidate), job.checks
     integrity.verify(path)
@@ -113,7 +112,7 @@ def compare(job: Job) -> Result:
     return _measured(job, original, path)
 
 
-def _measured(job: Job, original: Artifact, path: Path) -> Result:
+def _measured(job: Job, original: Artifact, path: Path) -> CheckFacts:
     artifact, begun = open_artifact(path), job.beside.begin(original, job.checks, job.seed)
     checks, left_out = job.originals.narrowed(original, artifact, job.checks)
     with job.originals.measuring() as noted:
@@ -122,7 +121,7 @@ def _measured(job: Job, original: Artifact, path: Path) -> Result:
         )
         found.remarks += left_out
         changed, now = job.beside.compare(begun, as_text(str(job.candidate)), found, artifact.weight_bytes)
-        result: Result = {
+        result: CheckFacts = {
             "schema": 1,
             "verdict": job.beside.verdict(found, changed),
             "baseline": {"name": as_text(job.baseline), "sha256": original.sha256()},
@@ -138,7 +137,7 @@ def _measured(job: Job, original: Artifact, path: Path) -> Result:
     return result
 
 
-def _show(result: Result, because: str) -> None:
+def _show(result: CheckFacts, because: str) -> None:
     console = output.console(stderr=True)
     terminal.show_found(result, console)
     if "change" in result:
