@@ -42,6 +42,20 @@ def check() -> dict:
             "versions": {"compress": "0.1.0"}}  # fmt: skip
 
 
+def changed() -> list[dict]:
+    """As a check of two artifacts has it: one figure is worse."""
+    rows = [("perplexity", "decode", 30.0, 31.0, 1.0, 0.5, 1.5, "worse"),
+            ("top1_agreement", "decode", 0.95, 0.96, 0.01, 0.001, 0.02, "better"),
+            ("kl_divergence_mean", "decode", 0.003, 0.0031, 0.0001, -0.001, 0.001, "undecided"),
+            ("weight_bytes", None, 7_000_000, 5_365_904, -1_634_096, None, None, "better")]  # fmt: skip
+    names = ("metric", "phase", "old", "new", "difference", "low", "high", "outcome")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def against() -> dict:
+    return {"file": "last.json", "candidate": "out/old", "versions": {}, "changes": changed()}
+
+
 def without_findings(sample: dict) -> dict:
     """The same report of a run that checked nothing."""
     return copy.deepcopy(sample) | {"verdict": "not_checked", "prompts": []} | {key: [] for key in found()}
@@ -96,7 +110,7 @@ def audit() -> list[dict]:
 
 def block(artifact: str, layer: int, name: str, expert: int | None) -> dict:
     error = 0.4 if expert is not None else 0.0004
-    return {"artifact": artifact, "layer": layer, "block": name, "expert": expert, "tokens": 512,
+    return {"artifact": artifact, "layer": layer, "block": name, "expert": expert, "matrix": None, "tokens": 512,
             "relative_error": error, "expected_at_most": 0.001, "passed": error <= 0.001}  # fmt: skip
 
 

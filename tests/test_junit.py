@@ -99,6 +99,14 @@ def test_a_limit_on_what_could_not_be_measured_is_skipped_and_says_why():
     assert cases(parsed(sample), "onnx")["decode: top1_agreement"].find("skipped").text == "no window is that long"
 
 
+def test_what_must_not_be_worse_has_a_suite_of_its_own():
+    root = parsed(report_samples.check(), changed={"change": report_samples.changed()})
+    assert_as_parsers_expect(root)
+    found = cases(root, "change: change")
+    assert [name for name, case in found.items() if len(case)] == ["decode: perplexity"], "bytes are no accuracy"
+    assert found["decode: perplexity"].find("failure").get("type") == "worse"
+
+
 def test_names_may_hold_anything():
     sample = report_samples.report()
     for row in (*sample["audit"], *sample["layer_audit"], *sample["checks"]):

@@ -72,7 +72,7 @@ def test_all_else_is_folded_under_a_line_that_says_the_main_thing():
         "Layer audit: 1 of 3 blocks fails",
         "All 32 figures: 4 missed, 4 held, 4 undecided",
         "States of a sequence",
-        "Tasks: 1 rows",
+        "Tasks: 1",
     ):
         assert said in summaries
     assert not re.search("^#", text.split("<details>", 1)[1], re.MULTILINE), "no title stands outside a fold"
@@ -121,3 +121,14 @@ def test_no_name_or_text_becomes_markup(render):
     assert page.count("<details>") == page.count("</details>") == text.count("\n<details>")
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, "no cell splits in two"
+
+
+def test_what_is_worse_than_before_is_named_and_shown():
+    sample = report_samples.without_findings(report_samples.check()) | {"verdict": "fail"}
+    sample |= {"change": report_samples.changed(), "against_result": report_samples.against()}
+    first = head(markdown.render_check(sample))
+    assert first.startswith("# out/tiny against models/tiny: fail\n\n**2 figures are worse than before.**")
+    assert "- **worse** than before: `decode perplexity`: 31 after 30, difference 1 (0.5 to 1.5)" in first
+    assert "After models/tiny:" in first and "After out/old, of last.json:" in first
+    assert first.count("| perplexity | decode | 30 | 31 | 1 | 0.5 to 1.5 | **worse** |") == 2
+    assert "| weight\\_bytes" not in first and "| 7,000,000 | 5,365,904 | -1,634,096 |" in first

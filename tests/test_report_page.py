@@ -97,6 +97,14 @@ def test_a_check_has_a_page_of_the_same_kind():
     assert page.tags.count("figure") == 2 and "experts.3.down_proj" in text
 
 
+def test_two_artifacts_are_shown_beside_each_other():
+    sample = report_samples.check() | {"change": report_samples.changed(), "against_result": report_samples.against()}
+    text = report_page.render_check(sample)
+    first = text[: text.index("<svg")]
+    assert "After models/tiny" in first and "After out/old, of last.json" in first
+    assert "31 after 30, difference 1 (0.5 to 1.5)" in first
+
+
 def hostile(value, told=HOSTILE):
     """The sample with everything that a file or a model decides replaced."""
     if isinstance(value, dict):
@@ -188,6 +196,14 @@ def test_a_scale_holds_all_its_values_and_has_a_few_ticks(values, from_zero):
 def test_bytes_have_ticks_at_powers_of_two():
     scale = scales.logarithmic([300_000, 70_000_000], scales.bytes_words, base=4.0)
     assert [label for _, label in scale.ticks] == ["256 KiB", "1 MiB", "4 MiB", "16 MiB", "64 MiB", "256 MiB"]
+
+
+def test_a_long_context_has_labels_that_can_be_read():
+    ends = [0, 64, *(256 << n for n in range(12))]
+    rows = [report_samples.position("onnx", "decode", first, last - 1) for first, last in itertools.pairwise(ends)]
+    found = plots.divergence_by_position(rows)
+    assert len(found.curves[0].dots) == 13
+    assert [tick.label for tick in found.x_ticks] == ["0", "256", "1K", "4K", "16K", "64K", "256K"]
 
 
 def test_states_are_drawn_once_where_they_stay_as_they_were():

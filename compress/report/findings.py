@@ -74,7 +74,7 @@ def _of_window(row: WorstFacts) -> list[str]:
 
 def tasks(rows: Sequence[TaskFacts]) -> Table:
     head = ("artifact", "task", "items", "right before", "after", "change", "95 % interval", "lost", "won", "McNemar p")
-    return Table(f"Tasks: {len(rows)} rows", head, [_of_task(row) for row in rows])
+    return Table(f"Tasks: {len(rows)}", head, [_of_task(row) for row in rows])
 
 
 def _of_task(row: TaskFacts) -> list[str]:

@@ -4,13 +4,15 @@ Times are 0: what a single figure took is not known, and readers want the attrib
 """
 
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeVar
 
 from compress.check.audit import AuditFacts
+from compress.check.changes import ChangeFacts
 from compress.check.compare import ALL, FoundFacts, RowFacts
 from compress.check.layer_audit import LayerAuditFacts
-from compress.report import overview
+from compress.report import changes, overview
 from compress.report.terminal import is_unmeasured
 from compress.terminal.escaping import printable
 
@@ -32,9 +34,14 @@ class Case(NamedTuple):
         return self.kind == "skipped"
 
 
-def render(name: str, found: FoundFacts, artifacts: Sequence[str], on_undecided: OnUndecided = "fail") -> str:
-    """Of all `artifacts`, and whatever else something was found of. `name` is that of the whole."""
+def render(
+    name: str, found: FoundFacts, artifacts: Sequence[str], on_undecided: OnUndecided = "fail",
+    changed: Mapping[str, Sequence[ChangeFacts]] = MappingProxyType({}),
+) -> str:  # fmt: skip
+    """Of all `artifacts`, and whatever else something was found of. `name` is that of the whole. `changed`, by name, is what
+    must not be worse than before."""
     suites = {artifact: _cases(found, artifact, on_undecided) for artifact in (*artifacts, *overview.artifacts(found))}
+    suites |= {f"change: {suite}": [_change(row) for row in rows if row["phase"]] for suite, rows in changed.items()}
     root = ET.Element(
         "testsuites", {"name": printable(name)} | _counts([c for cases in suites.values() for c in cases])
     )
@@ -70,6 +77,11 @@ def _cases(found: FoundFacts, artifact: str, on_undecided: OnUndecided) -> list[
         *_audited("audit: layers", blocks, overview.block_words),
         *(list(_limits(rows, on_undecided)) or [Case("not checked", "skipped", "no limit was set")]),
     ]
+
+
+def _change(row: ChangeFacts) -> Case:
+    name = f"{row['phase']}: {row['metric']}"
+    return Case(name, "worse", changes.words(row)) if row["outcome"] == "worse" else Case(name)
 
 
 def _audited(name: str, rows: Sequence[Audited], subject: Callable[[Audited], str]) -> Iterator[Case]:

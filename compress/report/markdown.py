@@ -3,9 +3,10 @@ by name, the size and one row for each artifact; all else is folded."""
 
 from collections.abc import Sequence
 
+from compress.check.changes import ChangeFacts
 from compress.check.compare import FoundFacts, Verdict
 from compress.prompts import Used
-from compress.report import findings, folded, measures, overview, written
+from compress.report import changes, findings, folded, measures, overview, written
 from compress.report.passes import PassDone
 from compress.report.schema import ArtifactFacts, CheckFacts, Report
 from compress.report.terminal import notes
@@ -32,18 +33,20 @@ def render(report: Report, done: Sequence[PassDone]) -> str:
 def render_check(result: CheckFacts) -> str:
     """What `check` found, of the same kind."""
     name = f"{result['candidate']} against {result['baseline']['name']}"
-    head = [_headline(name, result["verdict"], result), _lines(result, ())]
+    worse, changed = changes.worse(result), changes.tables(result)
+    head = [_headline(name, result["verdict"], result, worse), _lines(result, ())]
+    head += [f"{markdown(table.title)}:\n\n{folded.shown(table)}\n" for table in changed]
     details = [*found_sections(result, result["prompts"]), versions(result["versions"])]
     return "\n".join(part for part in [*head, *details] if part)
 
 
-def _headline(name: str, verdict: Verdict, found: FoundFacts) -> str:
+def _headline(name: str, verdict: Verdict, found: FoundFacts, worse: Sequence[ChangeFacts] = ()) -> str:
     """The verdict, why, and what to know before believing it."""
-    failed, why = overview.failures(found), "; ".join(overview.reasons(found))
+    failed, why = overview.failures(found, worse), "; ".join(overview.reasons(found, worse))
     said = [f"- **{f.kind}** {markdown(f.artifact)}: {code(f.subject)}: {markdown(f.words)}" for f in failed[:NAMED]]
     said += [f"- and {len(failed) - NAMED} more, below"] if len(failed) > NAMED else []
     said += [f"- Note: {markdown(remark)}" for remark in found["remarks"]]
-    title = f"# {markdown(name)}: {overview.verdict(verdict, found)}\n"
+    title = f"# {markdown(name)}: {overview.verdict(verdict, found, worse)}\n"
     return "\n".join([title, *([f"**{why}.**\n"] if why else []), *said, *([""] if said else [])])
 
 

@@ -5,14 +5,16 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from compress.check.audit import AuditFacts
+from compress.check.changes import ChangeFacts
 from compress.check.compare import ALL, FoundFacts, RowFacts, Verdict
 from compress.check.layer_audit import LayerAuditFacts
 from compress.recipe.check import METRICS, MetricName
+from compress.report import changes
 from compress.report.schema import ArtifactFacts
 from compress.report.tables import Table
 from compress.report.terminal import interval_words, is_unmeasured, settling_words, value_words, verdict_words
 
-Kind = Literal["audit", "layer audit", "not finite", "missed", "undecided"]
+Kind = Literal["audit", "layer audit", "not finite", "missed", "worse", "undecided"]
 FIGURES: dict[MetricName, str] = {
     "perplexity_ratio": "perplexity ratio",
     "kl_divergence_mean": "KL, nats",
@@ -42,13 +44,13 @@ class Line(NamedTuple):
     outcome: str
 
 
-def verdict(decided: Verdict, found: FoundFacts) -> str:
+def verdict(decided: Verdict, found: FoundFacts, worse: Sequence[ChangeFacts] = ()) -> str:
     """The verdict alone where what is wrong is named beside it, else with its reason."""
-    return decided.replace("_", " ") if failures(found) else verdict_words(decided, found)
+    return decided.replace("_", " ") if failures(found, worse) else verdict_words(decided, found)
 
 
-def failures(found: FoundFacts) -> list[Failure]:
-    """Of each kind, tensors first, the worst first."""
+def failures(found: FoundFacts, worse: Sequence[ChangeFacts] = ()) -> list[Failure]:
+    """Of each kind, tensors first, the worst first. `worse` is what an earlier artifact did better."""
     tensors = sorted((row for row in found["audit"] if not row["passed"]), key=excess, reverse=True)
     blocks = sorted((row for row in found["layer_audit"] if not row["passed"]), key=excess, reverse=True)
     rows = [row for row in found["checks"] if row["prompts"] == ALL]
@@ -57,6 +59,7 @@ def failures(found: FoundFacts) -> list[Failure]:
         *(Failure("layer audit", row["artifact"], block_words(row), audit_words(row)) for row in blocks),
         *(_of_row("not finite", row) for row in rows if is_not_finite(row)),
         *(_of_row("missed", row) for row in rows if row["outcome"] == "missed" and not is_not_finite(row)),
+        *(Failure("worse", "than before", f"{row['phase']} {row['metric']}", changes.words(row)) for row in worse),
         *(_of_row("undecided", row) for row in rows if row["outcome"] == "undecided"),
     ]
 
@@ -82,8 +85,10 @@ def audit_words(row: AuditFacts | LayerAuditFacts) -> str:
 
 
 def block_words(row: LayerAuditFacts) -> str:
-    expert = "" if row["expert"] is None else f", expert {row['expert']}"
-    return f"layer {row['layer']}, {row['block']}{expert}"
+    """Such as `layer 3, moe, expert 4`, or the matrix that was looked at alone."""
+    if row["matrix"] is not None:
+        return f"layer {row['layer']}, {row['block']}: {row['matrix']}"
+    return f"layer {row['layer']}, {row['block']}" + ("" if row["expert"] is None else f", expert {row['expert']}")
 
 
 def is_not_finite(row: RowFacts) -> bool:
@@ -109,7 +114,7 @@ def limit_words(metric: MetricName, limit: float) -> str:
     return f"{'at most' if METRICS[metric].bound == 'above' else 'at least'} {limit:g}"
 
 
-def reasons(found: FoundFacts) -> list[str]:
+def reasons(found: FoundFacts, worse: Sequence[ChangeFacts] = ()) -> list[str]:
     """How many of each kind, as parts of a sentence."""
     kinds = [failure.kind for failure in failures(found)]
     rows = [row for row in found["checks"] if row["prompts"] == ALL]
@@ -121,7 +126,8 @@ def reasons(found: FoundFacts) -> list[str]:
         ("missed", limits, "limits are missed"),
         ("undecided", limits, "limits are undecided"),
     ]
-    return [f"{count} of {of:,} {what}" for kind, of, what in parts if (count := kinds.count(kind))]
+    said = [f"{count} of {of:,} {what}" for kind, of, what in parts if (count := kinds.count(kind))]
+    return [*said, f"{len(worse)} figures are worse than before"] if worse else said
 
 
 def artifacts(found: FoundFacts) -> list[str]:

@@ -2,7 +2,9 @@
 
 from typing import NotRequired, TypedDict
 
+from compress.check.changes import ChangeFacts
 from compress.check.compare import FoundFacts, Verdict
+from compress.check.earlier import AgainstFacts
 from compress.model.sizes import MemoryFacts, StateFacts
 from compress.prompts import Used
 from compress.runtime.runtimes import RuntimeFacts
@@ -90,7 +92,14 @@ class BaselineFacts(TypedDict):
     sha256: str
 
 
-class CheckFacts(FoundFacts):
+class AcrossFacts(TypedDict, total=False):
+    """What a check has more: `change` where the baseline is an artifact itself, so that neither of the two is the truth."""
+
+    change: list[ChangeFacts]
+    against_result: AgainstFacts
+
+
+class CheckFacts(FoundFacts, AcrossFacts):
     """What `check --json` writes."""
 
     schema: int

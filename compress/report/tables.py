@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-ALARMING = frozenset({"fail", "fails", "missed", "undecided", "not finite"})  # words of a cell that must be seen
+ALARMING = frozenset(
+    {"fail", "fails", "missed", "undecided", "not finite", "worse"}
+)  # words of a cell that must be seen
 
 
 class Table(NamedTuple):

@@ -1,25 +1,18 @@
 """What a check keeps for later ones, and what it says of an earlier result or of a baseline that is an older artifact."""
 
-from typing import TypedDict
-
-from compress.check import changes, earlier, old
-from compress.check.changes import ChangeFacts
+from compress.check import earlier, old
+from compress.check.changes import between
 from compress.check.compare import Found, Verdict, verdict
-from compress.check.earlier import AgainstFacts, Earlier, Ground, Now
+from compress.check.earlier import Earlier, Ground, Now
 from compress.check.standing import Standing
 from compress.errors import InputError
 from compress.output_folder.manifest import versions
 from compress.recipe.check import Check
+from compress.report import changes
+from compress.report.schema import AcrossFacts
 from compress.runtime.artifacts import Artifact
 from compress.studies import results
 from compress.studies.check_options import Flags
-
-
-class AcrossFacts(TypedDict, total=False):
-    """What `--json` has more: `change` where the baseline is an artifact itself, so that neither of the two is the truth."""
-
-    change: list[ChangeFacts]
-    against_result: AgainstFacts
 
 
 class Across:
@@ -49,7 +42,7 @@ class Across:
         now = Now(candidate, earlier.measured(begun.ground, after), after)
         facts: AcrossFacts = {}
         if begun.is_old:
-            facts["change"] = changes.between(_standing(found, begun.old_bytes, of_baseline=True), after)
+            facts["change"] = between(_standing(found, begun.old_bytes, of_baseline=True), after)
         if self._earlier is not None and self._path is not None:
             facts["against_result"] = earlier.against(self._path, self._earlier, now)
         return facts, now
@@ -59,13 +52,13 @@ class Across:
         decided = verdict(found)
         if not self._fails:
             return decided
-        if worse(facts):
+        if changes.worse(facts):
             return "fail"
         return decided if any(row.limit is not None for row in found.rows) or decided == "fail" else "pass"
 
     def because(self, facts: AcrossFacts) -> str:
         """What a verdict fails for beside its limits; empty where nothing is worse, or where that does not matter."""
-        found = [f"{row['metric']} ({row['phase']})" for row in worse(facts)] if self._fails else []
+        found = [f"{row['metric']} ({row['phase']})" for row in changes.worse(facts)] if self._fails else []
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         return f"; worse than before: {found[0]}{more}" if found else ""
 
@@ -79,11 +72,6 @@ class Begun:
 
     def __init__(self, ground: Ground, old_bytes: int, is_old: bool):
         self.ground, self.old_bytes, self.is_old = ground, old_bytes, is_old
-
-
-def worse(facts: AcrossFacts) -> list[ChangeFacts]:
-    against = facts["against_result"]["changes"] if "against_result" in facts else []
-    return changes.worse([*facts.get("change", []), *against])
 
 
 def _standing(found: Found, weight_bytes: int, *, of_baseline: bool) -> Standing:

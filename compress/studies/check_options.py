@@ -15,7 +15,7 @@ class Flags(TypedDict):
 
     prompts: tuple[str, ...]
     limits: tuple[str, ...]
-    limits_file: Path | None
+    limits_from: str | None
     samples: int
     length: int
     prefill: int
@@ -27,6 +27,8 @@ class Flags(TypedDict):
     tokens: int | None
     tasks: tuple[str, ...]
     on_undecided: Literal["fail", "pass"]
+    save_baseline: Path | None
+    baseline_file: Path | None
     save_result: Path | None
     against_result: Path | None
     fail_if_worse: bool
@@ -60,7 +62,12 @@ LIMITS = (
         metavar="METRIC=VALUE",
         help="A limit that decides the exit code; may be repeated.",
     ),
-    click.option("--limits", "limits_file", type=PATH, help="YAML file of METRIC: VALUE."),
+    click.option(
+        "--limits",
+        "limits_from",
+        type=click.Path(),
+        help="YAML file of METRIC: VALUE, or default: what the formats are expected to cost.",
+    ),
     click.option(
         "--on-undecided",
         type=click.Choice(["fail", "pass"]),
@@ -93,6 +100,19 @@ MEASURED = (
 
 
 ACROSS = (
+    click.option(
+        "--save-baseline",
+        type=PATH,
+        metavar="FILE",
+        help="Keep what was measured of BASELINE, to check elsewhere without its weights.",
+    ),
+    click.option(
+        "--baseline",
+        "baseline_file",
+        type=PATH,
+        metavar="FILE",
+        help="Take it from there; of BASELINE config.json and the tokenizer are enough then.",
+    ),
     click.option(
         "--save-result", type=PATH, metavar="FILE", help="Keep what was measured for a later --against-result."
     ),

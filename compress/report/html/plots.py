@@ -1,6 +1,6 @@
 """What of a report is drawn. Each is None, or empty, where there is nothing to draw."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from compress.check.positions import PositionFacts
 from compress.check.recall import RecallFacts
@@ -45,7 +45,7 @@ def _divergence(line: Line) -> float | None:
 def _of_artifact(line: Line) -> Point:
     row, size = line.figures["kl_divergence_mean"], line.size
     assert size is not None and row["value"] is not None  # as it was chosen
-    bits, value = size["bits_per_weight"], row["value"]
+    bits, value = size["bits_per_weight"], max(0.0, row["value"])  # rounding may leave it just below
     return Point(bits, value, f"{bits:.2f} bits, {value:.3g} nats ({row['phase']})", row["low"], row["high"])
 
 
@@ -61,7 +61,7 @@ def divergence_by_position(rows: Sequence[PositionFacts]) -> Plot | None:
         for artifact, phase in dict.fromkeys((row["artifact"], row["phase"]) for row in known)
     ]  # fmt: skip
     ends = [end for one in series for point in one.points for end in (point.y, point.high) if end is not None]
-    x = Axis("position in the window", scales.named([span(*place) for place in places]))
+    x = Axis("position in the window, from", scales.named([scales.short(first) for first, _ in places]))
     return charts.plot(
         "Divergence by position", x, Axis("mean KL divergence, nats", scales.linear(ends, from_zero=True)), series
     )
@@ -91,7 +91,7 @@ def recall_by_distance(rows: Sequence[RecallFacts]) -> Plot | None:
     for (artifact, phase), found in groups.items():
         points = [_of_distance(row, places, row["candidate_accuracy"]) for row in found]
         series.append(Series(f"{artifact}, {phase}", points, _place(artifact, rows), dashed=phase == "decode"))
-    x = Axis("tokens between fact and question", scales.named([span(*place) for place in places]))
+    x = Axis("tokens between fact and question", scales.named([scales.short(first) for first, _ in places]))
     return charts.plot("Recall by distance", x, Axis("share answered rightly", scales.linear([0.0, 1.0])), series)
 
 
@@ -108,18 +108,15 @@ def state_memory(report: Report) -> Plot | None:
     if not min([*before.values(), *after.values()], default=0):
         return None
     lines = {"original": before, "compressed": after} if before != after else {"original and compressed": after}
-    contexts = list(after)
-    series = [
-        Series(name, [Point(n, at[tokens], f"{_thousands(tokens)}: {at[tokens]:,} bytes") for n, tokens in enumerate(contexts)], colour)
-        for colour, (name, at) in zip((5, 0), lines.items(), strict=False)
-    ]  # fmt: skip
+    series = [Series(name, _at(at), colour) for colour, (name, at) in zip((5, 0), lines.items(), strict=False)]
     y = scales.logarithmic([*before.values(), *after.values()], scales.bytes_words, base=4.0)
-    x = Axis("tokens read", scales.named([_thousands(tokens) for tokens in contexts]))
+    x = Axis("tokens read", scales.named([scales.short(int(tokens)) for tokens in after]))
     return charts.plot("State memory by context", x, Axis("bytes of a sequence", y), series)
 
 
-def _thousands(tokens: str) -> str:
-    return f"{int(tokens) // 1024}K"
+def _at(contexts: Mapping[str, int]) -> list[Point]:
+    """Bytes by tokens read."""
+    return [Point(n, size, f"{scales.short(int(t))}: {size:,} bytes") for n, (t, size) in enumerate(contexts.items())]
 
 
 def expert_loads(coverage: Coverage | None) -> list[Bars]:

@@ -7,17 +7,20 @@ from typing import NamedTuple
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from compress.check.changes import ChangeFacts
 from compress.check.compare import FoundFacts, Verdict
 from compress.check.worst import WorstFacts
-from compress.report import findings, markdown, measures, overview, written
+from compress.report import changes, findings, markdown, measures, overview, written
 from compress.report.html import pages, plots
 from compress.report.html.charts import Plot
 from compress.report.html.heat import Heat
 from compress.report.passes import PassDone
 from compress.report.schema import CheckFacts, Report
+from compress.report.tables import Table
 from compress.report.terminal import notes
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+FAILING = 20  # of an audit, that are shown unfolded
 NAMED = 8  # things that are wrong, and are named on the first screen
 COLOURS = {"pass": "good", "fail": "bad", "undecided": "warn", "not_checked": "muted"}
 LETTERS = 2000  # of a text that is shown
@@ -48,7 +51,7 @@ def render(report: Report, done: Sequence[PassDone], strip: Heat | None, recipe:
     tried = [trial for step in done for trial in step.step.trials(step.details)]
     drawn = [plots.size_against_quality(report), *_drawn(report), plots.state_memory(report)]
     return pages.render(
-        TEMPLATE, **_common(report, report["model"]["name"], report["verdict"]), tiles=_tiles(report), strip=strip,
+        TEMPLATE, **_common(report, report["model"]["name"], report["verdict"]), changed=[], tiles=_tiles(report), strip=strip,
         artifacts=overview.table(report, report["artifacts"]), plots=[one for one in drawn if one],
         loads=plots.expert_loads(coverages[-1] if coverages else None), trials=plots.trials(tried),
         written=[written.artifacts(report), written.states(report)], notes=_notes(report),
@@ -61,9 +64,9 @@ def render_check(result: CheckFacts) -> str:
     """Of `check`."""
     name = f"{result['candidate']} against {result['baseline']['name']}"
     return pages.render(
-        TEMPLATE, **_common(result, name, result["verdict"]), tiles=[], strip=None, artifacts=overview.table(result),
-        plots=[one for one in _drawn(result) if one], loads=[], trials=None, written=[], notes=[], passes="", recipe="",
-        prompts=result["prompts"], versions=result["versions"],
+        TEMPLATE, **_common(result, name, result["verdict"], changes.worse(result)), changed=changes.tables(result),
+        artifacts=overview.table(result), plots=[one for one in _drawn(result) if one], tiles=[], strip=None, loads=[],
+        trials=None, written=[], notes=[], passes="", recipe="", prompts=result["prompts"], versions=result["versions"],
     )  # fmt: skip
 
 
@@ -71,18 +74,19 @@ def _drawn(found: FoundFacts) -> list[Plot | None]:
     return [plots.divergence_by_position(found["by_position"]), plots.recall_by_distance(found["recall"])]
 
 
-def _common(found: FoundFacts, name: str, verdict: Verdict) -> dict[str, object]:
-    failed = overview.failures(found)
+def _common(found: FoundFacts, name: str, verdict: Verdict, worse: Sequence[ChangeFacts] = ()) -> dict[str, object]:
+    failed = overview.failures(found, worse)
     audits = [findings.audit(found["audit"]), findings.layer_audit(found["layer_audit"])]
     return {
         "name": name,
-        "verdict": overview.verdict(verdict, found),
+        "verdict": overview.verdict(verdict, found, worse),
         "colour": COLOURS.get(verdict, "muted"),
-        "reasons": overview.reasons(found),
+        "reasons": overview.reasons(found, worse),
         "failures": failed[:NAMED],
         "more": max(0, len(failed) - NAMED),
         "remarks": found["remarks"],
         "audits": [table for table in audits if table.rows],
+        "failing": [few for table in audits if (few := _failing(table)).rows],
         "pairs": [_pair(row) for row in found["worst_prompts"]],
         "tables": [
             measures.checks(found["checks"]), findings.flips(found["flips"]), findings.tasks(found["tasks"]),
@@ -91,6 +95,12 @@ def _common(found: FoundFacts, name: str, verdict: Verdict) -> dict[str, object]
         ],
         "said": notes(found["checks"]),
     }  # fmt: skip
+
+
+def _failing(audit: Table) -> Table:
+    """What is wrong, which stands first; the rest is a click away."""
+    failed = sum("fails" in cells for cells in audit.rows[:FAILING])
+    return Table(audit.title, audit.head, audit.rows[:failed], audit.bars[:failed])
 
 
 def _pair(row: WorstFacts) -> Pair:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 TICKS = 5  # intervals between ticks, about
+MOST_LABELS = 10  # of a few letters, beside each other
 
 
 class Scale(NamedTuple):
@@ -37,9 +38,11 @@ def logarithmic(values: Sequence[float], words: Callable[[float], str], base: fl
 
 
 def named(labels: Sequence[str]) -> Scale:
-    """Values are the places in the list; each has the room of one, so that a single one stands in the middle."""
+    """Values are the places in the list; each has the room of one, so that a single one stands in the middle. Of many labels
+    every so many are shown."""
     count = max(len(labels), 1)
-    return Scale(lambda value: (value + 0.5) / count, [(float(n), label) for n, label in enumerate(labels)])
+    step = -(-count // MOST_LABELS)
+    return Scale(lambda value: (value + 0.5) / count, [(float(n), labels[n]) for n in range(0, len(labels), step)])
 
 
 def _round_step(least: float) -> float:
@@ -50,6 +53,11 @@ def _round_step(least: float) -> float:
 
 def _label(value: float) -> str:
     return f"{value:.4g}" if abs(value) > 1e-15 else "0"
+
+
+def short(count: int) -> str:
+    """Such as `64` or `16K`."""
+    return str(count) if count < 1024 else f"{count / 1024:.3g}K"
 
 
 def bytes_words(value: float) -> str:
