@@ -144,13 +144,15 @@ def check(
     """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed or
     undecided."""
     from compress.report import terminal
-    from compress.studies import across, comparison, told
+    from compress.studies import comparison, told
+    from compress.studies.across import Across
+    from compress.studies.originals import Originals
 
-    settings, beside = comparison.settings(flags), across.Across(flags)
+    settings, originals, beside = comparison.settings(flags), Originals(flags), Across(flags)
     targets = told.Targets(json_file, html_file, junit_file)
     told.refuse_unwritable(targets)
     _refuse_missing_device(device)
-    result = comparison.compare(baseline, candidate, settings, beside, seed=seed, device=device)
+    result = comparison.compare(comparison.Job(baseline, candidate, settings, originals, beside, seed, device))
     told.write(result, targets, settings.on_undecided, worse_fails=flags["fail_if_worse"])
     sys.exit(terminal.exit_code(result["verdict"], settings.on_undecided))
 

@@ -1,28 +1,34 @@
 """Plants single faults in a finished checkpoint, as a bug would, and asks whether the gate finds them.
 
-    python benchmarks/planted_faults.py ORIGINAL OUTPUT [--only NAME] [--decode]
+    python benchmarks/planted_faults.py ORIGINAL OUTPUT [--only NAME]
 
 OUTPUT is an output folder of `apply` with a checkpoint and an ONNX export. Each fault is planted in a copy without its manifest, in
-the stored formats: a quantized matrix is read, changed, and rounded to nearest in its format again. Prints for each which audit
-row names it; with --decode the faults of an exported graph too, which only its outputs show.
+the stored formats: a quantized matrix is read, changed, and rounded to nearest in its format again. Prints a line for each: the
+verdict of `compress check --limits default`, and what it names first.
 """
 
 import argparse
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
 from safetensors.torch import load, save_file
 
 from compress import formats
 from compress.checkpoint.reader import Checkpoint
+from compress.formats import hadamard
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import PLAIN_DTYPES, Weight
 
-Tensors = dict[str, torch.Tensor]
+QUICK = ("--samples", "8", "--length", "512")  # of text: what an audit leaves open shows in less
 Fault = Callable[["Planter"], None]
 
 
@@ -54,7 +60,7 @@ class Planter:
         """Stores float32 values in the format that the weight has."""
         self.touched.add(weight.name)
         if weight.is_quantized:
-            dense = dense if weight.rotation is None else _rotated(dense, weight.rotation)
+            dense = dense if weight.rotation is None else hadamard.rotate(dense, weight.rotation)
             parts = weight.stored_parts(formats.get(weight.format).quantize(dense.clone()))
         else:
             parts = {weight.name: dense.to(PLAIN_DTYPES[weight.format])}
@@ -65,12 +71,6 @@ class Planter:
 
     def change(self, weight: Weight, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.put(weight, function(weight.dense().clone()))
-
-
-def _rotated(dense: torch.Tensor, block: int) -> torch.Tensor:
-    from compress.formats import hadamard
-
-    return hadamard.rotate(dense, block)
 
 
 def int4_per_tensor(dense: torch.Tensor) -> torch.Tensor:
@@ -195,41 +195,94 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def audited(original: Path, candidate: Path, layers: bool) -> list[str]:
-    """What failed, as a report has it."""
-    from compress.check import audit, layer_audit
-    from compress.check.audit import Models
-    from compress.runtime.artifacts import find_artifact, open_artifact
+# In an exported graph: what a state becomes between calls. Prefill is as it was.
 
-    before, after = (open_artifact(find_artifact(path)) for path in (original, candidate))
-    models = Models(before.model(), after.model())
-    found = [f"{r['tensor']} {r.get('note', '')} ({r['relative_error']:.3g} > {r['expected_at_most']:.3g})"
-             for r in audit.audit("checkpoint", models, lambda _: None) if not r["passed"]]  # fmt: skip
-    if layers:
-        ids = layer_audit.tokens(before, 0)
-        found += [f"layer {r['layer']} {r['block']} expert {r['expert']} ({r['relative_error']:.2g} > {r['expected_at_most']:.2g})"
-                  for r in layer_audit.audit("checkpoint", models, ids, "cpu", lambda _: None) if not r["passed"]]  # fmt: skip
-    return found
+
+def _between_calls(graph: onnx.ModelProto, state: str, make: Callable[[str, str], list[onnx.NodeProto]]) -> None:
+    """The first output of that name is what `make` makes of it; LookupError where there is none."""
+    names = [output.name for output in graph.graph.output if output.name.endswith(f".{state}")]
+    if not names:
+        raise LookupError(state)
+    inner = names[0] + ".whole"
+    for node in graph.graph.node:
+        node.output[:] = [inner if name == names[0] else name for name in node.output]
+    graph.graph.node.extend(make(inner, names[0]))
+
+
+def times(graph: onnx.ModelProto, state: str, factor: float) -> None:
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array(factor, np.float32), "planted"))
+    _between_calls(graph, state, lambda given, name: [onnx.helper.make_node("Mul", [given, "planted"], [name])])
+
+
+def to_fp8(graph: onnx.ModelProto) -> None:
+    def make(given: str, name: str) -> list[onnx.NodeProto]:
+        narrow = given + ".fp8"
+        return [
+            onnx.helper.make_node("Cast", [given], [narrow], to=onnx.TensorProto.FLOAT8E4M3FN),
+            onnx.helper.make_node("Cast", [narrow], [name], to=onnx.TensorProto.FLOAT),
+        ]
+
+    _between_calls(graph, "recurrent_state", make)
+
+
+GRAPH_FAULTS: dict[str, Callable[[onnx.ModelProto], None]] = {
+    "conv state dropped": lambda graph: times(graph, "conv_state", 0.0),
+    "state rounded to fp8 nearest": to_fp8,
+    "recurrent state times 0.99": lambda graph: times(graph, "recurrent_state", 0.99),
+    "keys in the cache times 2": lambda graph: times(graph, "key", 2.0),
+    "values in the cache dropped": lambda graph: times(graph, "value", 0.0),
+}
+
+
+def plant_in_graph(folder: Path, copy: Path, fault: Callable[[onnx.ModelProto], None]) -> Path:
+    """A copy of an exported folder with the fault."""
+    shutil.copytree(folder, copy)
+    graph = onnx.load(copy / "model.onnx", load_external_data=False)
+    fault(graph)
+    onnx.save(graph, copy / "model.onnx")
+    return copy
+
+
+def gate(original: Path, candidate: Path, *options: str) -> tuple[str, list[str]]:
+    """The verdict of `compress check --limits default`, and what it names: audits that failed, metrics that were missed."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "compress", "check", str(original), str(candidate), "--limits", "default"]
+        subprocess.run([*command, "--json", str(target), *options], check=False, capture_output=True)
+        result = json.loads(target.read_text())
+    named = [f"{row['tensor']} {row['note']}" for row in result["audit"] if not row["passed"]]
+    named += [f"layer {row['layer']} {row['block']}" for row in result["layer_audit"] if not row["passed"]]
+    named += [
+        f"{row['metric']} ({row['phase']}) {row['value']:.3g}" for row in result["checks"] if row["outcome"] == "missed"
+    ]
+    return result["verdict"], named
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("original", type=Path)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--only")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--only", default="", help="faults whose name has this in it")
     arguments = parser.parse_args()
-    for name, fault in FAULTS.items():
-        if arguments.only and arguments.only not in name:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            planter = Planter(arguments.checkpoint, Path(folder) / "checkpoint")
+    shown = ["| fault | verdict | named first |", "|---|---|---|"]
+    print("\n".join(shown))
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in [name for name in (*FAULTS, *GRAPH_FAULTS) if arguments.only in name]:
             try:
-                fault(planter)
+                planted = _planted(name, arguments.output, Path(scratch) / name.replace(" ", "-"))
             except LookupError:
-                print(f"{name:<34} (the model has none)")
-                continue
-            found = audited(arguments.original, planter.folder, layers=True)
-            print(f"{name:<34} {len(found)} {found[:2] if found else 'MISSED'}", flush=True)
+                continue  # the model has no such tensor or state
+            verdict, named = gate(arguments.original, planted, *QUICK)
+            print(f"| {name} | {verdict} | {named[0] if named else ''} |", flush=True)
+            shutil.rmtree(planted)
+
+
+def _planted(name: str, output: Path, folder: Path) -> Path:
+    if name in GRAPH_FAULTS:
+        return plant_in_graph(output / "onnx", folder, GRAPH_FAULTS[name])
+    planter = Planter(output / "checkpoint", folder)
+    FAULTS[name](planter)
+    return folder
 
 
 if __name__ == "__main__":

@@ -235,12 +235,13 @@ def test_a_result_may_take_the_place_of_the_one_it_is_compared_with(compress_cli
 
 
 def test_two_artifacts_are_compared_on_the_text_itself(compress_cli, applied, tiny, tmp_path):
-    """Neither is the truth: int4 may not be called worse for not being int8, and both decode themselves."""
+    """Neither is the truth: int4 may not fail for not being int8, and both decode themselves."""
     coarse = compressed(compress_cli, tiny, tmp_path / "out", "--set", "passes.0.quantize.weights=int4-g32")
     asked = ("--prompts", "heldout", "--prompts", "recall", "--samples", "2", "--length", "48")
     result = compress_cli("check", applied, coarse, *asked, "--json", tmp_path / "r")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "r").read_text())
+    assert any("not audited" in remark for remark in found["remarks"]), "what was done to one was not done to the other"
     told = {(row["metric"], row["phase"]): row for row in found["change"]}
     assert set(told) == {(name, phase) for name in ("perplexity", "top1_accuracy", "recall_accuracy")
                          for phase in ("prefill", "decode")} | {("weight_bytes", None)}  # fmt: skip

@@ -124,6 +124,37 @@ def test_the_cache_is_restored_and_saved_from_where_the_command_keeps_it():
     assert paths == {STEPS[place("run")]["env"]["COMPRESS_CACHE"]}
 
 
+# --- what docs/ci.md shows
+
+
+def examples() -> list:
+    text = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
+    return [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
+
+
+def test_the_examples_for_github_give_inputs_that_there_are():
+    whole, steps, _ = examples()
+    used = [step for step in (*whole["jobs"]["compress"]["steps"], *steps) if step.get("uses", "").startswith("OWNER/")]
+    assert len(used) == 2
+    assert all(step["with"].keys() <= ACTION["inputs"].keys() for step in used)
+
+
+def test_the_table_of_inputs_has_all_of_them():
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "ci.md").read_text(encoding="utf-8"), re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)}
+    assert told >= set(ACTION["inputs"])
+
+
+def test_the_example_for_gitlab_keeps_the_cache_and_what_the_command_writes(applied):
+    (job,) = examples()[2].values()
+    cache = job["variables"]["COMPRESS_CACHE"].removeprefix("$CI_PROJECT_DIR/")
+    assert job["cache"]["paths"] == [f"{cache}/"]
+    assert job["cache"]["when"] == job["artifacts"]["when"] == "always"
+    kept = [*job["artifacts"]["paths"], job["artifacts"]["reports"]["junit"]]
+    assert {Path(path).parent.as_posix() for path in kept} == {shlex.split(job["script"][0])[-2]}
+    assert {Path(path).name for path in kept} <= {path.name for path in applied.iterdir()}
+
+
 # --- the command itself
 
 

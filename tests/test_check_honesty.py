@@ -8,7 +8,7 @@ import torch
 from jamba_models import load_reference
 
 from compress.check import remarks, worst
-from compress.check.compare import Row
+from compress.check.compare import Found, Row
 from compress.check.metrics import Scores, WindowScores
 from compress.check.scored import Scored
 from compress.prompts import PromptSet
@@ -107,8 +107,9 @@ def divergences(prefill: float, decode: float) -> list[Row]:
     return [row("kl_divergence_mean", prefill), row("kl_divergence_mean", decode, phase="decode")]
 
 
-def said(rows: list[Row], is_baseline: bool = False) -> str:
-    return " | ".join(remarks.remarks(rows, lambda: is_baseline))
+def said(rows: list[Row], is_baseline: bool = False, p_value: float = 0.001) -> str:
+    flips = [{"phase": "prefill", "prompts": "all", "p_value": p_value}]
+    return " | ".join(remarks.remarks(Found(rows, flips=flips), lambda: is_baseline))
 
 
 def test_nothing_is_said_of_what_is_as_it_should_be():
@@ -129,7 +130,8 @@ def test_a_candidate_that_is_the_baseline_is_noted():
     # an ONNX file that rounds activations is compared with what it gave in one pass
     assert "onnx is the baseline itself" in said(divergences(0.0, 0.0003), is_baseline=True)
     assert "nothing was compressed" in said(divergences(0.0, 1e-12))
-    remarks_without_reading = remarks.remarks(divergences(0.1, 0.1), lambda: pytest.fail("reads the whole artifact"))
+    found = Found(divergences(0.1, 0.1))
+    remarks_without_reading = remarks.remarks(found, lambda: pytest.fail("reads the whole artifact"))
     assert list(remarks_without_reading) == []
 
 
@@ -143,6 +145,11 @@ def test_an_improvement_beyond_the_interval_is_suspicious(metric, figures, words
     found = said([*divergences(0.001, 0.001), row(metric, *figures)])
     assert f"onnx: {words} in prefill: suspicious" in found
     assert "seen in calibration" in found and "baseline" in found
+
+
+def test_two_positions_that_became_right_are_chance_however_narrow_their_interval():
+    gained = [*divergences(0.001, 0.001), row("top1_accuracy_drop", -0.0005, -0.0005, -0.0005)]
+    assert said(gained, p_value=0.5) == ""
 
 
 def test_a_check_of_a_model_against_itself_says_so_and_keeps_its_verdict(compress_cli, tiny):

@@ -33,7 +33,7 @@ def covered(statistic_of, draw, truth: float, windows: int) -> int:
     return sum(low <= truth <= high for low, high in found)
 
 
-@pytest.mark.parametrize("windows", [12, 40])
+@pytest.mark.parametrize("windows", [2, 3, 5, 12, 40])
 def test_the_interval_of_a_skewed_mean_covers_it_as_often_as_it_says(windows):
     rng = np.random.default_rng(windows)
     hits = covered(
@@ -51,6 +51,15 @@ def test_the_interval_of_a_perplexity_ratio_covers_it_as_often_as_it_says():
 
     statistic = lambda sums: statistics.exp(statistics.ratio(sums, lengths))  # noqa: E731
     assert covered(statistic, change, np.exp(0.01), len(lengths)) >= FEWEST
+
+
+def test_few_windows_have_no_narrower_an_interval_than_students():
+    """Two windows of 0.9 and 1.1 tell as good as nothing of others."""
+    values = np.array([0.9, 1.1])
+    expected = stats.t.interval(0.95, 1, values.mean(), stats.sem(values))
+    assert statistics.interval(statistics.ratio(values, np.ones(2)), [2]) == pytest.approx(expected)
+    windows = [Scores(*np.ones((4, 10)), np.arange(10) < share, *np.ones((2, 10), bool)) for share in (6, 9)]
+    assert figures.of("top1_agreement", [windows]).interval == (0, 1), "no share is below 0 or above 1"
 
 
 def test_an_interval_is_not_wider_than_it_must_be():

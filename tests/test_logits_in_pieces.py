@@ -113,3 +113,16 @@ def test_the_output_matrix_meets_few_positions_at_a_time(small, windows, monkeyp
 
 def test_one_position_is_a_piece_however_large_its_logits(monkeypatch):
     assert pieces.rows_within(16 << 20, 256 << 20) == 1
+
+
+@pytest.mark.parametrize(("room", "together"), [(1 << 30, 5), (3, 3), (0, 1)])
+def test_as_many_windows_are_decoded_side_by_side_as_their_states_fit(
+    small, float_onnx, called, monkeypatch, room, together
+):
+    """`room` is for so many sequences, twice, of 12 tokens: an attention layer of one KV head of 8, five of Mamba, float32."""
+    states = 4 * (2 * 12 * 8 + 5 * 80 * (7 + 3))
+    monkeypatch.setattr("compress.runtime.candidates.kept_bytes", lambda device: 2 * states * room)
+    windows = [torch.arange(3 + first, 15 + first) for first in range(5)]
+    found = list(OnnxCandidate(float_onnx).logits(windows, "decode", lambda tokens: None))
+    assert max(called) == together
+    assert_are_the_model_s(found, small, windows)

@@ -11,7 +11,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from compress.check import carried
 from compress.disk import cache
+from compress.disk.cache import Opened
 from compress.disk.paths import as_text
 from compress.prompts import PromptSet, Settings, self_text
 from compress.prompts.seeds import derive_seed
@@ -33,15 +35,16 @@ class Baseline:
     `source` is a file's path, or the open file, which the cache may meanwhile drop the name of.
     """
 
-    def __init__(self, source: Path | BinaryIO, prompt_set: PromptSet, vocab_size: int):
+    def __init__(self, source: Path | Opened, prompt_set: PromptSet, vocab_size: int):
         self._starts, self._vocab = _starts(prompt_set), vocab_size
         self._file = open(source, "rb") if isinstance(source, Path) else source  # noqa: SIM115 - stays open
 
     def log_probs(self, window: int, start: int, stop: int) -> torch.Tensor:
         """float32 [stop - start, V] of one window."""
         self._file.seek(4 * self._vocab * int(self._starts[window] + start))
-        values = np.fromfile(self._file, dtype=np.float32, count=(stop - start) * self._vocab)
-        return torch.from_numpy(values).view(-1, self._vocab)
+        values = torch.empty(stop - start, self._vocab)
+        self._file.readinto(values.numpy().data.cast("B"))
+        return values
 
 
 def bytes_needed(tokens: int, vocab_size: int) -> int:
@@ -54,7 +57,7 @@ def refuse_full_disk(artifact: Artifact, model_sha256: str, sets: list[PromptSet
     `artifact` is the baseline's; hidden states wait on disk where a checkpoint is computed, the candidate's included.
     """
     states = 4 * artifact.config.hidden_size * max(prompt_set.tokens for prompt_set in sets)
-    missing = [s for s in sets if not _path(model_sha256, s).is_file()]
+    missing = [s for s in sets if not cache.is_there(_path(model_sha256, s))]
     rows = sum(int(_starts(prompt_set)[-1]) for prompt_set in missing)
     need = states + bytes_needed(rows, artifact.config.vocab_size)
     cache.refuse_full_disk(need, "the baseline's log-probabilities and hidden states")
@@ -64,7 +67,7 @@ def refuse_long_own_text(artifact: Artifact, model_sha256: str, settings: Settin
     """The same for text that the model is to write itself, which is as long as asked for: before it is written."""
     seed = derive_seed(seed, "check", "self")
     kept = self_text.path(artifact, model_sha256, seed, settings.samples, settings.length)
-    if "self" in settings.prompts and not kept.is_file():
+    if "self" in settings.prompts and not cache.is_there(kept):
         need = bytes_needed(settings.samples * (settings.length - 1), artifact.config.vocab_size)
         cache.refuse_full_disk(need, "the baseline's log-probabilities")
 
@@ -72,7 +75,8 @@ def refuse_long_own_text(artifact: Artifact, model_sha256: str, settings: Settin
 def compute(reference: Candidate, model_sha256: str, prompt_set: PromptSet) -> Baseline:
     """The baseline of one prompt set, from the cache where it is there."""
     cache.folder("baseline")
-    file = cache.entry(_path(model_sha256, prompt_set), lambda file: _write(reference, prompt_set, file))
+    with carried.asking_for(f"log-probabilities of the prompts '{prompt_set.name}' as they read here"):
+        file = cache.entry(_path(model_sha256, prompt_set), lambda file: _write(reference, prompt_set, file))
     return Baseline(file, prompt_set, reference.vocab_size)
 
 

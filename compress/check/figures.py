@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from compress.check import statistics
 from compress.check.metrics import STATISTICS, Scores
 from compress.check.statistics import Array, Interval, Statistic
-from compress.recipe.check import MetricName
+from compress.recipe.check import METRICS, MetricName
 
 ONE_WINDOW = "a single window, which tells no interval; more text or a smaller 'length' gives several"
 NOT_FINITE = "windows drawn anew give a figure that is not finite, which tells no interval"
@@ -34,13 +34,14 @@ class Figure:
 def of(metric: MetricName, sets: Sequence[Sequence[Scores]]) -> Figure:
     """A metric of `STATISTICS`, over windows by prompt set; some window has positions."""
     windows = [scores for of_set in sets for scores in of_set]
-    return figure(STATISTICS[metric](windows), [len(of_set) for of_set in sets], sum(map(len, windows)))
+    strata, within = [len(of_set) for of_set in sets], (METRICS[metric].least, METRICS[metric].most)
+    return figure(STATISTICS[metric](windows), strata, sum(map(len, windows)), within)
 
 
-def figure(statistic: Statistic, strata: Sequence[int], positions: int) -> Figure:
-    """Of windows, of which each prompt set has so many, with so many positions together."""
+def figure(statistic: Statistic, strata: Sequence[int], positions: int, within: Interval = (0, math.inf)) -> Figure:
+    """Of windows, of which each prompt set has so many, with so many positions together; no value is beyond `within`."""
     value = statistics.value(statistic, sum(strata))
-    interval = statistics.interval(statistic, strata) if math.isfinite(value) else None
+    interval = statistics.interval(statistic, strata, within) if math.isfinite(value) else None
     return Figure(value, positions, sum(strata), interval)
 
 
@@ -48,7 +49,7 @@ def drop(lost: Array, trials: Array, strata: Sequence[int], *, has_changed: bool
     """How much of a rate was lost, by what is drawn anew, [W] each; so many of them are of each set. Where nothing changed, as
     much may have changed as is not seen among so few."""
     if has_changed or len(trials) == 1:
-        interval, narrowing = statistics.interval(statistics.ratio(lost, trials), strata), 0.5
+        interval, narrowing = statistics.interval(statistics.ratio(lost, trials), strata, within=(-1, 1)), 0.5
     else:
         interval, narrowing = statistics.of_no_change(int(trials.sum())), 1.0
     return Figure(float(lost.sum() / trials.sum()), int(trials.sum()), len(trials), interval, narrowing)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from compress import parallel, prompts
-from compress.check import statistics
+from compress.check import carried, statistics
 from compress.checkpoint.end_tokens import end_tokens
 from compress.disk import cache
 from compress.disk.paths import as_text
@@ -91,7 +91,7 @@ def of_baseline(original: Artifact, model_sha256: str, task: Task) -> list[Text]
     def write(file: BinaryIO) -> None:
         np.save(file, _as_array(generate(BASELINE, original, task), task.tokens))
 
-    with cache.entry(_path(model_sha256, task), write) as file:
+    with carried.asking_for("generated texts"), cache.entry(_path(model_sha256, task), write) as file:
         return _as_texts(np.load(file))
 
 
@@ -202,7 +202,7 @@ def _equal(artifact: str, pairs: Sequence[tuple[Text, Text]], strata: Sequence[i
         reach = statistics.of_no_change(len(same))[1]
         interval = (1 - reach, 1.0) if value else (0.0, reach)
     else:
-        interval = statistics.interval(statistics.ratio(same, np.ones(len(same))), strata)
+        interval = statistics.interval(statistics.ratio(same, np.ones(len(same))), strata, within=(0, 1))
     return _row(artifact, "equal", len(pairs), None, None, value, interval)
 
 

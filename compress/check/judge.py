@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compress import parallel, prompts
-from compress.check import audit, baseline, generated, layer_audit, old, remarks, states, tasks, worst
-from compress.check.audit import Models
+from compress import prompts
+from compress.check import auditing, baseline, generated, old, remarks, states, tasks, worst
 from compress.check.baseline import Baseline
-from compress.check.compare import ALL, Found, compare, of_tasks
+from compress.check.compare import Found, compare, of_tasks
 from compress.check.statistics import Array
 from compress.check.tasks import Answered
 from compress.errors import InputError
@@ -25,7 +24,7 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
     original that `is_old` is itself an artifact, which is measured in decode, too."""
     opened, found = {name: open_artifact(path, device) for name, path in artifacts.items()}, Found()
     for name, artifact in opened.items() if settings.audit else ():
-        found.add(_audited(name, original, artifact, seed, device))
+        found.add(auditing.audited(name, original, artifact, seed, device))
     digest = original.sha256()
     baseline.refuse_long_own_text(original, digest, settings, seed)
     sets = prompts.load_all(original, digest, settings, purpose="check", seed=seed, folder=prompt_folder,
@@ -42,19 +41,6 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
     if is_old:
         found.text += old.decoded(original, digest, against.sets, settings.prefill)
     return found, prompts.used(sets)
-
-
-def _audited(name: str, original: Artifact, artifact: Artifact, seed: int, device: str) -> Found:
-    """Tensor by tensor, then layer by layer where there is all of every layer."""
-    models = Models(original.model(), artifact.model())
-    found, total = Found(), models.candidate.parameters
-    with progress.task(audit.stage(name), total) as advance, parallel.steady():
-        found.audit = list(audit.audit(name, models, advance))
-    if not any(row["relative_error"] is None and not row["passed"] for row in found.audit):
-        layers, ids = original.config.num_hidden_layers, layer_audit.tokens(original, seed)
-        with progress.task(layer_audit.stage(name), layers) as advance, parallel.steady():
-            found.layer_audit = list(layer_audit.audit(name, models, ids, device, advance))
-    return found
 
 
 @dataclass
@@ -87,8 +73,7 @@ def _with_tasks(against: Against, original: Artifact, digest: str, folder: Path 
 
 def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Found:
     found = _scored(name, path, artifact, against)
-    of_all = [row for row in found.rows if row.prompts == ALL]
-    found.remarks = list(remarks.remarks(of_all, lambda: artifact.sha256() == against.sha256))
+    found.remarks = list(remarks.remarks(found, lambda: artifact.sha256() == against.sha256))
     worst.tell(found.worst_prompts, [of_set for of_set, _ in against.sets], against.original, against.sha256, artifact)
     if against.texts is not None:
         task, before = against.texts

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from compress import prompts
-from compress.check import standing, states
+from compress.check import carried, standing, states
 from compress.check.baseline import Baseline
 from compress.check.compare import scored
 from compress.check.standing import OnText, Place
@@ -18,13 +18,24 @@ from compress.prompts import PromptSet
 from compress.runtime.artifacts import Artifact
 
 NAME = "baseline"
+PLAIN = {"bf16", "fp16", "fp32"}  # formats
 VERSION = 1  # part of the key: raise it when our forward changes its values
 
 
 def is_artifact(original: Artifact) -> bool:
     """Whether it is no original: exported, or something was done to it."""
-    plain = original.formats.keys() <= {"bf16", "fp16", "fp32"} and not original.config.compress.passes
-    return original.runtime == "onnxruntime" or not plain
+    return original.runtime == "onnxruntime" or is_compressed(original)
+
+
+def is_compressed(artifact: Artifact) -> bool:
+    """Whether passes changed it, or its weights are quantized."""
+    return bool(artifact.config.compress.passes) or not artifact.formats.keys() <= PLAIN
+
+
+def is_source(original: Artifact, candidate: Artifact) -> bool:
+    """Whether what was done to the candidate may have been done to this model, and not to another that both come from."""
+    before, after = original.config.compress.passes, candidate.config.compress.passes
+    return not is_compressed(original) or (len(after) > len(before) and after[: len(before)] == before)
 
 
 def decoded(
@@ -46,7 +57,8 @@ def _decoded(original: Artifact, model_sha256: str, prompt_set: PromptSet, log_p
         sums = standing.alone(place, found.scores, found.answers)
         file.write(sums.model_dump_json().encode() + b"\n")
 
-    with cache.entry(_path(model_sha256, prompt_set, prefill), write) as file:
+    asked = carried.asking_for(f"how it decodes the prompts '{prompt_set.name}' after {prefill} tokens")
+    with asked, cache.entry(_path(model_sha256, prompt_set, prefill), write) as file:
         return OnText.model_validate_json(file.readline())
 
 

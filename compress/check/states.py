@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from compress import prompts
+from compress.check import carried
 from compress.disk import cache
 from compress.formats.remembered import MOST, Precision
 from compress.model.config import Config
@@ -211,7 +212,8 @@ def of_baseline(reference: StatefulCandidate, model_sha256: str, sets: Sequence[
     cache.folder("states")
     windows = [prompt_set.windows[:WINDOWS] for prompt_set in sets]
     path = _path(f"{model_sha256}/{places}", windows)
-    with cache.entry(path, lambda file: _write(reference, windows, places, file)) as file:
+    asked = carried.asking_for("the size of its states, which --no-states leaves out")
+    with asked, cache.entry(path, lambda file: _write(reference, windows, places, file)) as file:
         rows = np.load(file).tolist()
     kinds = list(StateKind)
     return {(int(row[0]), kinds[int(row[1])], int(row[2])): Size(int(row[3]), row[4], int(row[5])) for row in rows}

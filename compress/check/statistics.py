@@ -3,7 +3,8 @@
 Positions of a window depend on each other, windows do not: windows are drawn anew with replacement, as many from each prompt
 set as it has, and the figure is computed again of what was drawn, baseline and candidate on the same windows. The interval is
 BCa (Efron 1987), which follows the skew of divergences. Any such interval is too narrow where windows are few, so its level is
-raised by what Student's t has over the normal distribution (Hesterberg 2015, "expanded").
+raised by what Student's t has over the normal distribution (Hesterberg 2015, "expanded"). It never reaches beyond what single
+windows give, which two or three of them do not span: there it is at least that of Student's t with the jackknife's error.
 """
 
 import math
@@ -17,6 +18,7 @@ LEVEL = 0.95
 RESAMPLES = 2000
 BATCH = 250  # resamples computed together: of a percentile, each takes memory for all positions near it
 SEED = 13
+FEW = 6  # windows: from so many on the two intervals are about as wide
 
 Array = np.ndarray
 Statistic = Callable[[Array], Array]  # how often each window counts [R, W] -> the figure of each row [R]
@@ -99,8 +101,8 @@ class _Ranked:
         return found
 
 
-def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED) -> Interval | None:
-    """Of a figure of windows, of which each prompt set has so many; they count on from set to set.
+def interval(statistic: Statistic, strata: Sequence[int], within: Interval = (-math.inf, math.inf)) -> Interval | None:
+    """Of a figure of windows, of which each prompt set has so many; they count on from set to set. No value is beyond `within`.
 
     None where there is one window, which tells nothing of others, or where a figure of a resample is not finite.
     """
@@ -113,7 +115,7 @@ def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED) -> I
         warnings.simplefilter("ignore")  # of scipy, where all resamples agree: seen below
         found = stats.bootstrap(
             _places(strata), _of_places(statistic, sum(strata)), vectorized=True, axis=-1, n_resamples=RESAMPLES,
-            batch=BATCH, confidence_level=_level(strata), method="BCa", random_state=np.random.default_rng(seed),
+            batch=BATCH, confidence_level=_level(strata), method="BCa", random_state=np.random.default_rng(SEED),
         )  # fmt: skip
     drawn = found.bootstrap_distribution
     if not np.isfinite(drawn).all():
@@ -121,7 +123,17 @@ def interval(statistic: Statistic, strata: Sequence[int], seed: int = SEED) -> I
     low, high = (float(edge) for edge in found.confidence_interval)
     if not np.isfinite([low, high]).all():  # no skew can be told, as where all windows agree
         low, high = (float(edge) for edge in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    return low, high
+    if sum(strata) < FEW:
+        low, high = _at_least_of_student(statistic, strata, low, high)
+    return max(low, within[0]), min(high, within[1])
+
+
+def _at_least_of_student(statistic: Statistic, strata: Sequence[int], low: float, high: float) -> Interval:
+    windows = sum(strata)
+    without_each = np.split(statistic(1 - np.eye(windows, dtype=np.int64)), np.cumsum(strata)[:-1])
+    error = math.sqrt(sum((len(of) - 1) * of.var() for of in without_each))
+    reach, centre = float(stats.t.ppf((1 + LEVEL) / 2, windows - len(strata))) * error, value(statistic, windows)
+    return min(low, centre - reach), max(high, centre + reach)
 
 
 def of_no_change(trials: int) -> Interval:

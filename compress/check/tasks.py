@@ -13,7 +13,7 @@ from typing import BinaryIO, TypedDict
 import numpy as np
 import torch
 
-from compress.check import figures, statistics
+from compress.check import carried, figures, statistics
 from compress.check.figures import Figure
 from compress.check.statistics import Array
 from compress.disk import cache
@@ -69,7 +69,8 @@ def of_baseline(reference: Candidate, model_sha256: str, task: Task) -> Array:
     def write(file: BinaryIO) -> None:
         np.save(file, right(BASELINE, reference, task))
 
-    with cache.entry(_path(model_sha256, task), write) as file:
+    asked = carried.asking_for(f"answers to the tasks '{task.name}' as they read here")
+    with asked, cache.entry(_path(model_sha256, task), write) as file:
         return np.asarray(np.load(file))
 
 

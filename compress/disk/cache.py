@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from compress.disk import files, partials
 from compress.errors import InputError
@@ -21,6 +21,15 @@ NEWEST_KEPT = 8  # entries of one kind; older ones are removed when a new one is
 DIGEST_BYTES = hashlib.sha256().digest_size
 BLOCK_BYTES = 1 << 20
 Opened = BufferedReader | BufferedRandom
+
+
+class Carried(Protocol):
+    """Entries from elsewhere, by `KIND/NAME`."""
+
+    def has(self, name: str) -> bool: ...
+
+    def entry(self, name: str) -> BufferedReader:
+        """One that is there, open; raises InputError where it is damaged."""
 
 
 def location(kind: str) -> Path:
@@ -50,19 +59,60 @@ def folder(kind: str) -> Path:
     return path
 
 
-def entry(path: Path, write: Callable[[BinaryIO], None]) -> BinaryIO:
+def entry(path: Path, write: Callable[[BinaryIO], None]) -> Opened:
     """An entry, open for reading from its first byte: as it is kept, or as `write` makes it now.
 
     It stays readable when another process removes or replaces it.
     """
-    file: Opened | None = _verified(path)
-    if file is None:
-        with publish(path) as partial, contextlib.ExitStack() as closing:
-            file = closing.enter_context(open(partial, "w+b"))
-            write(file)
-            _seal(file, path.name)
-            closing.pop_all()  # the caller reads from it
+    name = f"{path.parent.name}/{path.name}"
+    is_carried = _carried is not None and _carried.has(name)
+    file = _carried.entry(name) if _carried and is_carried else _verified(path) or _made(path, write)
+    if _noted is not None:
+        _noted[name] = os.fdopen(os.dup(file.fileno()), "rb")
     file.seek(0)
+    return file
+
+
+def is_there(path: Path) -> bool:
+    """Whether `entry` need not make it, as far as its name tells."""
+    return path.is_file() or (_carried is not None and _carried.has(f"{path.parent.name}/{path.name}"))
+
+
+@contextlib.contextmanager
+def carrying(carried: Carried) -> Iterator[None]:
+    """Entries come from there, where they are there."""
+    global _carried
+    _carried = carried
+    try:
+        yield
+    finally:
+        _carried = None
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[dict[str, BinaryIO]]:
+    """Whatever entries are asked for meanwhile, open, by `KIND/NAME`; they share their place with who reads them."""
+    global _noted
+    noted: dict[str, BinaryIO] = {}
+    _noted = noted
+    try:
+        yield noted
+    finally:
+        _noted = None
+        for file in noted.values():
+            file.close()
+
+
+_carried: Carried | None = None
+_noted: dict[str, BinaryIO] | None = None
+
+
+def _made(path: Path, write: Callable[[BinaryIO], None]) -> Opened:
+    with publish(path) as partial, contextlib.ExitStack() as closing:
+        file = closing.enter_context(open(partial, "w+b"))
+        write(file)
+        _seal(file, path.name)
+        closing.pop_all()  # the caller reads from it
     return file
 
 
@@ -72,13 +122,17 @@ def _verified(path: Path) -> Opened | None:
         return None
     with contextlib.suppress(OSError), contextlib.ExitStack() as closing:
         file = closing.enter_context(open(path, "rb"))
-        size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
-        if size >= 0 and _digest(file, path.name, size) == file.read():
+        if agrees(file, path.name, os.fstat(file.fileno()).st_size):
             with contextlib.suppress(OSError):  # another user's: it only counts as older than it is
                 os.utime(file.fileno())
             closing.pop_all()  # the caller reads from it
             return file
     return None
+
+
+def agrees(file: Opened, name: str, size: int) -> bool:
+    """Whether an entry of so many bytes ends with the digest of its name and of what it holds."""
+    return size >= DIGEST_BYTES and _digest(file, name, size - DIGEST_BYTES) == file.read(DIGEST_BYTES)
 
 
 def _seal(file: Opened, name: str) -> None:

@@ -129,3 +129,9 @@ def _with_rows(weight: Weight, rows: Sequence[int]) -> Weight:
 def since(earlier: Sequence[Record], records: Sequence[Record]) -> Sequence[Record]:
     """What was done to a model that had these records already."""
     return records[len(earlier) :] if list(records[: len(earlier)]) == list(earlier) else records
+
+
+def came_from(earlier: Sequence[Record], records: Sequence[Record]) -> bool:
+    """Whether a model with these records can be told to be made of one with the earlier ones: of an original, or by passes after
+    those. What passes did to two models alike does not make one of the other."""
+    return not earlier or (len(records) > len(earlier) and list(records[: len(earlier)]) == list(earlier))

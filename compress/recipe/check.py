@@ -35,7 +35,8 @@ class Metric:
     name: MetricName
     bound: str  # "above": the value must not exceed the limit; "below": it must not fall under it
     meaning: str
-    most: float = math.inf  # no value is above this
+    least: float = 0.0  # no value is below this
+    most: float = math.inf  # nor above this
     phases: tuple[str, ...] = PHASES
     unmeasured: str = ""  # why a check may have no value of it; empty where it always has
     is_shown: bool = False  # on the terminal, without a limit too
@@ -63,7 +64,10 @@ METRICS: dict[MetricName, Metric] = {
             "top1_agreement", "below", "share of positions with the same most likely token", most=1.0, is_shown=True
         ),
         Metric(
-            "top1_accuracy_drop", "above", "baseline minus candidate share of positions with the text's token on top"
+            "top1_accuracy_drop",
+            "above",
+            "baseline minus candidate share of positions with the text's token on top",
+            least=-1.0,
         ),
         Metric(
             "decode_drift_ratio",
@@ -83,6 +87,7 @@ METRICS: dict[MetricName, Metric] = {
             "recall_accuracy_drop",
             "above",
             "baseline minus candidate share of recall questions answered exactly",
+            least=-1.0,
             unmeasured="no recall question was scored; add 'recall' to 'prompts', or lower 'prefill'",
             is_shown=True,
         ),
@@ -90,6 +95,7 @@ METRICS: dict[MetricName, Metric] = {
             "task_accuracy_drop",
             "above",
             "baseline minus candidate share of items of 'tasks' answered rightly",
+            least=-1.0,
             phases=("prefill",),
             unmeasured="no task was given; list files in 'tasks' (--tasks FILE)",
             is_shown=True,

@@ -36,19 +36,20 @@ class Source:
     revision: str | None = None
 
 
-def resolve(name: str, recipe_folder: Path | None = None, *, config_only: bool = False) -> Source:
-    """`id@revision` pins a hub revision; raises InputError where the model cannot be had."""
+def resolve(name: str, recipe_folder: Path | None = None, *, config_only: bool = False, weights: bool = True) -> Source:
+    """`id@revision` pins a hub revision; raises InputError where the model cannot be had. Without `weights` they are neither
+    fetched nor looked for."""
     local = resources.find_model(name, recipe_folder)
     if local is not None:
         if integrity.is_output(local) and (local / "checkpoint").is_dir():
             raise InputError(f"model '{name}': an output of apply; its model is {Path(name) / 'checkpoint'}")
-        if not config_only:
+        if weights and not config_only:
             integrity.verify(local)
         return Source(as_text(local.resolve().name), local)
     if not HUB_ID.fullmatch(name):
         raise InputError(f"model '{name}': no such folder, and not a hub id (OWNER/NAME or OWNER/NAME@REVISION)")
     identifier, _, revision = name.partition("@")
-    return _download(identifier, revision or None, ("config.json",) if config_only else WANTED)
+    return _download(identifier, revision or None, ("config.json",) if config_only else WANTED[not weights :])
 
 
 def _download(identifier: str, revision: str | None, wanted: tuple[str, ...]) -> Source:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.check.compare import ALL, FoundFacts, RowFacts, Verdict
+from compress.check.tasks import TaskFacts
 from compress.recipe.check import METRICS
 from compress.report.schema import Report
 from compress.terminal import output, progress
@@ -113,8 +114,15 @@ def show_found(found: FoundFacts, console: Console) -> None:
     """The rows over all prompts that have limits or are looked at first, and what is to be said of them."""
     if rows := [row for row in found["checks"] if row["prompts"] == ALL and _is_shown(row)]:
         _show_rows(rows, console)
-    for sentence in (*notes(found["checks"]), *found["remarks"]):
+    for sentence in (*notes(found["checks"]), *map(_task_words, found["tasks"]), *found["remarks"]):
         console.print(sentence)
+
+
+def _task_words(row: TaskFacts) -> str:
+    accuracies = f"{row['baseline_accuracy']:.4g} -> {row['candidate_accuracy']:.4g}"
+    flips = f"{row['only_baseline']} lost, {row['only_candidate']} gained (McNemar p {row['p_value']:.2g})"
+    kind = row["kind"].replace("_", " ")
+    return f"{row['artifact']}: {row['task']}, {kind}: {accuracies} of {row['items']} items right, {flips}"
 
 
 def _is_shown(row: RowFacts) -> bool:

@@ -65,6 +65,14 @@ class OnnxSession:
         _refuse_foreign(path, inputs.keys() - self.past.keys(), self.past, outputs)
         self.vocab_size = int(outputs["logits"].shape[-1])
 
+    def state_bytes(self, tokens: int) -> int:
+        """Of what is kept of one sequence after so many tokens."""
+        shapes = {
+            name: [size if isinstance(size, int) else tokens for size in value.shape[1:]]
+            for name, value in self.past.items()
+        }
+        return sum(math.prod(shape) * TORCH_TYPES[self.past[name].type].itemsize for name, shape in shapes.items())
+
     def start(self, batch: int) -> "Generation":
         return Generation(self, batch)
 

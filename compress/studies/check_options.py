@@ -27,6 +27,8 @@ class Flags(TypedDict):
     tokens: int | None
     tasks: tuple[str, ...]
     on_undecided: Literal["fail", "pass"]
+    save_baseline: Path | None
+    baseline_file: Path | None
     save_result: Path | None
     against_result: Path | None
     fail_if_worse: bool
@@ -93,6 +95,19 @@ MEASURED = (
 
 
 ACROSS = (
+    click.option(
+        "--save-baseline",
+        type=PATH,
+        metavar="FILE",
+        help="Keep what was measured of BASELINE, to check elsewhere without its weights.",
+    ),
+    click.option(
+        "--baseline",
+        "baseline_file",
+        type=PATH,
+        metavar="FILE",
+        help="Take it from there; of BASELINE config.json and the tokenizer are enough then.",
+    ),
     click.option(
         "--save-result", type=PATH, metavar="FILE", help="Keep what was measured for a later --against-result."
     ),

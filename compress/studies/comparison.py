@@ -1,5 +1,6 @@
 """`compress check`: settings from flags, one comparison, rows to the terminal."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from compress import prompts
@@ -9,7 +10,6 @@ from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
 from compress.output_folder.manifest import versions
 from compress.prompts import task_files
-from compress.recipe import source
 from compress.recipe.check import Check
 from compress.report import changes, terminal
 from compress.report.schema import CheckFacts
@@ -19,7 +19,21 @@ from compress.strict.json_text import JsonObject
 from compress.strict.models import from_flags, no_truth_value
 from compress.studies.across import Across
 from compress.studies.check_options import Flags
+from compress.studies.originals import Originals
 from compress.terminal import output
+
+
+@dataclass(frozen=True)
+class Job:
+    """One check, as the command line asks for it."""
+
+    baseline: str
+    candidate: Path
+    checks: Check
+    originals: Originals
+    beside: Across
+    seed: int
+    device: str
 
 
 def settings(flags: Flags) -> Check:
@@ -81,34 +95,42 @@ def _file_limits(path: Path | None) -> JsonObject:
     return values
 
 
-def compare(baseline: str, candidate: Path, checks: Check, beside: Across, *, seed: int, device: str) -> CheckFacts:
+def compare(job: Job) -> CheckFacts:
     """Compares the two and shows the rows on stderr; returns what `--json` writes."""
-    path, original_path = find_artifact(candidate), _baseline_path(baseline)
-    for artifact in (original_path, path):
-        integrity.verify(artifact)
-    original = open_artifact(original_path, device)
+    path, checks = find_artifact(job.candidate), job.checks
+    integrity.verify(path)
+    original = job.originals.open(job.baseline, checks, job.seed, job.device)
     for name in checks.prompts:
         prompts.refuse_unusable(name, original.folder, length=checks.length, asking=checks.recall)
     task_files.load_all(checks.tasks, original.folder, original.config)
-    for artifact in (original_path, path):  # last: it reads everything
-        integrity.verify(artifact, digests=True)
+    job.originals.verify(job.baseline, original)  # last: it reads everything
+    integrity.verify(path, digests=True)
     _refuse_unfit(original, path, checks)
-    begun = beside.begin(original, checks, seed)
-    found, used = judge.check(original, {_kind(path): path}, checks, seed=seed, device=device, is_old=begun.is_old)
-    name, measured = as_text(str(candidate)), found.facts()
-    changed, now = beside.compare(begun, name, found, open_artifact(path).weight_bytes)
-    result: CheckFacts = {
-        "schema": 1,
-        "verdict": beside.verdict(found, changed),
-        "baseline": {"name": as_text(baseline), "sha256": original.sha256()},
-        "candidate": name,
-        "prompts": used,
-        **measured,
-        **changed,
-        "versions": versions(),
-    }
-    _show(result, beside.because(changed))
-    beside.save(now)
+    return _measured(job, original, path)
+
+
+def _measured(job: Job, original: Artifact, path: Path) -> CheckFacts:
+    artifact, begun = open_artifact(path), job.beside.begin(original, job.checks, job.seed)
+    checks, left_out = job.originals.narrowed(original, artifact, job.checks)
+    with job.originals.measuring() as noted:
+        found, used = judge.check(
+            original, {_kind(path): path}, checks, seed=job.seed, device=job.device, is_old=begun.is_old
+        )
+        found.remarks += left_out
+        changed, now = job.beside.compare(begun, as_text(str(job.candidate)), found, artifact.weight_bytes)
+        result: CheckFacts = {
+            "schema": 1,
+            "verdict": job.beside.verdict(found, changed),
+            "baseline": {"name": as_text(job.baseline), "sha256": original.sha256()},
+            "candidate": now.candidate,
+            "prompts": used,
+            **found.facts(),
+            **changed,
+            "versions": versions(),
+        }
+        _show(result, job.beside.because(changed))
+        job.originals.save(job.baseline, original, checks, job.seed, noted)
+    job.beside.save(now)
     return result
 
 
@@ -132,11 +154,6 @@ def _refuse_unfit(original: Artifact, path: Path, checks: Check) -> None:
     )
     if path.suffix == ".onnx":
         genai.refuse_broken(path, open_artifact(path).config)
-
-
-def _baseline_path(name: str) -> Path:
-    """A local artifact, or a model by name."""
-    return find_artifact(Path(name)) if Path(name).exists() else source.resolve(name).folder
 
 
 def _kind(path: Path) -> str:
