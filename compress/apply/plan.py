@@ -293,7 +293,8 @@ def describe(plan: Plan, out: Path) -> str:
     lines += [f"short     {shortage}" for shortage in shortages(plan, out)]
     if check is None:
         return _as_lines([*lines, "check     off"])
-    limits = ", ".join(f"{name} {value:g}" for name, value in check.limits.items()) or "no limits"
+    named = ", ".join(f"{name} {value:g}" for name, value in check.limits.items()) or "no limits"
+    limits = "limits by what the formats are expected to cost" if check.limited_by_default else named
     lines += [
         f"check     {', '.join(check.prompts)}: up to {check.samples} windows of {check.length} tokens from each; {limits}",
         *_check_lines(check),

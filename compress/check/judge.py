@@ -1,12 +1,13 @@
 """One check from start to end: prompts, baseline, every artifact, rows."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compress import prompts
-from compress.check import auditing, baseline, generated, old, remarks, states, tasks, worst
+from compress.check import auditing, baseline, default_limits, generated, old, remarks, states, tasks, worst
 from compress.check.baseline import Baseline
 from compress.check.compare import Found, compare, of_tasks
+from compress.check.expected import expected
 from compress.check.statistics import Array
 from compress.check.tasks import Answered
 from compress.errors import InputError
@@ -37,7 +38,8 @@ def check(original: Artifact, artifacts: dict[str, Path], settings: Check, *, se
         against.texts = task, generated.of_baseline(original, digest, task)
     found.remarks += _with_tasks(against, original, digest, prompt_folder)
     for name, artifact in opened.items():
-        found.add(_compared(name, artifacts[name], artifact, against))
+        limited = replace(against, settings=_limited(name, original, artifact, settings, found.remarks))
+        found.add(_compared(name, artifacts[name], artifact, limited))
     if is_old:
         found.text += old.decoded(original, digest, against.sets, settings.prefill)
     return found, prompts.used(sets)
@@ -69,6 +71,15 @@ def _with_tasks(against: Against, original: Artifact, digest: str, folder: Path 
         progress.warn(warning)
     against.tasks = [(task, tasks.of_baseline(against.reference, digest, task)) for task in found]
     return warnings
+
+
+def _limited(name: str, original: Artifact, artifact: Artifact, settings: Check, remarks: list[str]) -> Check:
+    """The settings with limits for this artifact, where they are to follow from its formats."""
+    if not settings.limited_by_default:
+        return settings
+    costs = expected(original, artifact)
+    remarks.append(default_limits.sentence(name, costs))
+    return settings.with_limits(default_limits.limits(costs) | settings.limits)
 
 
 def _compared(name: str, path: Path, artifact: Artifact, against: Against) -> Found:

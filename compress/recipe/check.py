@@ -2,14 +2,24 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from compress.strict.json_text import Json
 from compress.strict.models import KeyedError, Number, Strict, WholeNumber
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
+DEFAULT = "default"  # in the place of limits: what the artifact's formats are expected to cost
 DRIFT_FROM = 257  # the first token that `decode_drift_ratio` looks at
 
 MetricName = Literal[
@@ -40,6 +50,11 @@ class Metric:
     phases: tuple[str, ...] = PHASES
     unmeasured: str = ""  # why a check may have no value of it; empty where it always has
     is_shown: bool = False  # on the terminal, without a limit too
+
+    @property
+    def best(self) -> float:
+        """The end of its range that a limit can ask for."""
+        return self.least if self.bound == "above" else self.most
 
     def holds(self, value: float, limit: float) -> bool:
         return value <= limit if self.bound == "above" else value >= limit
@@ -132,6 +147,11 @@ class Generate(Strict):
     prompt_tokens: WholeNumber = Field(default=32, ge=1, le=4096)
 
 
+def limits_written_out(limits: Json) -> Json:
+    """What the word for default limits stands for: a mapping that others may be named in."""
+    return {DEFAULT: True} if limits == DEFAULT else limits
+
+
 class Check(Strict):
     """The recipe's `check` block. `samples` windows of `length` tokens are the most taken from each prompt set; decoding
     begins with the first `prefill` tokens of each in one call. `recall` replaces the windows of the set of that name.
@@ -150,10 +170,48 @@ class Check(Strict):
     tasks: tuple[str, ...] = ()
     limits: dict[MetricName, Limit] = Field(default_factory=dict)
     on_undecided: Literal["fail", "pass"] = "fail"
+    _by_default: bool = PrivateAttr(default=False)
+
+    @property
+    def limited_by_default(self) -> bool:
+        """Whether metrics that `limits` does not name are limited by what the artifact's formats are expected to cost."""
+        return self._by_default
+
+    def with_limits(self, limits: dict[MetricName, float]) -> Self:
+        """The same check with these in place of others of the same metrics."""
+        return self.model_copy(update={"limits": self.limits | limits})
 
     def idle(self) -> set[str]:
         """So that `--set check.prompts=[heldout]` will do."""
         return set() if "recall" in self.prompts else {"recall"}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _word_among_limits(cls, given: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        limits = limits_written_out(given.get("limits")) if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(limits, dict) or limits.get(DEFAULT) is not True:
+            return handler(given)
+        found = handler({**given, "limits": {name: limit for name, limit in limits.items() if name != DEFAULT}})
+        found._by_default = True
+        return found
+
+    @model_serializer(mode="wrap")
+    def _with_the_word(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        plain: dict[str, object] = handler(self)
+        if self._by_default and "limits" in plain:
+            named: dict[str, float | bool] = {
+                DEFAULT: True,
+                **{str(metric): limit for metric, limit in self.limits.items()},
+            }
+            plain["limits"] = named if self.limits else DEFAULT
+        return plain
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _word_or_mapping(cls, limits: object) -> object:
+        if isinstance(limits, dict):
+            return limits
+        raise ValueError(f"expected '{DEFAULT}', or a mapping of METRIC: VALUE, not {limits!r:.80}")
 
     @field_validator("limits")
     @classmethod

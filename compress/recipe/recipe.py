@@ -173,6 +173,8 @@ def _step(target: Settable, part: str | int, key: str) -> Settable:
         part = str(part)
         if target.get(part) is None:
             target[part] = {}
+        elif part == "limits":
+            target[part] = settings.limits_written_out(target[part])  # what is set stands beside the default ones
         inner = target[part]
     if not isinstance(inner, dict | list):
         raise InputError(f"--set {key}: '{part}' is a plain value, it has no keys")

@@ -15,7 +15,7 @@ class Flags(TypedDict):
 
     prompts: tuple[str, ...]
     limits: tuple[str, ...]
-    limits_file: Path | None
+    limits_from: str | None
     samples: int
     length: int
     prefill: int
@@ -62,7 +62,12 @@ LIMITS = (
         metavar="METRIC=VALUE",
         help="A limit that decides the exit code; may be repeated.",
     ),
-    click.option("--limits", "limits_file", type=PATH, help="YAML file of METRIC: VALUE."),
+    click.option(
+        "--limits",
+        "limits_from",
+        type=click.Path(),
+        help="YAML file of METRIC: VALUE, or default: what the formats are expected to cost.",
+    ),
     click.option(
         "--on-undecided",
         type=click.Choice(["fail", "pass"]),

@@ -10,7 +10,7 @@ from compress.errors import InputError
 from compress.output_folder import integrity, onnx_layouts
 from compress.output_folder.manifest import versions
 from compress.prompts import task_files
-from compress.recipe.check import Check
+from compress.recipe.check import DEFAULT, Check
 from compress.report import changes, terminal
 from compress.report.schema import CheckFacts
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
@@ -37,8 +37,9 @@ class Job:
 
 
 def settings(flags: Flags) -> Check:
-    """Flags to validated settings; a --limit overrides the same metric in the --limits file."""
-    return from_flags(
+    """Flags to validated settings; a --limit overrides the same metric of --limits, a file or `default`."""
+    named = from_flags(Check, limits=dict(_limit(text) for text in flags["limits"])).limits
+    checks = from_flags(
         Check,
         prompts=flags["prompts"] or ("heldout",),
         samples=flags["samples"],
@@ -49,9 +50,10 @@ def settings(flags: Flags) -> Check:
         states=flags["states"],
         generate=_generate(flags["generate"], flags["tokens"]),
         tasks=flags["tasks"],
-        limits=_file_limits(flags["limits_file"]) | dict(_limit(text) for text in flags["limits"]),
+        limits=DEFAULT if flags["limits_from"] == DEFAULT else _file_limits(flags["limits_from"]),
         on_undecided=flags["on_undecided"],
     )
+    return checks.with_limits(named)
 
 
 def _recall(flags: Flags) -> dict[str, object] | None:
@@ -82,9 +84,10 @@ def _limit(text: str) -> tuple[str, float]:
         raise InputError(f"--limit {text}: expected METRIC=VALUE, such as kl_divergence_mean=0.01") from None
 
 
-def _file_limits(path: Path | None) -> JsonObject:
-    if path is None:
+def _file_limits(name: str | None) -> JsonObject:
+    if name is None:
         return {}
+    path = Path(name)
     values = yaml_text.load(path).data
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of METRIC: VALUE")
