@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from refusals import refusal, refusal_of_command
+from scipy import stats
 
 from compress.check import changes, earlier
 from compress.check.standing import OnTask, OnText, Standing
@@ -79,6 +80,15 @@ def test_figures_that_are_no_numbers_are_worse_than_any():
 def test_one_window_decides_nothing():
     found = outcomes(on_text(NLL[:1], RIGHT[:1]), on_text(NLL[:1] + 1, RIGHT[:1]))
     assert (found["perplexity"]["outcome"], found["perplexity"]["low"]) == ("undecided", None)
+
+
+def test_the_intervals_of_all_metrics_of_a_table_hold_together():
+    """Each of four is one of 98.75 %, so that one that is worse by chance is rare in a table, too."""
+    noise = RNG.normal(0, 0.01, 40)
+    alone = outcomes(on_text(NLL, RIGHT), on_text(NLL + noise, RIGHT))["perplexity"]
+    among = outcomes(on_text(NLL, RIGHT, NLL), on_text(NLL + noise, RIGHT, NLL))["perplexity"]
+    wider = stats.t.isf(0.025 / 4, 39) / stats.t.isf(0.025 / 2, 39)
+    assert (among["high"] - among["low"]) / (alone["high"] - alone["low"]) == pytest.approx(wider, rel=0.12)
 
 
 def test_tasks_are_paired_item_by_item():

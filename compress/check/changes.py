@@ -4,7 +4,7 @@ Both were measured on the same windows, which are drawn anew together, as `stati
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -33,8 +33,8 @@ NO_SMALLER_DIVERGENCE = 1e-6  # nats: what a sum over a vocabulary in float32 is
 
 
 class ChangeFacts(TypedDict):
-    """`difference` is new minus old, `low` and `high` its 95 % interval. None is not finite, or cannot be told; bytes have no
-    phase and no interval."""
+    """`difference` is new minus old, `low` and `high` its 95 % interval, which is that of all metrics of a table together. None is
+    not finite, or cannot be told; bytes have no phase and no interval."""
 
     metric: ChangeName
     phase: str | None
@@ -61,12 +61,19 @@ class Paired:
 
 def between(old: Standing, new: Standing) -> list[ChangeFacts]:
     """Of all that both were measured by."""
-    rows = [_row(paired) for phase in PHASES for paired in _of_text(phase, *_pairs(old, new, phase))]
+    paired = [one for phase in PHASES for one in _of_text(phase, *_pairs(old, new, phase))]
     before, after = ([np.array(task.right, float) for task in one.tasks] for one in (old, new))
     if before:
         strata = tuple(map(len, before))
-        rows.append(_row(_paired("task_accuracy", "prefill", before, after, list(map(np.ones, strata)), strata)))
-    return [*rows, _of_bytes(old.weight_bytes, new.weight_bytes)]
+        paired.append(_paired("task_accuracy", "prefill", before, after, list(map(np.ones, strata)), strata))
+    level = _together({one.metric for one in paired})
+    return [*(_row(one, level) for one in paired), _of_bytes(old.weight_bytes, new.weight_bytes)]
+
+
+def _together(metrics: Collection[ChangeName]) -> float:
+    """The level of each interval, so that those of all metrics hold together as one would (Bonferroni): else one row in forty is
+    worse by chance, and a table of them far oftener. Both phases of a metric count as one, since they hardly differ."""
+    return 1 - (1 - statistics.LEVEL) / max(1, len(metrics))
 
 
 def worse(changes: Sequence[ChangeFacts]) -> list[ChangeFacts]:
@@ -102,12 +109,12 @@ def _paired(metric: ChangeName, phase: str, old: Sequence[Array], new: Sequence[
     return Paired(metric, phase, np.concatenate(old), np.concatenate(new), np.concatenate(counts), strata)
 
 
-def _row(paired: Paired) -> ChangeFacts:
+def _row(paired: Paired, level: float) -> ChangeFacts:
     statistics_of = [_statistic(paired.metric, sums, paired.counts) for sums in (paired.old, paired.new)]
     whole = np.ones((1, len(paired.counts)))
     with np.errstate(over="ignore", invalid="ignore"):
         old, new = (float(statistic(whole)[0]) for statistic in statistics_of)
-    interval = _interval(paired, *statistics_of) if math.isfinite(old) and math.isfinite(new) else None
+    interval = _interval(paired, level, *statistics_of) if math.isfinite(old) and math.isfinite(new) else None
     low, high = interval or (None, None)
     return {
         "metric": paired.metric,
@@ -126,10 +133,11 @@ def _statistic(metric: ChangeName, sums: Array, counts: Array) -> statistics.Sta
     return statistics.exp(mean) if metric == "perplexity" else mean
 
 
-def _interval(paired: Paired, old: statistics.Statistic, new: statistics.Statistic) -> Interval | None:
+def _interval(paired: Paired, level: float, old: statistics.Statistic, new: statistics.Statistic) -> Interval | None:
     """Of shares where nothing changed, as many as may have without being seen."""
     if not np.array_equal(paired.old, paired.new):
-        return statistics.interval(lambda drawn: new(drawn) - old(drawn), paired.strata)
+        within = (-1.0, 1.0) if paired.metric in SHARES else (-math.inf, math.inf)
+        return statistics.interval(lambda drawn: new(drawn) - old(drawn), paired.strata, within, level)
     return statistics.of_no_change(int(paired.counts.sum())) if paired.metric in SHARES else (0.0, 0.0)
 
 

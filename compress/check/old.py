@@ -24,18 +24,8 @@ VERSION = 1  # part of the key: raise it when our forward changes its values
 
 def is_artifact(original: Artifact) -> bool:
     """Whether it is no original: exported, or something was done to it."""
-    return original.runtime == "onnxruntime" or is_compressed(original)
-
-
-def is_compressed(artifact: Artifact) -> bool:
-    """Whether passes changed it, or its weights are quantized."""
-    return bool(artifact.config.compress.passes) or not artifact.formats.keys() <= PLAIN
-
-
-def is_source(original: Artifact, candidate: Artifact) -> bool:
-    """Whether what was done to the candidate may have been done to this model, and not to another that both come from."""
-    before, after = original.config.compress.passes, candidate.config.compress.passes
-    return not is_compressed(original) or (len(after) > len(before) and after[: len(before)] == before)
+    plain = original.formats.keys() <= PLAIN and not original.config.compress.passes
+    return original.runtime == "onnxruntime" or not plain
 
 
 def decoded(

@@ -101,7 +101,9 @@ class _Ranked:
         return found
 
 
-def interval(statistic: Statistic, strata: Sequence[int], within: Interval = (-math.inf, math.inf)) -> Interval | None:
+def interval(
+    statistic: Statistic, strata: Sequence[int], within: Interval = (-math.inf, math.inf), level: float = LEVEL
+) -> Interval | None:
     """Of a figure of windows, of which each prompt set has so many; they count on from set to set. No value is beyond `within`.
 
     None where there is one window, which tells nothing of others, or where a figure of a resample is not finite.
@@ -115,25 +117,25 @@ def interval(statistic: Statistic, strata: Sequence[int], within: Interval = (-m
         warnings.simplefilter("ignore")  # of scipy, where all resamples agree: seen below
         found = stats.bootstrap(
             _places(strata), _of_places(statistic, sum(strata)), vectorized=True, axis=-1, n_resamples=RESAMPLES,
-            batch=BATCH, confidence_level=_level(strata), method="BCa", random_state=np.random.default_rng(SEED),
+            batch=BATCH, confidence_level=_level(strata, level), method="BCa", random_state=np.random.default_rng(SEED),
         )  # fmt: skip
     drawn = found.bootstrap_distribution
     if not np.isfinite(drawn).all():
         return None
     low, high = (float(edge) for edge in found.confidence_interval)
     if not np.isfinite([low, high]).all():  # no skew can be told, as where all windows agree
-        low, high = (float(edge) for edge in np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+        low, high = (float(edge) for edge in np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
     if sum(strata) < FEW:
-        low, high = _at_least_of_student(statistic, strata, low, high)
+        low, high = _at_least_of_student(statistic, strata, level, (low, high))
     return max(low, within[0]), min(high, within[1])
 
 
-def _at_least_of_student(statistic: Statistic, strata: Sequence[int], low: float, high: float) -> Interval:
+def _at_least_of_student(statistic: Statistic, strata: Sequence[int], level: float, found: Interval) -> Interval:
     windows = sum(strata)
     without_each = np.split(statistic(1 - np.eye(windows, dtype=np.int64)), np.cumsum(strata)[:-1])
     error = math.sqrt(sum((len(of) - 1) * of.var() for of in without_each))
-    reach, centre = float(stats.t.ppf((1 + LEVEL) / 2, windows - len(strata))) * error, value(statistic, windows)
-    return min(low, centre - reach), max(high, centre + reach)
+    reach, centre = float(stats.t.ppf((1 + level) / 2, windows - len(strata))) * error, value(statistic, windows)
+    return min(found[0], centre - reach), max(found[1], centre + reach)
 
 
 def of_no_change(trials: int) -> Interval:
@@ -169,7 +171,7 @@ def _of_places(statistic: Statistic, windows: int) -> Callable[..., Array]:
     return figure
 
 
-def _level(strata: Sequence[int]) -> float:
+def _level(strata: Sequence[int], level: float) -> float:
     windows, free = sum(strata), sum(strata) - len(strata)
-    reach = stats.t.ppf((1 + LEVEL) / 2, free) * np.sqrt(windows / free)
+    reach = stats.t.ppf((1 + level) / 2, free) * np.sqrt(windows / free)
     return float(1 - 2 * stats.norm.sf(reach))

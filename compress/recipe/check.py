@@ -51,6 +51,11 @@ class Metric:
     unmeasured: str = ""  # why a check may have no value of it; empty where it always has
     is_shown: bool = False  # on the terminal, without a limit too
 
+    @property
+    def best(self) -> float:
+        """The end of its range that a limit can ask for."""
+        return self.least if self.bound == "above" else self.most
+
     def holds(self, value: float, limit: float) -> bool:
         return value <= limit if self.bound == "above" else value >= limit
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from compress import plugins
-from compress.check import carried, old, states
+from compress.check import carried, states
 from compress.check.carried import Carried, CarriedOriginal
 from compress.checkpoint.reader import has_weights, open_config
 from compress.disk import cache
@@ -60,9 +60,6 @@ class Originals:
         said, left_out = [], dict[str, bool]()
         if checks.audit and isinstance(original, CarriedOriginal):
             said.append("not audited: the weights of the original are not there, only what was measured of it")
-        elif checks.audit and not old.is_source(original, candidate):
-            said.append("not audited: the baseline is compressed itself, and the candidate was not made from it")
-        if said:
             left_out["audit"] = False
         if self._has_no_states(original, candidate, checks):
             left_out["states"] = False
