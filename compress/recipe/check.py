@@ -199,11 +199,8 @@ class Check(Strict):
     def _with_the_word(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         plain: dict[str, object] = handler(self)
         if self._by_default and "limits" in plain:
-            named: dict[str, float | bool] = {
-                DEFAULT: True,
-                **{str(metric): limit for metric, limit in self.limits.items()},
-            }
-            plain["limits"] = named if self.limits else DEFAULT
+            named = {str(metric): limit for metric, limit in self.limits.items()}
+            plain["limits"] = {DEFAULT: True} | named if named else DEFAULT
         return plain
 
     @field_validator("limits", mode="before")
