@@ -35,7 +35,7 @@ MOST_HEADER_BYTES = 16 << 20
 
 
 class Header(Strict):
-    """Which model, with the format of each of its tensors, on what, in which settings."""
+    """Which model, with the format of each of its tensors, on what, in which settings, and what else is in the file."""
 
     kind: Literal["compress baseline"] = "compress baseline"
     schema_number: Literal[1] = Field(default=1, alias="schema")
@@ -52,6 +52,7 @@ class Header(Strict):
     seed: int
     recall: Recall | None
     generate: Generate | None
+    entries: tuple[str, ...] = ()
     versions: dict[str, str]
 
 
@@ -78,6 +79,7 @@ def save(path: Path, described: Header, entries: Mapping[str, BinaryIO]) -> None
     """Appears whole or not at all; of a symbolic link the target does."""
     path = path.resolve()
     sizes = {name: file.seek(0, io.SEEK_END) for name, file in entries.items()}
+    described = described.model_copy(update={"entries": tuple(entries)})
     text = json_text.dumps(described.model_dump(mode="json", by_alias=True)).encode()
     with (
         files.writing(path),
@@ -115,6 +117,8 @@ class Carried:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         is_header = self.has(HEADER) and self._members[HEADER].size <= MOST_HEADER_BYTES
         self.header = self._header(self._opened(HEADER).read() if is_header else b"")
+        if missing := [name for name in self.header.entries if not self.has(name)]:
+            raise InputError(f"{path}: was cut short: '{missing[0]}' is not in it")
 
     def _header(self, text: bytes) -> Header:
         try:
