@@ -31,14 +31,15 @@ def factors(whole: dict[str, dict]) -> dict[str, tuple[str, float]]:
     return {base: (base, 1.0) for base in AT_ONCE} | found
 
 
-def compensated(folder: Path, model: str, weights: dict, whole: dict, together: dict, inputs: dict) -> dict[str, float]:
+def compensated(folder: Path, model: str, weights: dict, whole: dict, together: dict, inputs: dict,
+                fp8_together: float) -> dict[str, float]:  # fmt: skip
     """GPTQ's part of rounding to nearest by base; int8's first, which int4-gptq has in some roles."""
     eight, four = ({role: row[base]["kl"] for role, row in weights.items()} for base in ("int8", "int4-g32"))
     found = {"int8": kl_of(folder, "int8", model) / whole["int8"]["kl"]}
     kept = sum(cost for role, cost in eight.items() if role in AT_INT8) * together["int8"] * found["int8"]
     rest = sum(cost for role, cost in four.items() if role not in AT_INT8) * together["int4-g32"]
     found["int4-g32"] = (kl_of(folder, "int4-gptq", model) - kept) / rest
-    rounded = sum(row["static-fp8"]["kl"] for role, row in inputs.items() if role not in ACTIVATED)
+    rounded = sum(row["static-fp8"]["kl"] for role, row in inputs.items() if role not in ACTIVATED) * fp8_together
     found["fp8-e4m3"] = (kl_of(folder, "fp8-static", model) - rounded) / whole["fp8-e4m3"]["kl"]
     return found
 
@@ -52,7 +53,11 @@ def block(folder: Path, model: str) -> str:
     weights, inputs = read(folder, "weights", model), read(folder, "inputs", model)["inputs"]
     by_role, whole = weights["weights"], weights["whole"]
     together = {base: whole[base]["kl"] / sum(row[base]["kl"] for row in by_role.values()) for base in AT_ONCE}
-    parts = compensated(folder, model, by_role, whole, together, inputs)
+    at_once = read(folder, "inputs_whole", model)["inputs_whole"]
+    inputs_together = {
+        form: found["kl"] / sum(row[form]["kl"] for row in inputs.values()) for form, found in at_once.items()
+    }
+    parts = compensated(folder, model, by_role, whole, together, inputs, inputs_together["dynamic-fp8"])
     known = [f'"{name}": ("{base}", {short(factor)}),' for name, (base, factor) in factors(whole).items()]
     states = [
         f'("{kind}", {", ".join(map(repr, form.split()))}): {short(row["kl"])},'
@@ -60,7 +65,8 @@ def block(folder: Path, model: str) -> str:
         for form, row in forms.items()
     ]
     lines = ["weights={", *_by_role(by_role), "},", f"together={_plain(together)},", "formats={", *known, "},"]
-    lines += [f"compensated={_plain(parts)},", "inputs={", *_by_role(inputs), "},", "states={", *states, "},"]
+    lines += [f"compensated={_plain(parts)},", "inputs={", *_by_role(inputs), "},"]
+    lines += [f"inputs_together={_plain(inputs_together)},", "states={", *states, "},"]
     return "\n".join(lines)
 
 

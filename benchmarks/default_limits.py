@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ STATES = {
     "conv_state": ("bf16 nearest", "fp16 nearest"),
     "kv_cache": ("bf16 nearest", "fp16 nearest", "fp8-e4m3 nearest", "int8 nearest", "int4 nearest", "int4 stochastic"),
 }  # fmt: skip
+FUSED = "fused-int8"  # how onnxruntime rounds inputs beside packed integers
 KERNEL_BLOCK = 32  # of inputs that onnxruntime's MatMulNBits rounds with one scale
 Change = Callable[[Weight], Weight]
 
@@ -49,7 +51,7 @@ Change = Callable[[Weight], Weight]
 class Blocks(Activation):
     """Inputs as onnxruntime rounds them beside packed integers."""
 
-    format: str = "fused-int8"
+    format: str = FUSED
 
     def fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] % KERNEL_BLOCK:
@@ -109,7 +111,7 @@ def static_scales(pool: Pool, role: Role, rotates: bool) -> dict[str, float]:
 def inputs(pool: Pool, role: Role) -> dict[str, Change]:
     """Every way of rounding the inputs of a role's matrices."""
     found = {name: with_inputs(role, lambda weight, name=name: Activation(name), False) for name in DYNAMIC}
-    found["fused-int8"] = with_inputs(role, lambda weight: Blocks(), False)
+    found[FUSED] = with_inputs(role, lambda weight: Blocks(), False)
     for rotates in (False, True):
         reach = static_scales(pool, role, rotates)
         for name in STATIC[: 1 if rotates else None]:
@@ -168,6 +170,18 @@ def of_inputs(pool: Pool) -> dict[str, object]:
     return {"inputs": found}
 
 
+def of_inputs_at_once(pool: Pool) -> dict[str, object]:
+    """The inputs of all roles that have some."""
+    model, found = pool.checkpoint.model, {}
+    ways = {name: partial(Activation, name) for name in DYNAMIC} | {FUSED: Blocks}
+    for name, make in ways.items():
+        whole = model
+        for role in set(roles_of(model)) - {Role.EMBEDDING}:
+            whole = changed(whole, with_inputs(role, lambda weight, make=make: make(), False))
+        found[name] = figure(pool, f"inputs of all {name}", whole)
+    return {"inputs_whole": found}
+
+
 def of_states(pool: Pool) -> dict[str, object]:
     """Decoded token by token."""
     model = pool.checkpoint.model
@@ -182,7 +196,7 @@ def roles_of(model: HybridModel) -> list[Role]:
     return sorted({weight.role for weight in model.weights if weight.role in QUANTIZABLE})
 
 
-PARTS = {"weights": of_weights, "inputs": of_inputs, "states": of_states}
+PARTS = {"weights": of_weights, "inputs": of_inputs, "inputs_whole": of_inputs_at_once, "states": of_states}
 
 
 def main() -> None:

@@ -33,8 +33,7 @@ class Runner:
     def context(self, inputs: dict[str, str]) -> dict[str, str]:
         given = {name: described.get("default", "") for name, described in ACTION["inputs"].items()} | inputs
         known = {f"inputs.{name}": value for name, value in given.items()}
-        known |= {"runner.temp": str(self.folder / "temp"), "github.action_path": str(ROOT)}
-        return known | self.outputs
+        return known | {"runner.temp": str(self.folder / "temp")} | self.outputs
 
     def run(self, number: int, inputs: dict[str, str]) -> subprocess.CompletedProcess:
         step, known = STEPS[number], self.context(inputs)
@@ -57,7 +56,8 @@ class Runner:
         (tools / "python").write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, *stand_in])} "$@"\n')
         (tools / "python").chmod(0o755)
         path = f"{tools}:{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "GITHUB_OUTPUT": str(written)}
+        own = {"GITHUB_OUTPUT": str(written), "GITHUB_ACTION_PATH": str(ROOT)}
+        return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **own}
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_the_example_for_gitlab_keeps_the_cache_and_what_the_command_writes(appl
 def test_a_missed_limit_fails_the_step_after_the_outputs_are_told(runner, small, int8):
     args = "--prompts\nself\n--samples\n2\n--length\n12\n--no-audit"
     limits = runner.folder / "limits of ours.yaml"
-    limits.write_text("kl_divergence_mean: 0\n")
+    limits.write_text("perplexity_ratio: 0.01\n")
     given = {"baseline": str(small), "candidate": str(int8), "limits": limits.name, "output": "a report/here"}
     ran, outputs = gate(runner, args=args, **given)
     assert ran.returncode == 1, ran.stderr
@@ -214,6 +214,18 @@ def given(runner: Runner) -> list[str] | None:
 def test_inputs_become_arguments(quick, inputs, arguments):
     gate(quick, **inputs)
     assert given(quick) == shlex.split(arguments.replace("R/", "compress-report/"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "arguments"),
+    [("", ["install", "-c", f"{ROOT}/constraints.txt", "--", str(ROOT)]), ("a b.whl", ["install", "--", "a b.whl"]),
+     ("--index-url=x", ["install", "--", "--index-url=x"])],
+)  # fmt: skip
+def test_the_checkout_is_installed_or_what_is_asked_for(quick, asked, arguments):
+    (number,) = (number for number, step in enumerate(STEPS) if step.get("name") == "Install compress")
+    ran = quick.run(number, {"install": asked})
+    assert ran.returncode == 0, ran.stderr
+    assert given(quick) == arguments
 
 
 @pytest.mark.parametrize(

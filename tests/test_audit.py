@@ -155,15 +155,16 @@ def test_two_artifacts_of_one_original_are_not_held_against_each_other(compress_
 BELOW_ROUNDING = {"expert noise 5 %", "ssm in_proj noise 5 %", "expert times 0.95"}
 
 
-@pytest.mark.parametrize("fault", [name for name in FAULTS if name not in BELOW_ROUNDING])
-@pytest.mark.parametrize("model", ["tiny-jamba", "tiny-nemotron-h"])
+NOT_THERE = {"dt_proj int4 per tensor", "gate and up swapped", "expert's gate and up swapped", "x_proj rows swapped"}
+PLANTED = [("tiny-jamba", name) for name in FAULTS if name not in BELOW_ROUNDING]
+PLANTED += [("tiny-nemotron-h", name) for name in FAULTS if name not in BELOW_ROUNDING | NOT_THERE]
+
+
+@pytest.mark.parametrize(("model", "fault"), PLANTED)
 def test_a_planted_fault_is_found_and_named(quantized, tiny, nemotron, tmp_path, model, fault):
     source = {path.name: path for path in (tiny, nemotron)}[model]
     planter = Planter(quantized[model] / "checkpoint", tmp_path / "checkpoint")
-    try:
-        FAULTS[fault](planter)
-    except LookupError:
-        pytest.skip("the model has no such tensor")
+    FAULTS[fault](planter)
     found = failures(source, planter.folder)
     assert found
     touched = {row["tensor"] for row in found if "tensor" in row}

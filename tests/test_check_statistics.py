@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from compress.check import figures, statistics
+from compress.check.compare import Row
 from compress.check.metrics import STATISTICS, Scores
 
 SIMULATED = 250
@@ -162,6 +163,18 @@ def test_a_figure_that_is_not_finite_has_no_interval(broken):
     windows[2].nll_candidate[7] = broken
     for metric in ("perplexity_ratio", "kl_divergence_mean", "kl_divergence_p99"):
         assert figures.of(metric, [windows]).interval is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_figure_that_only_some_resamples_have_finite_has_no_interval_and_says_why():
+    windows = random_windows(1, *[60] * 3)
+    windows[1].nll_candidate[:] += 1500  # e^500 is a number, e^1500 is none
+    figure = figures.of("perplexity_ratio", [windows])
+    assert np.isfinite(figure.value)
+    assert figure.interval is None
+    assert "worst_prompts" in figure.note
+    row = Row("it", "perplexity_ratio", "decode", "all", figure.value, 180, figure.value * 2, note=figure.note)
+    assert row.outcome == "undecided"
 
 
 @pytest.mark.filterwarnings("error")

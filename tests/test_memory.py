@@ -4,10 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
-from refusals import refusal
+import torch
+from refusals import refusal, refusal_of_command
 
+from compress.apply import exporting
+from compress.errors import WorkError
 from compress.runtime import memory
 from compress.runtime.onnx_session import OnnxSession
 
@@ -24,6 +28,11 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "GROUPS", tmp_path / "groups")
     monkeypatch.setattr(memory, "GROUPS_OF_PROCESS", tmp_path / "of_process")
     return lambda text: (tmp_path / "of_process").write_text(text)
+
+
+@pytest.fixture(scope="module")
+def float_onnx(small, tmp_path_factory) -> Path:
+    return exporting.export_checkpoint(small, "onnx", tmp_path_factory.mktemp("float") / "onnx") / "model.onnx"
 
 
 def group(folder: Path, names: tuple[str, str, str], limit: str, used: int = 0, cached: int = 0) -> None:
@@ -82,3 +91,33 @@ def test_a_graph_that_does_not_fit_into_the_container_is_refused_before_it_is_lo
     (tmp_path / "model.onnx").write_bytes(b"0" * 4096)
     said = refusal(lambda: OnnxSession(tmp_path / "model.onnx"))
     assert "GiB of memory to run, 0.0 GiB are free" in said
+
+
+# --- memory that runs out all the same
+
+ORT_SAYS = (
+    "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running FusedMatMul node. Status Message: "
+    "bfc_arena.cc:360 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*) Failed "
+)
+
+
+def test_a_graph_that_runs_out_of_memory_is_failed_work_and_not_a_bad_file(float_onnx):
+    session = OnnxSession(float_onnx)
+
+    def fail(*arguments):
+        raise RuntimeError(ORT_SAYS)
+
+    session._session = type("Session", (), {"run_with_ort_values": fail})()
+    with pytest.raises(WorkError, match="memory ran out while running it"):
+        session.start(1).step(np.array([[3]]))
+
+
+def test_memory_that_runs_out_in_torch_is_no_defect_of_ours(compress_cli, small, monkeypatch):
+    monkeypatch.setattr("compress.studies.inspection.inspect", lambda *_, **__: torch.empty(1 << 58))
+    result = compress_cli("inspect", small)
+    assert refusal_of_command(result, code=3) == "compress: out of memory\n"
+
+
+def test_other_errors_stay_what_they_are(compress_cli, small, monkeypatch):
+    monkeypatch.setattr("compress.studies.inspection.inspect", lambda *_, **__: 1 / 0)
+    assert "internal error" in refusal_of_command(compress_cli("inspect", small), code=3)

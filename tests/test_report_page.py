@@ -15,8 +15,10 @@ from report_samples import HOSTILE
 
 from compress.checkpoint.reader import Checkpoint
 from compress.disk.json_files import read_json
-from compress.passes import Coverage, Trial
+from compress.passes import Coverage, Pass, Trial
 from compress.report.html import charts, heat, pages, picture, plots, report_page, scales, strip
+from compress.report.passes import PassDone
+from compress.strict.models import Strict
 from compress.terminal.escaping import printable
 
 VOID = {"meta", "link", "br", "img", "input", "circle", "path", "line", "rect"}
@@ -125,23 +127,39 @@ def test_no_name_or_text_becomes_markup(which):
     assert printable(HOSTILE, keep="\n") in html.unescape(texts[0])
 
 
+class Counting(Pass[Strict]):
+    """It saw 60 layers of 128 experts."""
+
+    def apply(self, unit, context):
+        return unit
+
+    def coverage(self, details):
+        return Coverage(0, loads={layer: range(1000, 1128) for layer in range(60)})
+
+
 def test_a_large_model_s_report_stays_small():
     sample = report_samples.report()
-    row = sample["audit"][0]
-    sample["audit"] = [
-        row | {"tensor": f"model.layers.{n}.feed_forward.experts.{n}.down_proj.weight"} for n in range(50_000)
-    ]
+    tensor = "model.layers.31.feed_forward.experts.127.down_proj.weight"
+    sample["audit"] = [sample["audit"][0] | {"tensor": tensor}] * 50_000
+    sample["layer_audit"] = sample["layer_audit"][:1] * 50_000
     sample["worst_prompts"] = [report_samples.worst("onnx", n) | {"text": "word " * 10_000} for n in range(30)]
-    sample["by_position"] *= 50
-    text, _ = page_of(sample)
-    assert len(text.encode()) < 2 << 20
-    assert "The other 49,000 rows are in the JSON." in text
+    health = sample["state_health"][0]
+    sample["state_health"] = [health | {"layer": n, "position": 1 << p} for n in range(1000) for p in range(6, 14)]
+    sample |= {key: sample[key] * 50 for key in ("by_position", "recall", "flips", "generated", "tasks", "checks")}
+    cell = heat.cell(
+        "8.51", 0.5, heat.BLUES, "layer.31, experts: int8-g32 (384); 8.51 bits per weight, 123,456,789 bytes"
+    )
+    shown = heat.Heat("Bits", [str(n) for n in range(80)], [heat.Row(f"role {n}", [cell] * 80) for n in range(17)])
+    done = [PassDone("count", Counting(Strict()), 1.0, 1, {}, (), 0)]
+    text = report_page.render(sample, done, shown, "a: 1\n" * 200)
+    assert len(text.encode()) < 2_000_000
+    assert "The other 49,600 rows are in the JSON." in text and "Experts in calibration" in text
 
 
 def test_apply_and_check_write_it(compress_cli, applied, small, tmp_path):
     text = (applied / "report.html").read_text()
     assert "report.html" in read_json(applied / "manifest.json")["files"]
-    assert len(text.encode()) < 2 << 20
+    assert len(text.encode()) < 2_000_000
     page = Page(text)
     assert_needs_nothing_else(page, text)
     assert "ssm_in" in page.texts and "Bits per weight" in text and "method: rtn" in text

@@ -113,6 +113,10 @@ def test_what_the_audit_finds_fails_whatever_the_limits_say(rows, part):
     ("top1_agreement", 1.0, 1.0, 1.0, 1.0, "held"),
     ("kl_divergence_mean", 0.1, 0.1 + 1e-17, 0.1 + 2e-17, 0.1, "held"),  # sums in another order
     ("kl_divergence_mean", 0.3, 0.1, 0.2, 0.25, "undecided"),  # an interval that leaves its value out
+    ("kl_divergence_mean", 0.2, 0.0, 0.9, 0.0, "missed"),  # one divergence is enough for a mean above 0
+    ("top1_agreement", 0.99, 0.9, 1.0, 1.0, "missed"),
+    ("kl_divergence_mean", 0.2, None, None, 0.0, "missed"),
+    ("kl_divergence_mean", 0.0, None, None, 0.0, "undecided"),
     ("kl_divergence_mean", 0.01, None, None, 0.3, "undecided"),
     ("kl_divergence_mean", 5.0, None, None, 0.3, "undecided"),
     ("top1_agreement", float("nan"), None, None, 0.0, "missed"),

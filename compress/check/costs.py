@@ -12,6 +12,7 @@ from itertools import pairwise
 from compress.model.roles import Role
 
 CASTS = {"bf16": 0.03, "fp16": 0.0005}  # of int8: the square of what they round, relatively, over that of int8
+FUSED = "fused-int8"  # how onnxruntime rounds inputs beside packed integers
 BASES = ("int8", "int4-g32", "fp8-e4m3")
 
 
@@ -26,6 +27,7 @@ class Costs:
     formats: Mapping[str, tuple[str, float]]  # any format: the base, and how many times its cost
     compensated: Mapping[str, float]  # GPTQ's part of it, by base
     inputs: Mapping[Role, Mapping[str, float]]
+    inputs_together: Mapping[str, float]  # as `together`; fixed scales are as those that every token has of its own
     states: Mapping[tuple[str, str, str], float]  # by kind, format and rounding
     scales: Mapping[tuple[str, str], float]  # how many times that where scales are static, or along d_inner
     removed: Mapping[float, float]  # by the share of experts that were removed, what stays corrected
@@ -41,11 +43,15 @@ class Costs:
     def states_of(self, kind: str, number_format: str, rounding: str, scale: str) -> float:
         return self.states.get((kind, number_format, rounding), 0.0) * self.scales.get((kind, scale), 1.0)
 
-    def at_once(self, base: str, alone: float, rounded: float) -> float:
+    def weights_at_once(self, base: str, alone: float, rounded: float) -> float:
         """What roles cost together that cost `alone` in all, each by itself; `rounded` is the same rounded to nearest in the
-        base, whatever they are in: the nearer to all roles that is, the more of their tokens are the same."""
-        share = min(1.0, rounded / sum(row[base] for row in self.weights.values()))
-        return alone * (1 - (1 - self.together[base]) * share)
+        base: the nearer to all roles that is, the more of their tokens are the same."""
+        return _at_once(self.together[base], alone, rounded / sum(row[base] for row in self.weights.values()))
+
+    def inputs_at_once(self, rounded: str, alone: float, fused: float) -> float:
+        """The same of inputs; `fused` is what they would cost in that form, which tells how many of all they are."""
+        together = self.inputs_together[rounded.replace("static", "dynamic")]
+        return _at_once(together, alone, fused / sum(row[FUSED] for row in self.inputs.values()))
 
     def pruned(self, share: float, corrected: bool) -> float:
         """By the logarithm between shares that were measured, and beyond them."""
@@ -53,6 +59,10 @@ class Costs:
         (low, less), (high, more) = next((pair for pair in pairs if share <= pair[1][0]), pairs[-1])
         cost: float = less * (more / less) ** ((share - low) / (high - low))
         return cost if corrected else cost * self.uncorrected
+
+
+def _at_once(together: float, alone: float, share: float) -> float:
+    return alone * (1 - (1 - together) * min(1.0, share))
 
 
 def _of_role(table: Mapping[Role, Mapping[str, float]], role: Role, column: str) -> float:
@@ -95,7 +105,7 @@ COSTS: dict[str, Costs] = {
             "fp8-e4m3-tensor": ("fp8-e4m3", 1.0),
             "fp8-e4m3-b128": ("fp8-e4m3", 1.1),
         },
-        compensated={"int8": 0.55, "int4-g32": 0.46, "fp8-e4m3": 0.44},
+        compensated={"int8": 0.55, "int4-g32": 0.46, "fp8-e4m3": 0.49},
         inputs={
             Role.ATTENTION_OUT: {
                 "dynamic-int8": 1.6e-05,
@@ -170,6 +180,7 @@ COSTS: dict[str, Costs] = {
                 "static-int8 rotated": 5.8e-06,
             },
         },
+        inputs_together={"dynamic-int8": 0.92, "dynamic-fp8": 0.86, "fused-int8": 0.86},
         states={
             ("ssm_state", "bf16", "nearest"): 5.4e-06,
             ("ssm_state", "bf16", "stochastic"): 1.7e-06,
@@ -223,7 +234,7 @@ COSTS: dict[str, Costs] = {
             "fp8-e4m3-tensor": ("fp8-e4m3", 1.1),
             "fp8-e4m3-b128": ("fp8-e4m3", 1.1),
         },
-        compensated={"int8": 0.52, "int4-g32": 0.41, "fp8-e4m3": 0.2},
+        compensated={"int8": 0.52, "int4-g32": 0.41, "fp8-e4m3": 0.45},
         inputs={
             Role.ATTENTION_OUT: {
                 "dynamic-int8": 0.00013,
@@ -290,8 +301,25 @@ COSTS: dict[str, Costs] = {
                 "static-int8 rotated": 0.00038,
             },
         },
+        inputs_together={"dynamic-int8": 0.61, "dynamic-fp8": 0.58, "fused-int8": 0.48},
         states={
             ("ssm_state", "bf16", "nearest"): 4.1e-06,
+            ("ssm_state", "bf16", "stochastic"): 5.5e-06,
+            ("ssm_state", "fp16", "nearest"): 2.3e-05,
+            ("ssm_state", "fp8-e4m3", "nearest"): 0.0004,
+            ("ssm_state", "fp8-e4m3", "stochastic"): 0.00026,
+            ("ssm_state", "int8", "nearest"): 0.00011,
+            ("ssm_state", "int8", "stochastic"): 5.3e-05,
+            ("ssm_state", "int4", "nearest"): 0.0022,
+            ("ssm_state", "int4", "stochastic"): 0.0018,
+            ("conv_state", "bf16", "nearest"): 9.6e-05,
+            ("conv_state", "fp16", "nearest"): 1.4e-08,
+            ("kv_cache", "bf16", "nearest"): 2.3e-05,
+            ("kv_cache", "fp16", "nearest"): 2.3e-05,
+            ("kv_cache", "fp8-e4m3", "nearest"): 0.00054,
+            ("kv_cache", "int8", "nearest"): 4.8e-05,
+            ("kv_cache", "int4", "nearest"): 0.003,
+            ("kv_cache", "int4", "stochastic"): 0.0044,
             ("conv_state", "int8", "nearest"): 6.4e-5,
             ("conv_state", "int4", "nearest"): 0.02,
             ("conv_state", "fp8-e4m3", "nearest"): 0.0005,

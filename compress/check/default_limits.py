@@ -10,7 +10,7 @@ import math
 from compress.check.expected import Expected
 from compress.recipe.check import MetricName
 
-MARGIN = 1.75  # of the divergence that is expected
+MARGIN = 1.6  # of the divergence that is expected
 FLOAT_NOISE = 2e-5  # nats beyond it: routers that tip where sums are taken in another order
 SHIFT, GROWTH = 0.07, 0.6  # the logarithm of a perplexity ratio is at most SHIFT sqrt(2 KL) + GROWTH KL
 FLIPS = 1.4  # the share of most likely tokens that change is at most FLIPS sqrt(KL), and beyond it

@@ -17,7 +17,7 @@ import torch
 
 from compress import formats
 from compress.check import costs
-from compress.check.costs import Costs
+from compress.check.costs import FUSED, Costs
 from compress.checkpoint import compressed_tensors
 from compress.checkpoint.compressed_tensors import Scheme
 from compress.model.hybrid import HybridModel
@@ -28,7 +28,6 @@ from compress.model.tensor_names import written_out
 from compress.runtime.artifacts import Artifact
 
 ROTATED = " rotated"
-FUSED = "fused-int8"  # how onnxruntime rounds inputs beside packed integers
 STATE_PRECISION = "state_precision"
 SAMPLE = (64, 512)  # of normal numbers, on which a format that nobody measured is compared with int8
 
@@ -81,8 +80,7 @@ def _of_one(model: HybridModel, artifact: Artifact, known: Costs) -> Expected:
         parameters[kind] += count
         of_role[kind.role] += count
     shares = {kind: math.sqrt(count / of_role[kind.role]) for kind, count in parameters.items()}
-    inputs = sum(share * known.inputs_of(kind.role, kind.inputs) for kind, share in shares.items() if kind.inputs)
-    return Expected(_of_rounding(shares, known), inputs, _of_states(model, known), known.tail)
+    return Expected(_of_rounding(shares, known), _of_inputs(shares, known), _of_states(model, known), known.tail)
 
 
 def _of_rounding(shares: Mapping[Stored, float], known: Costs) -> float:
@@ -94,7 +92,17 @@ def _of_rounding(shares: Mapping[Stored, float], known: Costs) -> float:
             cost = share * known.weights_of(kind.role, base)
             rounded[base] += cost
             alone[base] += cost * factor * (known.compensated[base] if kind.is_compensated else 1.0)
-    return sum(known.at_once(base, cost, rounded[base]) for base, cost in alone.items())
+    return sum(known.weights_at_once(base, cost, rounded[base]) for base, cost in alone.items())
+
+
+def _of_inputs(shares: Mapping[Stored, float], known: Costs) -> float:
+    alone, fused = defaultdict[str, float](float), defaultdict[str, float](float)
+    for kind, share in shares.items():
+        if kind.inputs is not None:
+            form = kind.inputs.removesuffix(ROTATED)
+            alone[form] += share * known.inputs_of(kind.role, kind.inputs)
+            fused[form] += share * known.inputs_of(kind.role, FUSED)
+    return sum(known.inputs_at_once(form, cost, fused[form]) for form, cost in alone.items())
 
 
 def _kinds(model: HybridModel, artifact: Artifact) -> Iterator[tuple[Stored, int]]:
@@ -150,10 +158,12 @@ def _is_cast(came: str | None, now: str) -> bool:
 
 
 def _of_pruning(before: HybridModel, after: HybridModel, known: Costs) -> Expected:
-    removed = 1 - _experts(after) / _experts(before)
-    if removed <= 0:
+    """Whichever of the two has fewer experts lost some."""
+    fewer, more = sorted((before, after), key=_experts)
+    removed = 1 - _experts(fewer) / _experts(more)
+    if removed == 0:
         return Expected()
-    changes = [change for record in after.config.compress.passes for change in record.changes or ()]
+    changes = [change for record in fewer.config.compress.passes for change in record.changes or ()]
     corrected = any(isinstance(change, Recomputed) and change.by == "least_squares" for change in changes)
     return Expected(known.pruned(removed, corrected), prunes=True)
 

@@ -10,7 +10,7 @@ from compress.check.statistics import Array, Interval, Statistic
 from compress.recipe.check import METRICS, MetricName
 
 ONE_WINDOW = "a single window, which tells no interval; more text or a smaller 'length' gives several"
-NOT_FINITE = "windows drawn anew give a figure that is not finite, which tells no interval"
+NOT_FINITE = "a window weighs so much that the figure is not finite where it is drawn often; worst_prompts has it"
 
 
 @dataclass(frozen=True)

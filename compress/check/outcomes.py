@@ -15,8 +15,9 @@ MOST_TOKENS = 10**12  # beyond any text: a figure so near its limit is on it
 
 
 def outcome(metric: MetricName, limit: float, value: float, interval: Interval | None) -> Outcome:
-    """A value that is not finite is missed; a finite one without an interval tells nothing of other text."""
-    if not math.isfinite(value):
+    """A value that is not finite is missed, and so is the end of a metric's range where the text has any exception to it. Else a
+    value without an interval tells nothing of other text."""
+    if not math.isfinite(value) or (limit == METRICS[metric].best and not _is_within(metric, value, limit)):
         return "missed"
     if interval is None:
         return "undecided"

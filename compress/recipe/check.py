@@ -51,6 +51,11 @@ class Metric:
     unmeasured: str = ""  # why a check may have no value of it; empty where it always has
     is_shown: bool = False  # on the terminal, without a limit too
 
+    @property
+    def best(self) -> float:
+        """The end of its range that a limit can ask for."""
+        return self.least if self.bound == "above" else self.most
+
     def holds(self, value: float, limit: float) -> bool:
         return value <= limit if self.bound == "above" else value >= limit
 
@@ -194,11 +199,8 @@ class Check(Strict):
     def _with_the_word(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         plain: dict[str, object] = handler(self)
         if self._by_default and "limits" in plain:
-            named: dict[str, float | bool] = {
-                DEFAULT: True,
-                **{str(metric): limit for metric, limit in self.limits.items()},
-            }
-            plain["limits"] = named if self.limits else DEFAULT
+            named = {str(metric): limit for metric, limit in self.limits.items()}
+            plain["limits"] = {DEFAULT: True} | named if named else DEFAULT
         return plain
 
     @field_validator("limits", mode="before")

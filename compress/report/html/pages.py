@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 FOLDER = Path(__file__).parent
-MOST = 1000  # rows of a table that are shown; the JSON has every one
+MOST = 400  # rows of a table that are shown; the JSON has every one
 
 
 def render(template: Path, **values: object) -> str:
