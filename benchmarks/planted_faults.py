@@ -22,13 +22,15 @@ import torch
 from safetensors.torch import load, save_file
 
 from compress import formats
+from compress.check import auditing
 from compress.checkpoint.reader import Checkpoint
 from compress.formats import hadamard
 from compress.model.hybrid import HybridModel
 from compress.model.roles import Role
 from compress.model.weight import PLAIN_DTYPES, Weight
+from compress.runtime.artifacts import find_artifact, open_artifact
 
-QUICK = ("--samples", "8", "--length", "512")  # of text: what an audit leaves open shows in less
+OPTIONS = ("--no-audit", "--limits", "default", "--samples", "12")  # of text: what is left open shows in so little
 Fault = Callable[["Planter"], None]
 
 
@@ -244,24 +246,30 @@ def plant_in_graph(folder: Path, copy: Path, fault: Callable[[onnx.ModelProto], 
 
 
 def gate(original: Path, candidate: Path) -> tuple[str, list[str]]:
-    """The verdict of `compress check --limits default`, and what it names: audits that failed, metrics that were missed. Figures
-    are measured only where the audit finds nothing, which decides the verdict otherwise."""
-    found = _checked(original, candidate, "--samples", "1", "--length", "2", "--prompts", "self")
-    if found["verdict"] != "fail":
-        found = _checked(original, candidate, "--limits", "default", *QUICK)
-    named = [f"{row['tensor']} {row['note']}" for row in found["audit"] if not row["passed"]]
-    named += [f"layer {r['layer']} {r['block']} {r['matrix'] or ''}" for r in found["layer_audit"] if not r["passed"]]
+    """The verdict of the gate by default, and what it names: audits that failed, metrics that were missed. Figures are measured
+    only where the audit, which runs first and decides, finds nothing."""
+    before, after = (open_artifact(find_artifact(path)) for path in (original, candidate))
+    audited = auditing.audited("candidate", before, after, seed=0, device="cpu")
+    named = [f"{row['tensor']} {row['note']}" for row in audited.audit if not row["passed"]]
     named += [
-        f"{row['metric']} ({row['phase']}) {row['value']:.3g}" for row in found["checks"] if row["outcome"] == "missed"
+        f"layer {r['layer']} {r['block']}: {r['matrix'] or 'output'}" for r in audited.layer_audit if not r["passed"]
     ]
-    return found["verdict"], named
+    if named:
+        return "fail", named
+    found = _checked(original, candidate)
+    missed = (row for row in found["checks"] if row["outcome"] == "missed")
+    return found["verdict"], [f"{row['metric']} ({row['phase']}) {_figure(row['value'])}" for row in missed]
 
 
-def _checked(original: Path, candidate: Path, *options: str) -> dict:
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
+
+
+def _checked(original: Path, candidate: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "result.json"
         command = [sys.executable, "-m", "compress", "check", str(original), str(candidate), "--json", str(target)]
-        told = subprocess.run([*command, *options], check=False, capture_output=True, text=True)
+        told = subprocess.run([*command, *OPTIONS], check=False, capture_output=True, text=True)
         if not target.is_file():
             raise SystemExit(told.stderr)
         return json.loads(target.read_text())
