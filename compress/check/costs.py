@@ -327,6 +327,6 @@ COSTS: dict[str, Costs] = {
         scales={("ssm_state", "static"): 52.0, ("ssm_state", "d_inner"): 2.0, ("kv_cache", "static"): 35.0},
         removed={0.125: 0.021, 0.25: 0.0534},
         uncorrected=1.6,
-        tail=20.0,
+        tail=25.0,
     ),
 }
