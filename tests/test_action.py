@@ -161,7 +161,7 @@ def test_the_example_for_gitlab_keeps_the_cache_and_what_the_command_writes(appl
 def test_a_missed_limit_fails_the_step_after_the_outputs_are_told(runner, small, int8):
     args = "--prompts\nself\n--samples\n2\n--length\n12\n--no-audit"
     limits = runner.folder / "limits of ours.yaml"
-    limits.write_text("kl_divergence_mean: 0\n")
+    limits.write_text("perplexity_ratio: 0.01\n")
     given = {"baseline": str(small), "candidate": str(int8), "limits": limits.name, "output": "a report/here"}
     ran, outputs = gate(runner, args=args, **given)
     assert ran.returncode == 1, ran.stderr

@@ -18,6 +18,7 @@ from compress.disk import cache, files, partials
 from compress.disk.part import part
 from compress.disk.paths import as_text
 from compress.errors import InputError
+from compress.model import sizes
 from compress.model.config import Config
 from compress.model.hybrid import HybridModel
 from compress.recipe.check import Check, Generate, Recall
@@ -34,14 +35,14 @@ MOST_HEADER_BYTES = 16 << 20
 
 
 class Header(Strict):
-    """Which model, on what, in which settings."""
+    """Which model, with the format of each of its tensors, on what, in which settings, and what else is in the file."""
 
     kind: Literal["compress baseline"] = "compress baseline"
     schema_number: Literal[1] = Field(default=1, alias="schema")
     model: str
     sha256: str
     config: dict[str, str]
-    formats: dict[str, int]
+    tensors: dict[str, str]
     weight_bytes: int
     runtime: str
     prompts: tuple[str, ...]
@@ -51,6 +52,7 @@ class Header(Strict):
     seed: int
     recall: Recall | None
     generate: Generate | None
+    entries: tuple[str, ...] = ()
     versions: dict[str, str]
 
 
@@ -59,7 +61,7 @@ def header(name: str, original: Artifact, settings: Check, seed: int, versions: 
         model=name,
         sha256=original.sha256(),
         config=_described(original.config),
-        formats=original.formats,
+        tensors={weight.name: weight.format for weight in original.model().weights},
         weight_bytes=original.weight_bytes,
         runtime=original.runtime,
         prompts=tuple(map(as_text, settings.prompts)),
@@ -77,6 +79,7 @@ def save(path: Path, described: Header, entries: Mapping[str, BinaryIO]) -> None
     """Appears whole or not at all; of a symbolic link the target does."""
     path = path.resolve()
     sizes = {name: file.seek(0, io.SEEK_END) for name, file in entries.items()}
+    described = described.model_copy(update={"entries": tuple(entries)})
     text = json_text.dumps(described.model_dump(mode="json", by_alias=True)).encode()
     with (
         files.writing(path),
@@ -114,6 +117,8 @@ class Carried:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         is_header = self.has(HEADER) and self._members[HEADER].size <= MOST_HEADER_BYTES
         self.header = self._header(self._opened(HEADER).read() if is_header else b"")
+        if missing := [name for name in self.header.entries if not self.has(name)]:
+            raise InputError(f"{path}: was cut short: '{missing[0]}' is not in it")
 
     def _header(self, text: bytes) -> Header:
         try:
@@ -192,10 +197,10 @@ def asking_for(what: str) -> Iterator[None]:
 class CarriedOriginal:
     """An original without its weights: an Artifact whose figures are those of the file, and that computes nothing."""
 
-    def __init__(self, carried: Carried, folder: Path, config: Config):
-        self._carried, self.folder, self.config = carried, folder, config
-        header = carried.header
-        self.formats, self.weight_bytes, self.runtime = header.formats, header.weight_bytes, header.runtime
+    def __init__(self, carried: Carried, folder: Path, model: HybridModel):
+        self._carried, self.folder, self._model, self.config = carried, folder, model, model.config
+        self.formats = sizes.parameters_by_format(model.weights)
+        self.weight_bytes, self.runtime = carried.header.weight_bytes, carried.header.runtime
 
     def sha256(self) -> str:
         return self._carried.header.sha256
@@ -204,7 +209,8 @@ class CarriedOriginal:
         return NoFigures(self._carried.path, self.config.vocab_size)
 
     def model(self) -> HybridModel:
-        _refuse(self._carried.path)
+        """Whose weights cannot be read."""
+        return self._model
 
     def steps(self, batch: int) -> Steps:
         _refuse(self._carried.path)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from compress import prompts
+from compress import formats, prompts
 from compress.check import carried, standing, states
 from compress.check.baseline import Baseline
 from compress.check.compare import scored
@@ -18,13 +18,12 @@ from compress.prompts import PromptSet
 from compress.runtime.artifacts import Artifact
 
 NAME = "baseline"
-PLAIN = {"bf16", "fp16", "fp32"}  # formats
 VERSION = 1  # part of the key: raise it when our forward changes its values
 
 
 def is_artifact(original: Artifact) -> bool:
     """Whether it is no original: exported, or something was done to it."""
-    plain = original.formats.keys() <= PLAIN and not original.config.compress.passes
+    plain = original.formats.keys() <= {*formats.PLAIN} and not original.config.compress.passes
     return original.runtime == "onnxruntime" or not plain
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -68,18 +69,19 @@ def config_dtype(values: JsonObject, source: str) -> torch.dtype:
     return CONFIG_DTYPES[name]
 
 
-def model_of_config(folder: Path) -> HybridModel:
-    """The model a folder with only config.json describes: shapes, roles and formats, and no weights to load."""
+def model_of_config(folder: Path, formats: Mapping[str, str] | None = None) -> HybridModel:
+    """The model a folder with only config.json describes: shapes, roles and formats, and no weights to load. `formats` has
+    those of tensors, by name, where they are known; else they are of the type config.json names."""
     architecture, values = open_config(folder)
     number_format = PLAIN_FORMATS[config_dtype(values, str(folder / "config.json"))]
 
     def load(rows: slice | None = None) -> NoReturn:
         raise InputError(f"{folder}: has no weight files")
 
-    units = tuple(
-        Unit(unit.name, {s.name: Weight(s.name, s.role, s.shape, number_format, load) for s in unit.specs})
-        for unit in architecture.layout()
-    )
+    def weight(spec: Spec) -> Weight:
+        return Weight(spec.name, spec.role, spec.shape, (formats or {}).get(spec.name, number_format), load)
+
+    units = tuple(Unit(unit.name, {s.name: weight(s) for s in unit.specs}) for unit in architecture.layout())
     return HybridModel(architecture, units, values)
 
 

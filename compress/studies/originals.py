@@ -8,11 +8,11 @@ from typing import BinaryIO
 from compress import plugins
 from compress.check import carried, states
 from compress.check.carried import Carried, CarriedOriginal
-from compress.checkpoint.reader import has_weights, open_config
+from compress.checkpoint.reader import has_weights, model_of_config
 from compress.disk import cache
 from compress.disk.paths import as_text
 from compress.errors import InputError
-from compress.model.config import Config
+from compress.model.hybrid import HybridModel
 from compress.output_folder import integrity, onnx_layouts
 from compress.output_folder.manifest import versions
 from compress.recipe import source
@@ -40,10 +40,10 @@ class Originals:
         path = _find(name, weights=self._carried is None)
         if self._carried is not None:
             self._carried.refuse_other_settings(checks, seed)
-            config = _config(path)
-            self._carried.refuse_other_config(config, path)
+            model = _described(path, self._carried.header.tensors)
+            self._carried.refuse_other_config(model.config, path)
             if not (checks.audit and _has_weights(path)):
-                return CarriedOriginal(self._carried, onnx_layouts.folder_of(path), config)
+                return CarriedOriginal(self._carried, onnx_layouts.folder_of(path), model)
         integrity.verify(path)
         return open_artifact(path, device)
 
@@ -91,11 +91,12 @@ def _find(name: str, *, weights: bool) -> Path:
     return find_artifact(Path(name)) if Path(name).exists() else source.resolve(name, weights=weights).folder
 
 
-def _config(path: Path) -> Config:
+def _described(path: Path, stored: Mapping[str, str]) -> HybridModel:
+    """The model without its weights: what config.json, or the graph, and the formats of its tensors say."""
     if path.suffix != ".onnx":
-        return open_config(path)[0].config
+        return model_of_config(path, stored)
     reading = plugins.graph_reading()
-    return reading.architecture(reading.load(path), path).config
+    return reading.hybrid(reading.load(path), path)
 
 
 def _has_weights(path: Path) -> bool:
