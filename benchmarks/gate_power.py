@@ -34,18 +34,17 @@ CUT = 64  # positions of the pieces that are drawn: a change of 2 % takes less t
 CHECKS = 200
 SEEDS, DRAWN = 20, 24  # checks, and windows that each draws from each prompt set
 SURE, LIKELY = 1.96, 0.84  # two-sided 95 %, 80 %
-DAMAGES: dict[str, tuple[tuple[Role, str], ...]] = {
-    "attention_qkv int4-g32": ((Role.ATTENTION_QKV, "int4-g32"),),
-    "mlp int4-g32": ((Role.MLP, "int4-g32"),),
-    "experts int4-g32": ((Role.EXPERTS, "int4-g32"),),
-    "mlp and ssm_in int4-g32": ((Role.MLP, "int4-g32"), (Role.SSM_IN, "int4-g32")),
-    "mlp, ssm_in, experts int4-g32": tuple((role, "int4-g32") for role in (Role.MLP, Role.SSM_IN, Role.EXPERTS)),
-}
+DAMAGES = tuple(  # roles in int4-g32
+    map(tuple, (
+        [Role.SSM_OUT], [Role.MLP], [Role.EXPERTS], [Role.ATTENTION_QKV], [Role.MLP, Role.SSM_IN],
+        [Role.MLP, Role.SSM_IN, Role.EXPERTS], [Role.MLP, Role.SSM_IN, Role.SSM_OUT, Role.EXPERTS],
+    ))
+)  # fmt: skip
 
 
-def damaged(model: HybridModel, roles: tuple[tuple[Role, str], ...]) -> HybridModel:
-    for role, number_format in roles:
-        model = changed(model, rounded(role, number_format))
+def damaged(model: HybridModel, roles: tuple[Role, ...]) -> HybridModel:
+    for role in roles:
+        model = changed(model, rounded(role, "int4-g32"))
     return model
 
 
@@ -81,17 +80,17 @@ def power(windows: list[Scores], tokens: float, rng: np.random.Generator) -> flo
 def resolve(model: Path) -> None:
     pool, rng = Pool(model, "odd", 20, 6), np.random.default_rng(0)
     print(
-        "| candidate | mean KL | perplexity | sd of a token | tokens, predicted | shown at that many | at twice as many |"
+        "| in int4-g32 | mean KL | perplexity | sd of a token | tokens, predicted | shown at that many | at twice as many |"
     )
     print("|---|---|---|---|---|---|---|")
-    for name, roles in DAMAGES.items():
+    for roles in DAMAGES:
         windows = pieces(pool.scores(CheckpointCandidate(damaged(pool.checkpoint.model, roles))))
         found, tokens = differences(windows), predicted_tokens(windows)
         kl = float(np.mean([window.kl_divergence.mean() for window in windows]))
         shown = [power(windows, times * tokens, rng) for times in (1, 2)]
         deviation = found.std(ddof=1) * CUT**0.5
         print(
-            f"| {name} | {kl:.4f} | {100 * np.expm1(found.mean()):+.2f} % | {deviation:.3f} | {tokens:,.0f} "
+            f"| {', '.join(roles)} | {kl:.4f} | {100 * np.expm1(found.mean()):+.2f} % | {deviation:.3f} | {tokens:,.0f} "
             f"| {shown[0]:.0%} | {shown[1]:.0%} |", flush=True,
         )  # fmt: skip
 

@@ -325,8 +325,8 @@ COSTS: dict[str, Costs] = {
             ("conv_state", "fp8-e4m3", "nearest"): 0.0005,
         },
         scales={("ssm_state", "static"): 52.0, ("ssm_state", "d_inner"): 2.0, ("kv_cache", "static"): 35.0},
-        removed={0.125: 0.021, 0.25: 0.0534},
+        removed={0.125: 0.0267, 0.25: 0.0534},  # a quarter was measured; an eighth is assumed to cost half of it
         uncorrected=1.6,
-        tail=20.0,
+        tail=25.0,
     ),
 }

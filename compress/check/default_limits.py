@@ -13,10 +13,10 @@ from compress.recipe.check import MetricName
 MARGIN = 1.6  # of the divergence that is expected
 FLOAT_NOISE = 2e-5  # nats beyond it: routers that tip where sums are taken in another order
 SHIFT, GROWTH = 0.07, 0.6  # the logarithm of a perplexity ratio is at most SHIFT sqrt(2 KL) + GROWTH KL
-FLIPS = 1.4  # the share of most likely tokens that change is at most FLIPS sqrt(KL), and beyond it
+FLIPS = 1.25  # the share of most likely tokens that change is at most FLIPS sqrt(KL), and beyond it
 FEW_FLIPS = 0.002  # what a text too short to show any cannot exclude
 RESOLVED = 1e-4  # nats: below it a tail is a few tokens'
-APART = 1.7  # decoding and reading at once round the same numbers apart: at most APART sqrt(2 KL) of inputs and states
+APART = 1.5  # decoding and reading at once round the same numbers apart: at most APART sqrt(2 KL) of inputs and states
 NEVER_APART = 0.003  # nats, where neither is rounded
 
 
