@@ -14,6 +14,7 @@ from compress.model.weight import Weight
 LEAST = 1e-30  # of a sum of squares that is divided by
 LISTED = 4  # rows that a sentence names
 FEW = 0.5  # of the rows: where more differ, the tensor does
+EXPLAINED = 0.2  # of an error is left where one number explains it
 COUNTS = 0.01  # of a mean column's energy: what is less may be rounded to nothing
 
 
@@ -98,16 +99,22 @@ def described(found: Discrepancy, rows: torch.Tensor, columns: torch.Tensor, pla
     at most where it may; a relative error of `plain` is none to speak of."""
     if not bool(found.columns_stored.any()):
         return "is all zero"
-    if found.error_beside_gain <= plain and abs(found.gain - 1) > plain:
-        return f"is {found.gain:.3g} times what it ought to be"
-    if found.error_beside_shift <= plain:
-        return f"is {found.mean_shift:+.3g} off everywhere"
-    if bool(found.emptied.any()):
-        return f"is zero in {_listed('column', found.emptied.double())}"
+    left, words = min(
+        (found.error_beside_gain, f"is {found.gain:.3g} times what it ought to be"),
+        (found.error_beside_shift, f"is {found.mean_shift:+.3g} off everywhere"),
+    )
+    if found.error > plain and left <= max(plain, found.error * EXPLAINED):
+        return words
+    if float(found.columns[found.emptied].sum()) > FEW * float(found.columns.sum()):
+        return emptied(found)
     for word, excess in (("row", rows), ("column", columns)):
         if len(excess) > 1 and 0 < int((excess > 1).sum()) <= FEW * len(excess):
             return f"differs in {_listed(word, excess)}"
     return "differs"
+
+
+def emptied(found: Discrepancy) -> str:
+    return f"is zero in {_listed('column', found.emptied.double())}"
 
 
 def _listed(word: str, excess: torch.Tensor) -> str:

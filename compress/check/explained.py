@@ -41,7 +41,6 @@ FACTORS: dict[Method | None, Factors] = {
 LINEAR, SHRUNK, GROWN = 0.12, 1.6, 0.2
 # The same of a row of K values, whose errors add up to something by chance: SPREAD e / sqrt(K) more; measured: 4.1.
 SPREAD, LEAST_ROOM = 8.0, 1e-4
-PLAIN = 0.01  # of a tensor that may not differ: a relative error that is none beside what happened to it
 
 
 class Judged(NamedTuple):
@@ -70,7 +69,7 @@ def cast(found: Discrepancy, off: Discrepancy, *, is_kept: bool) -> Judged:
     """What was kept, or cast to another type: the same bit for bit."""
     if not off.error:
         return Judged(found.error, found.error, True)
-    note = discrepancy.described(off, _over(off.rows), _over(off.columns), PLAIN)
+    note = discrepancy.described(off, _over(off.rows), _over(off.columns), 0.0)
     return Judged(off.error, 0.0, False, f"{note}; it was {'kept as it came' if is_kept else 'only cast'}")
 
 
@@ -103,7 +102,7 @@ def _violations(found: Discrepancy, nearest: Discrepancy, factors: Factors, most
         note = f"row {gains.worst} of {len(gains.most)} is {gain:.3g} times what it ought to be"
         yield Judged(float(gains.found[gains.worst]), float(gains.most[gains.worst]), False, note)
     if bool(found.emptied.any()):
-        yield Judged(1.0, float(nearest.by_column[found.emptied].max()), False, words)
+        yield Judged(1.0, float(nearest.by_column[found.emptied].max()), False, discrepancy.emptied(found))
 
 
 def _room(gain: float, error: float) -> float:
