@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import refusals
@@ -14,7 +15,9 @@ from compress.apply import exporting, pipeline
 from compress.check import costs
 from compress.check.default_limits import limits
 from compress.check.expected import Expected, expected
+from compress.formats.state_words import Format, Rounding
 from compress.model.roles import Role
+from compress.model.states import StateKind
 from compress.recipe import source
 from compress.recipe.check import METRICS
 from compress.recipe.recipe import load_recipe
@@ -170,6 +173,15 @@ def test_a_family_that_was_not_measured_costs_as_the_costlier_of_those_that_were
     assert unknown.weights_of(Role.EXPERTS, "int8") >= max(
         known.weights_of(Role.EXPERTS, "int8") for known in (jamba, nemotron)
     )
+
+
+@pytest.mark.parametrize("family", costs.COSTS)
+@pytest.mark.parametrize("scale", ["none", "dynamic", "static", "d_inner"])
+def test_every_way_of_keeping_a_state_has_a_cost(family, scale):
+    """But none at all, where the state stays in float32."""
+    ways = [(form, rounding) for form in get_args(Format) for rounding in get_args(Rounding)]
+    found = {(kind, *way): costs.COSTS[family].states_of(kind, *way, scale) for kind in StateKind for way in ways}
+    assert {form for (_, form, _), cost in found.items() if cost == 0} == {"fp32"}
 
 
 def test_a_role_that_was_not_measured_costs_as_the_costliest():

@@ -41,7 +41,12 @@ class Costs:
         return _of_role(self.inputs, role, rounded)
 
     def states_of(self, kind: str, number_format: str, rounding: str, scale: str) -> float:
-        return self.states.get((kind, number_format, rounding), 0.0) * self.scales.get((kind, scale), 1.0)
+        """Rounded in a way that was not measured: as the costliest that was."""
+        if number_format == "fp32":
+            return 0.0
+        alike = [cost for (of, form, _), cost in self.states.items() if (of, form) == (kind, number_format)]
+        cost = self.states.get((kind, number_format, rounding), max(alike))
+        return cost * self.scales.get((kind, scale), 1.0)
 
     def weights_at_once(self, base: str, alone: float, rounded: float) -> float:
         """What roles cost together that cost `alone` in all, each by itself; `rounded` is the same rounded to nearest in the
