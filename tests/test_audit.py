@@ -15,7 +15,7 @@ from planted_faults import FAULTS, Planter
 
 from compress import formats
 from compress.apply import pipeline
-from compress.check import audit, layer_audit
+from compress.check import audit, auditing, layer_audit
 from compress.check.audit import Models
 from compress.checkpoint.reader import Checkpoint
 from compress.model.roles import Role
@@ -237,6 +237,45 @@ def test_states_in_a_format_that_no_pass_decided_on_are_a_fault(quantized, tiny,
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "note"),
+    [
+        ("num_experts_per_tok", 1, "is 1, expected 2: no pass changes it"),
+        ("rms_norm_eps", 1e-3, "is 0.001, expected 1e-06: no pass changes it"),
+    ],
+)
+def test_a_value_of_the_configuration_that_no_pass_changes_is_a_fault(quantized, tiny, tmp_path, key, value, note):
+    folder = changed_config(quantized["tiny-jamba"], tmp_path, lambda config: config | {key: value})
+    assert notes_of(tiny, folder) == [f"config.json: {key} {note}"]
+
+
+def changed_config(out: Path, folder: Path, change) -> Path:
+    shutil.copytree(out / "checkpoint", folder / "checkpoint")
+    path = folder / "checkpoint" / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    return folder / "checkpoint"
+
+
+def test_a_tensor_that_was_quantized_and_stands_in_no_record_is_a_fault(quantized, tiny, tmp_path):
+    def change(config: dict) -> dict:
+        for record in config["compress"]["passes"]:
+            for entry in record["changes"]:
+                entry["tensors"] = [name for name in entry["tensors"] if "lm_head" not in name] or ["nothing"]
+        return config
+
+    folder = changed_config(quantized["tiny-jamba"], tmp_path, change)
+    assert notes_of(tiny, folder) == ["lm_head.weight is quantized, and no pass says that it rounded it"]
+
+
+def test_without_any_record_the_widest_bounds_hold_and_a_remark_says_so(quantized, tiny, tmp_path):
+    folder = changed_config(
+        quantized["tiny-jamba"], tmp_path, lambda config: {k: v for k, v in config.items() if k != "compress"}
+    )
+    found = auditing.audited("checkpoint", open_artifact(tiny), open_artifact(folder), seed=0, device="cpu")
+    assert all(row["passed"] for row in found.audit)
+    assert "does not say what was done to it" in found.remarks[0]
+
+
 def test_a_candidate_of_another_training_differs_in_every_tensor(awkward, tmp_path):
     other = make_jamba(tmp_path / "other", seed=5)
     found = failures(awkward["jamba"], other)
@@ -265,7 +304,9 @@ def test_a_check_without_limits_fails_on_a_fault_and_names_it(compress_cli, quan
     )
     found = compress_cli(*arguments)
     assert found.exit_code == 1
-    assert "model.layers.0.mamba.A_log" in found.stderr
+    assert "model.layers.0.mamba.A_log: is +0.298 off everywhere; it was kept as it came" in " ".join(
+        found.stderr.split()
+    )
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["verdict"] == "fail"
     wrong = [row for row in result["audit"] if not row["passed"]]

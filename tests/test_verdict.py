@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from compress.check.compare import Found, Row, verdict
 from compress.check.metrics import Scores, score, summarize
 from compress.recipe.recipe import load_recipe
-from compress.report import folded, measures, terminal
+from compress.report import folded, measures, terminal, words
 from compress.runtime.artifacts import open_artifact
 from compress.strict import json_text
 from compress.studies import generation
@@ -90,7 +90,7 @@ def test_what_the_audit_finds_fails_whatever_the_limits_say(rows, part):
     assert verdict(Found(rows, **{part: [good, good]})) == verdict(Found(rows))
     found = Found(rows, **{part: [good, bad]})
     assert verdict(found) == "fail"
-    assert terminal.verdict_words("fail", found.facts()).startswith("fail, the recipe does not explain ")
+    assert words.verdict_words("fail", found.facts()).startswith("fail, the audit found ")
 
 
 # --- a limit and an interval
@@ -156,7 +156,7 @@ def test_so_much_more_text_settles_it_and_less_does_not(sign, narrowing):
 def test_no_amount_of_text_settles_a_value_on_its_limit():
     facts = Row("onnx", "kl_divergence_mean", "decode", "all", 0.2, 1, 0.2, 0.1, 0.3, tokens=100).to_json()
     assert (facts["outcome"], facts["more_tokens"]) == ("undecided", None)
-    assert "no amount of text would settle" in terminal.outcome_words(facts)
+    assert "no amount of text would settle" in words.outcome_words(facts)
     near = Row("onnx", "kl_divergence_mean", "decode", "all", 0.2, 1, 0.2 + 1e-9, 0.1, 0.3, tokens=100).to_json()
     assert near["more_tokens"] is None
 
@@ -164,18 +164,18 @@ def test_no_amount_of_text_settles_a_value_on_its_limit():
 def test_people_read_how_many_more_tokens():
     facts = Row("onnx", "kl_divergence_mean", "decode", "all", 0.2, 1, 0.25, 0.1, 0.3, tokens=4_113).to_json()
     assert facts["more_tokens"] == 3 * 4_113
-    for text in (terminal.outcome_words(facts), folded.of(measures.checks([facts]))):
+    for text in (words.outcome_words(facts), folded.of(measures.checks([facts]))):
         assert "undecided (about 12,000 more tokens would settle it)" in text
 
 
 def test_the_verdict_in_words_names_what_was_missed_and_then_what_is_undecided():
     rows = [row(0.19, 0.2, "perplexity_ratio"), HELD, MISSED, row(0.4, 0.2, "kl_divergence_p99"), row(float("inf"))]
-    words = terminal.verdict_words("fail", Found(rows).facts())
-    assert words == (
+    said = words.verdict_words("fail", Found(rows).facts())
+    assert said == (
         "fail, not every figure is finite; missed kl_divergence_mean (onnx, prefill: 0.3, limit 0.2) and 1 more; "
         "too little text to settle perplexity_ratio (onnx, prefill: 0.19, limit 0.2)"
     )
-    assert terminal.verdict_words("pass", Found([HELD]).facts()) == "pass"
+    assert words.verdict_words("pass", Found([HELD]).facts()) == "pass"
 
 
 @pytest.mark.parametrize(("verdict_of", "on_undecided", "code"), [

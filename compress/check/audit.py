@@ -19,6 +19,7 @@ from compress.model.weight import Weight
 from compress.passes.quantization import rounding
 from compress.terminal.progress import Advance
 
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # where texts end is for those who generate to say
 STATES, STATE_PRECISION = "compress.states", "state_precision"
 
 
@@ -62,13 +63,15 @@ def audit(artifact: str, models: Models, advance: Advance) -> Iterator[AuditFact
     """A row for each tensor of the candidate, and for each that it lacks. `advance` hears of parameters."""
     siblings, stored = _siblings(models.ought), set[str]()
     for weight in models.candidate.weights:
-        yield _row(artifact, weight.name, weight.format, _judged(weight, models.ought.get(weight.name), siblings))
+        ought = models.ought.get(weight.name)
+        yield _row(artifact, weight.name, weight.format, _judged(weight, ought, siblings, is_told=bool(models.done)))
         advance(weight.parameters)
         stored.add(weight.name)
     for name, missing in models.ought.items():
         if name not in stored and missing.weight is not None and missing.weight.role != Role.MTP:
             yield _row(artifact, name, missing.weight.format, Judged(None, None, False, "is not there"))
     yield from _states(artifact, models)
+    yield from _configuration(artifact, models)
 
 
 def nearest(stored: Weight, ought: Weight) -> Weight:
@@ -85,6 +88,18 @@ def _states(artifact: str, models: Models) -> Iterator[AuditFacts]:
         first = min(kept, key=lambda state: (state.layer, state.state))
         note = f"keeps {first.state} of layer {first.layer} in {first.format}, and no pass says that it decided so"
         yield _row(artifact, STATES, first.format, Judged(None, None, False, note))
+
+
+def _configuration(artifact: str, models: Models) -> Iterator[AuditFacts]:
+    """Values of config.json that decide what a model computes, and that no pass changes."""
+    before, after = models.original.config, models.candidate.config
+    architecture = models.original.architecture
+    changed_by_passes = {"compress", *architecture.EXPERTS_KEYS, *architecture.WITHOUT_TRAVELLERS, *TOKENS}
+    for key in type(before).model_fields.keys() - changed_by_passes if type(before) is type(after) else ():
+        was, now = getattr(before, key), getattr(after, key)
+        if was != now:
+            note = f"is {now!r:.80}, expected {was!r:.80}: no pass changes it"
+            yield _row(artifact, f"config.json: {key}", "none", Judged(None, None, False, note))
 
 
 def _row(artifact: str, tensor: str, number_format: str, judged: Judged) -> AuditFacts:
@@ -117,7 +132,8 @@ def _home(name: str) -> str:
     return ".".join(part for place, part in enumerate(parts) if place < 3 or not part.isdecimal())
 
 
-def _judged(stored: Weight, ought: Ought | None, siblings: Siblings) -> Judged:
+def _judged(stored: Weight, ought: Ought | None, siblings: Siblings, *, is_told: bool) -> Judged:
+    """`is_told`: whether there are records of what was done, in which a tensor that was rounded must stand."""
     if ought is None:
         return Judged(None, None, False, "is not in the original, and no pass says that it made it")
     if ought.weight is None:
@@ -129,12 +145,16 @@ def _judged(stored: Weight, ought: Ought | None, siblings: Siblings) -> Judged:
         return Judged(None, None, False, "holds values that are not finite")
     if not ought.follows:
         return Judged(found.error, None, True, "was computed anew by a pass")
+    if is_told and stored.is_quantized and ought.method is None and not ought.weight.is_quantized:
+        return Judged(found.error, None, False, "is quantized, and no pass says that it rounded it")
     judged = _against_nearest(stored, ought, found)
     return judged if judged.passed else _named(judged, stored, siblings)
 
 
 def _against_nearest(stored: Weight, ought: Ought, found: Discrepancy) -> Judged:
     assert ought.weight is not None
+    if ought.method is None and stored.format == ought.weight.format:  # a baseline that was quantized already
+        return explained.cast(found, found, is_kept=True)
     rounded = nearest(stored, ought.weight)
     if not stored.is_quantized:
         return explained.cast(found, discrepancy.between(stored, rounded), is_kept=stored.format == ought.weight.format)

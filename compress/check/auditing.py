@@ -1,5 +1,7 @@
 """Both audits of one artifact: tensor by tensor, then layer by layer where there is all of every layer."""
 
+from collections.abc import Iterator
+
 from compress import parallel
 from compress.check import audit, layer_audit
 from compress.check.audit import AuditFacts, Models
@@ -17,10 +19,15 @@ def audited(name: str, original: Artifact, artifact: Artifact, seed: int, device
             remarks=[f"{name}: not audited, since the baseline is an artifact itself that this one was not made from"]
         )
     models = Models(original.model(), artifact.model())
-    found = Found(audit=_of_weights(name, models))
+    found = Found(audit=_of_weights(name, models), remarks=list(_untold(name, models)))
     if all(row["passed"] or row["relative_error"] is not None for row in found.audit):
         found.layer_audit = _of_layers(name, models, original, seed, device)
     return found
+
+
+def _untold(name: str, models: Models) -> Iterator[str]:
+    if not models.done and any(weight.is_quantized for weight in models.candidate.weights):
+        yield f"{name}: its config.json does not say what was done to it; quantized tensors are held to the bounds of GPTQ"
 
 
 def _of_weights(name: str, models: Models) -> list[AuditFacts]:

@@ -220,7 +220,7 @@ def of_tasks(artifact: str, answered: list[Answered], limits: dict[MetricName, f
 
 
 def verdict(found: Found) -> Verdict:
-    """`fail` where a limit was missed, a metric is not a number, or the audit found what the recipe does not explain; else
+    """`fail` where a limit was missed, a metric is not a number, or the audit found something; else
     `undecided` where a limit is, else `pass`; `not_checked` where there was no limit, or one that nothing could be compared
     with."""
     outcomes = [row.outcome for row in found.rows if row.limit is not None]

@@ -9,7 +9,7 @@ from compress.check import changes
 from compress.check.changes import ChangeFacts
 from compress.report.schema import AcrossFacts, CheckFacts
 from compress.report.tables import Table
-from compress.report.terminal import interval_words
+from compress.report.words import interval_words
 
 HEAD = ("metric", "phase", "old", "new", "difference", "95 % interval", "outcome")
 

@@ -13,7 +13,7 @@ from compress.check.changes import ChangeFacts
 from compress.check.compare import ALL, FoundFacts, RowFacts
 from compress.check.layer_audit import LayerAuditFacts
 from compress.report import changes, overview
-from compress.report.terminal import is_unmeasured
+from compress.report.words import is_unmeasured
 from compress.terminal.escaping import printable
 
 OnUndecided = Literal["fail", "pass"]

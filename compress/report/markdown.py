@@ -9,7 +9,7 @@ from compress.prompts import Used
 from compress.report import changes, findings, folded, measures, overview, written
 from compress.report.passes import PassDone
 from compress.report.schema import ArtifactFacts, CheckFacts, Report
-from compress.report.terminal import notes
+from compress.report.words import notes
 from compress.runtime.runtimes import Runtime, as_lines
 from compress.terminal.escaping import code, markdown
 

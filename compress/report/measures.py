@@ -8,7 +8,7 @@ from compress.check.positions import PositionFacts
 from compress.check.recall import RecallFacts
 from compress.check.states import HealthFacts, SaturationFacts
 from compress.report.tables import Table, known, number, span
-from compress.report.terminal import interval_words, outcome_words, value_words
+from compress.report.words import interval_words, outcome_words, value_words
 
 
 def checks(rows: Sequence[RowFacts]) -> Table:

@@ -14,7 +14,7 @@ from compress.checkpoint import companions
 from compress.formats import PLAIN
 from compress.report import loading_snippets
 from compress.report.schema import Report
-from compress.report.terminal import value_words, verdict_words
+from compress.report.words import value_words, verdict_words
 from compress.runtime.runtimes import RuntimeFacts
 from compress.strict.json_text import JsonObject
 from compress.terminal.escaping import code, code_block, markdown, printable

@@ -12,7 +12,7 @@ from compress.recipe.check import METRICS, MetricName
 from compress.report import changes
 from compress.report.schema import ArtifactFacts
 from compress.report.tables import Table
-from compress.report.terminal import interval_words, is_unmeasured, settling_words, value_words, verdict_words
+from compress.report.words import interval_words, is_unmeasured, settling_words, value_words, verdict_words
 
 Kind = Literal["audit", "layer audit", "not finite", "missed", "worse", "undecided"]
 FIGURES: dict[MetricName, str] = {

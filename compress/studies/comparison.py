@@ -13,6 +13,7 @@ from compress.prompts import task_files
 from compress.recipe.check import DEFAULT, Check
 from compress.report import changes, terminal
 from compress.report.schema import CheckFacts
+from compress.report.words import verdict_words
 from compress.runtime.artifacts import Artifact, find_artifact, open_artifact
 from compress.strict import yaml_text
 from compress.strict.json_text import JsonObject
@@ -147,7 +148,7 @@ def _show(result: CheckFacts, because: str) -> None:
         changes.show(
             f"{result['candidate']} after {against['candidate']}, of {against['file']}", against["changes"], console
         )
-    console.print(f"verdict: {terminal.verdict_words(result['verdict'], result)}{because}")
+    console.print(f"verdict: {verdict_words(result['verdict'], result)}{because}")
 
 
 def _refuse_unfit(original: Artifact, path: Path, checks: Check) -> None:

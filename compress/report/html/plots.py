@@ -12,7 +12,7 @@ from compress.report.html.heat import Heat
 from compress.report.overview import Line
 from compress.report.schema import Report
 from compress.report.tables import number, span
-from compress.report.terminal import interval_words
+from compress.report.words import interval_words
 
 FLOOR = 1e-7  # nats: below it float32's own rounding shows
 

@@ -17,7 +17,7 @@ from compress.report.html.heat import Heat
 from compress.report.passes import PassDone
 from compress.report.schema import CheckFacts, Report
 from compress.report.tables import Table
-from compress.report.terminal import notes
+from compress.report.words import notes
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 FAILING = 20  # of an audit, that are shown unfolded
