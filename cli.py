@@ -141,8 +141,8 @@ def check(
     baseline: str, candidate: Path, seed: int, device: str, json_file: str | None, html_file: str | None,
     junit_file: str | None, **flags: Unpack[Flags],
 ) -> None:  # fmt: skip
-    """Compare CANDIDATE (checkpoint folder or ONNX artifact) with the checkpoint BASELINE; exit 1 where a limit is missed or
-    undecided."""
+    """Compare CANDIDATE (checkpoint folder or ONNX artifact) with BASELINE, the original or an older artifact; exit 1 where a limit
+    is missed or undecided."""
     from compress.report import terminal
     from compress.studies import comparison, told
     from compress.studies.across import Across

@@ -35,7 +35,7 @@ def exit_code_unread(arguments, *, out: bool = True, err: bool = False) -> int:
     process = subprocess.Popen(command(*arguments), **unread)
     os.close(writer)
     said = process.communicate()
-    assert not any(b"Traceback" in text or b"rror" in text for text in said if text), said
+    assert not any(b"Traceback" in text or b"Errno" in text for text in said if text), said
     return process.returncode
 
 

@@ -102,7 +102,7 @@ def test_a_limit_on_what_could_not_be_measured_is_skipped_and_says_why():
 def test_what_must_not_be_worse_has_a_suite_of_its_own():
     root = parsed(report_samples.check(), changed={"change": report_samples.changed()})
     assert_as_parsers_expect(root)
-    found = cases(root, "change: change")
+    found = cases(root, "change")
     assert [name for name, case in found.items() if len(case)] == ["decode: perplexity"], "bytes are no accuracy"
     assert found["decode: perplexity"].find("failure").get("type") == "worse"
 

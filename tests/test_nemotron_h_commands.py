@@ -106,7 +106,7 @@ def test_int8_rounded_to_nearest_costs_what_the_card_says(rounded):
 
 
 def test_what_was_written_is_checked_and_talks(compress_cli, nemotron, rounded):
-    limits = ("--limit", "kl_divergence_mean=0.002", "--prompts", "heldout", "--samples", "2", "--length", "128")
+    limits = ("--limit", "kl_divergence_mean=0.002", "--prompts", "heldout", "--samples", "12", "--length", "128")
     assert compress_cli("check", nemotron, rounded, *limits).exit_code == 0
     prompt = "The secret word of Tom is river. The secret word of Tom is"
     for artifact in (nemotron, rounded):

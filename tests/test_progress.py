@@ -21,7 +21,7 @@ from compress.terminal import progress
 STAGE = re.compile(r"(\d+) of (\d+): (.+): done in \d+\.\d minutes")
 CALIBRATED = """
 version: 1
-calibration: {prompts: [self], samples: 8, length: 16}
+calibration: {prompts: [self], samples: 16, length: 64}
 passes:
   - prune_experts: {budget: 0.4}
   - quantize: {method: gptq}
@@ -54,12 +54,13 @@ def test_a_log_has_a_line_for_every_stage_and_then_the_table(apply, monkeypatch,
     names = [
         "compressing",
         "exporting onnx",
+        *(f"{artifact}: audit of {what}" for artifact in ("checkpoint", "onnx") for what in ("weights", "layers")),
         "prompts: self",
         "baseline on self",
         *(f"{artifact}: {phase} on self" for artifact in ("checkpoint", "onnx") for phase in ("prefill", "decode")),
     ]
-    assert stages(result.stdout) == [(number, 8, name) for number, name in enumerate(names, 1)]
-    rest = result.stdout.splitlines()[8:]
+    assert stages(result.stdout) == [(number, 12, name) for number, name in enumerate(names, 1)]
+    rest = result.stdout.splitlines()[12:]
     assert "bytes of weights" in rest[0]
     assert rest[-1].startswith("verdict: ")
     assert "\x1b" not in result.stdout and "\r" not in result.stdout
@@ -74,7 +75,7 @@ def test_every_stage_of_a_calibrated_recipe_is_counted(compress_cli, small, monk
     last = len(counted)
     assert [(number, of) for number, of, _ in counted] == [(number, last) for number in range(1, last + 1)]
     names = [name for *_, name in counted]
-    assert names[:5] == ["prompts: self", "survey", "compressing", "exporting onnx", "prompts: self"]
+    assert names[:5] == ["prompts: self", "survey", "compressing", "exporting onnx", "checkpoint: audit of weights"]
 
 
 def test_what_the_cache_has_is_no_stage_and_the_numbers_go_on(apply):
@@ -82,8 +83,8 @@ def test_what_the_cache_has_is_no_stage_and_the_numbers_go_on(apply):
     said = apply("--overwrite").stdout
     counted = stages(said)
     assert "baseline on self" not in [name for *_, name in counted]
-    assert [number for number, *_ in counted] == [1, 2, 3, 5, 6, 7, 8]
-    assert said.splitlines()[3] == "4 of 8: baseline on self: kept from before"
+    assert [number for number, *_ in counted] == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+    assert said.splitlines()[7] == "8 of 12: baseline on self: kept from before"
 
 
 @pytest.mark.parametrize(("silence", "lines"), [(60.0, 0), (0.0, 1)])
@@ -91,7 +92,7 @@ def test_what_fails_early_says_one_sentence_and_later_its_log_too(
     compress_cli, small, tmp_path, monkeypatch, silence, lines
 ):
     monkeypatch.setattr(progress, "SILENCE", silence)
-    (tmp_path / "recipe.yaml").write_text(CALIBRATED.replace("samples: 8", "samples: 2"))
+    (tmp_path / "recipe.yaml").write_text(CALIBRATED.replace("samples: 16, length: 64", "samples: 2, length: 16"))
     result = compress_cli("apply", tmp_path / "recipe.yaml", "-m", small, "-o", tmp_path / "out")
     assert result.exit_code == 2
     assert "too few" in result.stderr and len(result.stderr.splitlines()) == 1

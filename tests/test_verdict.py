@@ -85,7 +85,8 @@ def test_the_verdict(rows, expected):
 @pytest.mark.parametrize("part", ["audit", "layer_audit"])
 def test_what_the_audit_finds_fails_whatever_the_limits_say(rows, part):
     good, bad = (
-        {"artifact": "onnx", "tensor": "a", "layer": 3, "block": "moe", "passed": is_so} for is_so in (True, False)
+        {"artifact": "onnx", "tensor": "a", "layer": 3, "block": "moe", "expert": None, "matrix": None, "passed": is_so}
+        for is_so in (True, False)
     )
     assert verdict(Found(rows, **{part: [good, good]})) == verdict(Found(rows))
     found = Found(rows, **{part: [good, bad]})

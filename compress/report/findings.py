@@ -7,9 +7,9 @@ from compress.check.flips import FlipFacts
 from compress.check.layer_audit import LayerAuditFacts
 from compress.check.tasks import TaskFacts
 from compress.check.worst import WorstFacts
-from compress.report.overview import block_words, excess
+from compress.report.overview import excess
 from compress.report.tables import Table, known, number, one_line
-from compress.report.words import interval_words
+from compress.report.words import block_words, interval_words
 
 BRIEF = 40  # rows of an audit: what fails comes first
 LETTERS = 300  # of a text in a cell

@@ -13,7 +13,7 @@ from compress.check.changes import ChangeFacts
 from compress.check.compare import ALL, FoundFacts, RowFacts
 from compress.check.layer_audit import LayerAuditFacts
 from compress.report import changes, overview
-from compress.report.words import is_unmeasured
+from compress.report.words import block_words, is_unmeasured
 from compress.terminal.escaping import printable
 
 OnUndecided = Literal["fail", "pass"]
@@ -41,7 +41,7 @@ def render(
     """Of all `artifacts`, and whatever else something was found of. `name` is that of the whole. `changed`, by name, is what
     must not be worse than before."""
     suites = {artifact: _cases(found, artifact, on_undecided) for artifact in (*artifacts, *overview.artifacts(found))}
-    suites |= {f"change: {suite}": [_change(row) for row in rows if row["phase"]] for suite, rows in changed.items()}
+    suites |= {suite: [_change(row) for row in rows if row["phase"]] for suite, rows in changed.items()}
     root = ET.Element(
         "testsuites", {"name": printable(name)} | _counts([c for cases in suites.values() for c in cases])
     )
@@ -74,7 +74,7 @@ def _cases(found: FoundFacts, artifact: str, on_undecided: OnUndecided) -> list[
     rows = [row for row in found["checks"] if row["artifact"] == artifact and row["prompts"] == ALL]
     return [
         *_audited("audit: weights", tensors, lambda row: row["tensor"]),
-        *_audited("audit: layers", blocks, overview.block_words),
+        *_audited("audit: layers", blocks, block_words),
         *(list(_limits(rows, on_undecided)) or [Case("not checked", "skipped", "no limit was set")]),
     ]
 

@@ -14,7 +14,7 @@ from compress.checkpoint import companions
 from compress.formats import PLAIN
 from compress.report import loading_snippets
 from compress.report.schema import Report
-from compress.report.words import value_words, verdict_words
+from compress.report.words import is_shown, value_words, verdict_words
 from compress.runtime.runtimes import RuntimeFacts
 from compress.strict.json_text import JsonObject
 from compress.terminal.escaping import code, code_block, markdown, printable
@@ -117,7 +117,7 @@ def _loading_with(row: RuntimeFacts, path: str, is_quantized: bool) -> str:
 
 
 def _measured(report: Report) -> str:
-    rows = [row for row in report["checks"] if row["prompts"] == ALL]
+    rows = [row for row in report["checks"] if row["prompts"] == ALL and is_shown(row)]
     if not rows:
         return "Nothing: no check was asked for."
     sets = ", ".join(f"{markdown(used['name'])} ({used['tokens']:,} tokens)" for used in report["prompts"])

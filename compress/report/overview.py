@@ -12,7 +12,7 @@ from compress.recipe.check import METRICS, MetricName
 from compress.report import changes
 from compress.report.schema import ArtifactFacts
 from compress.report.tables import Table
-from compress.report.words import interval_words, is_unmeasured, settling_words, value_words, verdict_words
+from compress.report.words import block_words, interval_words, is_unmeasured, settling_words, value_words, verdict_words
 
 Kind = Literal["audit", "layer audit", "not finite", "missed", "worse", "undecided"]
 FIGURES: dict[MetricName, str] = {
@@ -82,13 +82,6 @@ def audit_words(row: AuditFacts | LayerAuditFacts) -> str:
         expected = "" if most is None else f", expected at most {most:.3g}"
         said.append(f"relative error {row['relative_error']:.3g}{expected}")
     return "; ".join(said)
-
-
-def block_words(row: LayerAuditFacts) -> str:
-    """Such as `layer 3, moe, expert 4`, or the matrix that was looked at alone."""
-    if row["matrix"] is not None:
-        return f"layer {row['layer']}, {row['block']}: {row['matrix']}"
-    return f"layer {row['layer']}, {row['block']}" + ("" if row["expert"] is None else f", expert {row['expert']}")
 
 
 def is_not_finite(row: RowFacts) -> bool:

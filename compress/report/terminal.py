@@ -10,10 +10,9 @@ from rich.table import Table
 
 from compress.check.compare import ALL, FoundFacts, RowFacts, Verdict
 from compress.check.tasks import TaskFacts
-from compress.recipe.check import METRICS
 from compress.report import overview
 from compress.report.schema import Report
-from compress.report.words import interval_words, notes, outcome_words, value_words, verdict_words
+from compress.report.words import interval_words, is_shown, notes, outcome_words, value_words, verdict_words
 from compress.terminal import output, progress
 from compress.terminal.exits import MISSED
 
@@ -45,7 +44,7 @@ def show(report: Report, out: Path, code: int) -> None:
 
 def show_found(found: FoundFacts, console: Console) -> None:
     """The rows over all prompts that have limits or are looked at first, and what is to be said of them."""
-    if rows := [row for row in found["checks"] if row["prompts"] == ALL and _is_shown(row)]:
+    if rows := [row for row in found["checks"] if row["prompts"] == ALL and is_shown(row)]:
         _show_rows(rows, console)
     for sentence in (*notes(found["checks"]), *map(_task_words, found["tasks"]), *found["remarks"], *_audited(found)):
         console.print(sentence)
@@ -64,10 +63,6 @@ def _task_words(row: TaskFacts) -> str:
     flips = f"{row['only_baseline']} lost, {row['only_candidate']} gained (McNemar p {row['p_value']:.2g})"
     kind = row["kind"].replace("_", " ")
     return f"{row['artifact']}: {row['task']}, {kind}: {accuracies} of {row['items']} items right, {flips}"
-
-
-def _is_shown(row: RowFacts) -> bool:
-    return METRICS[row["metric"]].is_shown or row["limit"] is not None or row["value"] is None
 
 
 def _show_rows(rows: Sequence[RowFacts], console: Console) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from compress.check.compare import ALL, FoundFacts, RowFacts, Verdict
+from compress.check.layer_audit import LayerAuditFacts
+from compress.recipe.check import METRICS
 
 
 def verdict_words(verdict: Verdict, found: FoundFacts) -> str:
@@ -16,9 +18,7 @@ def verdict_words(verdict: Verdict, found: FoundFacts) -> str:
 def _reasons(found: FoundFacts) -> Iterator[str]:
     rows = found["checks"]
     damaged = [f"{row['tensor']} ({row['artifact']})" for row in found["audit"] if not row["passed"]]
-    damaged += [
-        f"layer {row['layer']} {row['block']} ({row['artifact']})" for row in found["layer_audit"] if not row["passed"]
-    ]
+    damaged += [f"{block_words(row)} ({row['artifact']})" for row in found["layer_audit"] if not row["passed"]]
     if damaged:
         yield f"the audit found {_first_of(damaged)}"
     if any(row["value"] is None and not is_unmeasured(row) for row in rows):
@@ -74,3 +74,15 @@ def notes(rows: Sequence[RowFacts]) -> list[str]:
         if row["prompts"] == ALL and "note" in row:
             said[f"{row['metric']}: {row['note']}" if is_unmeasured(row) else f"intervals: {row['note']}"] = None
     return list(said)
+
+
+def block_words(row: LayerAuditFacts) -> str:
+    """Such as `layer 3, moe, expert 4`, or the matrix that was looked at alone."""
+    if row["matrix"] is not None:
+        return f"layer {row['layer']}, {row['block']}: {row['matrix']}"
+    return f"layer {row['layer']}, {row['block']}" + ("" if row["expert"] is None else f", expert {row['expert']}")
+
+
+def is_shown(row: RowFacts) -> bool:
+    """Whether a short table has it: what has a limit, or is looked at first."""
+    return METRICS[row["metric"]].is_shown or row["limit"] is not None or row["value"] is None

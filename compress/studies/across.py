@@ -57,10 +57,15 @@ class Across:
         return decided if any(row.limit is not None for row in found.rows) or decided == "fail" else "pass"
 
     def because(self, facts: AcrossFacts) -> str:
-        """What a verdict fails for beside its limits; empty where nothing is worse, or where that does not matter."""
-        found = [f"{row['metric']} ({row['phase']})" for row in changes.worse(facts)] if self._fails else []
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        return f"; worse than before: {found[0]}{more}" if found else ""
+        """What a verdict fails for beside its limits, or how much was left open where nothing is worse; empty where that does
+        not matter."""
+        if not self._fails:
+            return ""
+        if found := [f"{row['metric']} ({row['phase']})" for row in changes.worse(facts)]:
+            return f"; worse than before: {found[0]}" + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+        rows = [row for of in changes.by_name(facts).values() for row in of if row["phase"]]
+        left_open = sum(row["outcome"] == "undecided" for row in rows)
+        return f"; nothing is worse than before, {left_open} of {len(rows)} figures undecided"
 
     def save(self, now: Now) -> None:
         if self._target is not None:
