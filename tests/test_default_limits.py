@@ -207,7 +207,7 @@ def test_limits_leave_room_for_what_is_expected_and_grow_with_it():
 
 def test_what_decoding_may_change_follows_from_what_is_rounded_there():
     tight, rounded, kept = (limits(cost)["decode_prefill_difference"] for cost in (
-        Expected(weights=0.01), Expected(weights=0.01, inputs=3e-4), Expected(weights=0.01, inputs=3e-4, states=2e-3)
+        Expected(weights=0.01), Expected(weights=0.01, apart=4e-4), Expected(weights=0.01, apart=5e-3)
     ))  # fmt: skip
     assert tight <= 0.005 < rounded < kept
 

@@ -53,6 +53,11 @@ class Models:
         """What passes did to the one until it was the other."""
         return since(self.original.config.compress.passes, self.candidate.config.compress.passes)
 
+    @property
+    def is_told(self) -> bool:
+        """Whether every pass told what it did."""
+        return all(record.changes is not None for record in self.done)
+
     @cached_property
     def ought(self) -> Mapping[str, Ought]:
         """What each tensor of the candidate ought to be, by its name there."""
@@ -63,15 +68,19 @@ def audit(artifact: str, models: Models, advance: Advance) -> Iterator[AuditFact
     """A row for each tensor of the candidate, and for each that it lacks. `advance` hears of parameters."""
     siblings, stored = _siblings(models.ought), set[str]()
     for weight in models.candidate.weights:
-        ought = models.ought.get(weight.name)
-        yield _row(artifact, weight.name, weight.format, _judged(weight, ought, siblings, is_told=bool(models.done)))
+        yield _row(artifact, weight.name, weight.format, _judged(weight, models, siblings))
         advance(weight.parameters)
         stored.add(weight.name)
-    for name, missing in models.ought.items():
-        if name not in stored and missing.weight is not None and missing.weight.role != Role.MTP:
-            yield _row(artifact, name, missing.weight.format, Judged(None, None, False, "is not there"))
-    yield from _states(artifact, models)
-    yield from _configuration(artifact, models)
+    if models.is_told:
+        yield from _missing(artifact, models, stored)
+        yield from _states(artifact, models)
+        yield from _configuration(artifact, models)
+
+
+def _missing(artifact: str, models: Models, stored: set[str]) -> Iterator[AuditFacts]:
+    for name, ought in models.ought.items():
+        if name not in stored and ought.weight is not None and ought.weight.role != Role.MTP:
+            yield _row(artifact, name, ought.weight.format, Judged(None, None, False, "is not there"))
 
 
 def nearest(stored: Weight, ought: Weight) -> Weight:
@@ -95,9 +104,9 @@ def _configuration(artifact: str, models: Models) -> Iterator[AuditFacts]:
     before, after = models.original.config, models.candidate.config
     architecture = models.original.architecture
     changed_by_passes = {"compress", *architecture.EXPERTS_KEYS, *architecture.WITHOUT_TRAVELLERS, *TOKENS}
-    for key in type(before).model_fields.keys() - changed_by_passes if type(before) is type(after) else ():
+    for key in type(before).model_fields if type(before) is type(after) else ():
         was, now = getattr(before, key), getattr(after, key)
-        if was != now:
+        if was != now and key not in changed_by_passes:
             note = f"is {now!r:.80}, expected {was!r:.80}: no pass changes it"
             yield _row(artifact, f"config.json: {key}", "none", Judged(None, None, False, note))
 
@@ -132,8 +141,11 @@ def _home(name: str) -> str:
     return ".".join(part for place, part in enumerate(parts) if place < 3 or not part.isdecimal())
 
 
-def _judged(stored: Weight, ought: Ought | None, siblings: Siblings, *, is_told: bool) -> Judged:
-    """`is_told`: whether there are records of what was done, in which a tensor that was rounded must stand."""
+def _judged(stored: Weight, models: Models, siblings: Siblings) -> Judged:
+    """A tensor that was rounded must stand in a record, where there are any."""
+    ought = models.ought.get(stored.name)
+    if ought is None and not models.is_told:
+        return Judged(None, None, True, "is not in the original; a pass does not tell what it did")
     if ought is None:
         return Judged(None, None, False, "is not in the original, and no pass says that it made it")
     if ought.weight is None:
@@ -145,7 +157,7 @@ def _judged(stored: Weight, ought: Ought | None, siblings: Siblings, *, is_told:
         return Judged(None, None, False, "holds values that are not finite")
     if not ought.follows:
         return Judged(found.error, None, True, "was computed anew by a pass")
-    if is_told and stored.is_quantized and ought.method is None and not ought.weight.is_quantized:
+    if models.done and stored.is_quantized and ought.method is None and not ought.weight.is_quantized:
         return Judged(found.error, None, False, "is quantized, and no pass says that it rounded it")
     judged = _against_nearest(stored, ought, found)
     return judged if judged.passed else _named(judged, stored, siblings)

@@ -13,6 +13,9 @@ from compress.model.roles import Role
 
 CASTS = {"bf16": 0.03, "fp16": 0.0005}  # of int8: the square of what they round, relatively, over that of int8
 FUSED = "fused-int8"  # how onnxruntime rounds inputs beside packed integers
+# Decoding and reading at once round the same numbers apart: log-probabilities of tokens lie so many times sqrt(2 KL) from each other
+# at most, of what inputs or states cost. Measured: 0.03 to 1.07, the latter where routers tip.
+APART = 1.5
 BASES = ("int8", "int4-g32", "fp8-e4m3")
 
 
@@ -33,6 +36,10 @@ class Costs:
     removed: Mapping[float, float]  # by the share of experts that were removed, what stays corrected
     uncorrected: float  # how many times that where it is not
     tail: float  # the 99th percentile over the mean, at most
+    fused_apart: float  # as `APART`, where only onnxruntime rounds inputs
+
+    def apart_of(self, rounded: str) -> float:
+        return self.fused_apart if rounded == FUSED else APART
 
     def weights_of(self, role: Role, base: str) -> float:
         return _of_role(self.weights, role, base)
@@ -212,6 +219,7 @@ COSTS: dict[str, Costs] = {
         removed={0.125: 0.00015, 0.25: 0.00043, 0.375: 0.00086, 0.5: 0.0264},
         uncorrected=2.9,
         tail=12.0,
+        fused_apart=1.15,  # measured: 0.58 to 0.8
     ),
     "nemotron_h": Costs(
         weights={
@@ -333,5 +341,6 @@ COSTS: dict[str, Costs] = {
         removed={0.125: 0.0267, 0.25: 0.0534},  # a quarter was measured; an eighth is assumed to cost half of it
         uncorrected=1.6,
         tail=25.0,
+        fused_apart=0.65,  # measured: 0.38 to 0.43
     ),
 }

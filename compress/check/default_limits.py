@@ -16,20 +16,17 @@ SHIFT, GROWTH = 0.07, 0.6  # the logarithm of a perplexity ratio is at most SHIF
 FLIPS = 1.25  # the share of most likely tokens that change is at most FLIPS sqrt(KL), and beyond it
 FEW_FLIPS = 0.002  # what a text too short to show any cannot exclude
 RESOLVED = 1e-4  # nats: below it a tail is a few tokens'
-# Decoding and reading at once round the same numbers apart: so many times sqrt(2 KL), of inputs and of states, at most.
-INPUTS_APART, STATES_APART = 1.15, 1.5
-NEVER_APART = 0.003  # nats, where neither is rounded
+NEVER_APART = 0.003  # nats between decoding and reading at once where nothing is rounded anew
 
 
 def limits(costs: Expected) -> dict[MetricName, float]:
     """Of a candidate that is expected to cost so much."""
     whole = costs.weights + costs.inputs + costs.states + FLOAT_NOISE
-    apart = math.hypot(INPUTS_APART * math.sqrt(2 * costs.inputs), STATES_APART * math.sqrt(2 * costs.states))
     found: dict[MetricName, float] = {
         "perplexity_ratio": math.exp(SHIFT * math.sqrt(2 * whole) + GROWTH * whole),
         "kl_divergence_mean": MARGIN * whole,
         "top1_agreement": max(0.0, 1 - FLIPS * math.sqrt(whole) - FEW_FLIPS),
-        "decode_prefill_difference": apart + NEVER_APART,
+        "decode_prefill_difference": math.sqrt(2 * costs.apart) + NEVER_APART,
     }
     if costs.weights + costs.inputs >= RESOLVED and not costs.prunes:
         found["kl_divergence_tail_ratio"] = costs.tail

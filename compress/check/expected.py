@@ -35,17 +35,20 @@ SAMPLE = (64, 512)  # of normal numbers, on which a format that nobody measured 
 @dataclass(frozen=True)
 class Expected:
     """Mean divergences: of weights, of inputs that are rounded, and of states, which only decoding sees. `tail` is how many
-    times the mean the 99th percentile is at most. `prunes`: whether experts were removed, which is among what weights cost."""
+    times the mean the 99th percentile is at most, `apart` how far decoding and reading at once are: half the mean square, at most,
+    of what lies between the log-probabilities of tokens. `prunes`: whether experts were removed, which is among what weights
+    cost."""
 
     weights: float = 0.0
     inputs: float = 0.0
     states: float = 0.0
     tail: float = 0.0
+    apart: float = 0.0
     prunes: bool = False
 
     def __add__(self, other: "Expected") -> "Expected":
         sums = (self.weights + other.weights, self.inputs + other.inputs, self.states + other.states)
-        return Expected(*sums, max(self.tail, other.tail), self.prunes or other.prunes)
+        return Expected(*sums, max(self.tail, other.tail), self.apart + other.apart, self.prunes or other.prunes)
 
 
 class Form(NamedTuple):
@@ -80,7 +83,9 @@ def _of_one(model: HybridModel, artifact: Artifact, known: Costs) -> Expected:
         parameters[kind] += count
         of_role[kind.role] += count
     shares = {kind: math.sqrt(count / of_role[kind.role]) for kind, count in parameters.items()}
-    return Expected(_of_rounding(shares, known), _of_inputs(shares, known), _of_states(model, known), known.tail)
+    inputs, states = _of_inputs(shares, known), _of_states(model, known)
+    apart = sum(known.apart_of(form) ** 2 * cost for form, cost in inputs.items()) + costs.APART**2 * states
+    return Expected(_of_rounding(shares, known), sum(inputs.values()), states, known.tail, apart)
 
 
 def _of_rounding(shares: Mapping[Stored, float], known: Costs) -> float:
@@ -95,14 +100,15 @@ def _of_rounding(shares: Mapping[Stored, float], known: Costs) -> float:
     return sum(known.weights_at_once(base, cost, rounded[base]) for base, cost in alone.items())
 
 
-def _of_inputs(shares: Mapping[Stored, float], known: Costs) -> float:
+def _of_inputs(shares: Mapping[Stored, float], known: Costs) -> dict[str, float]:
+    """By how they are rounded."""
     alone, fused = defaultdict[str, float](float), defaultdict[str, float](float)
     for kind, share in shares.items():
         if kind.inputs is not None:
             form = kind.inputs.removesuffix(ROTATED)
             alone[form] += share * known.inputs_of(kind.role, kind.inputs)
             fused[form] += share * known.inputs_of(kind.role, FUSED)
-    return sum(known.inputs_at_once(form, cost, fused[form]) for form, cost in alone.items())
+    return {form: known.inputs_at_once(form, cost, fused[form]) for form, cost in alone.items()}
 
 
 def _kinds(model: HybridModel, artifact: Artifact) -> Iterator[tuple[Stored, int]]:
