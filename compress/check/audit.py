@@ -20,6 +20,7 @@ from compress.passes.quantization import rounding
 from compress.terminal.progress import Advance
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # where texts end is for those who generate to say
+ANOTHER = 0.7  # a relative error from which a tensor may be another one: of two that have nothing in common it is about 1.4
 STATES, STATE_PRECISION = "compress.states", "state_precision"
 
 
@@ -176,8 +177,10 @@ def _against_nearest(stored: Weight, ought: Ought, found: Discrepancy) -> Judged
 
 
 def _named(judged: Judged, stored: Weight, siblings: Siblings) -> Judged:
-    """Whether what is there is what ought to be elsewhere, whole or by rows."""
-    most = 0.5 * (judged.error or 0.0)
+    """Whether what is there is what ought to be elsewhere; of a tensor that resembles what it ought to be that is not asked."""
+    if judged.error is None or judged.error < ANOTHER:
+        return judged
+    most = judged.error / 2
     for name, other in siblings.get((_home(stored.name), stored.shape), ()):
         if name != stored.name and discrepancy.between(stored, other).error < most:
             return judged._replace(note=f"is what {name} ought to be")
