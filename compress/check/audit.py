@@ -20,7 +20,9 @@ from compress.passes.quantization import rounding
 from compress.terminal.progress import Advance
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # where texts end is for those who generate to say
-ANOTHER = 0.7  # a relative error from which a tensor may be another one: of two that have nothing in common it is about 1.4
+ANOTHER = (
+    0.7  # a relative error from which a tensor may be another one: of two that have nothing in common it is about 1.4
+)
 STATES, STATE_PRECISION = "compress.states", "state_precision"
 
 
