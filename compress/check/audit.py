@@ -11,6 +11,7 @@ from compress import formats
 from compress.check import discrepancy, explained
 from compress.check.discrepancy import Discrepancy
 from compress.check.explained import Judged
+from compress.model import records
 from compress.model.hybrid import HybridModel
 from compress.model.records import Record
 from compress.model.replay import Ought, replayed, since
@@ -23,7 +24,7 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # where texts end is 
 ANOTHER = (
     0.7  # a relative error from which a tensor may be another one: of two that have nothing in common it is about 1.4
 )
-STATES, STATE_PRECISION = "compress.states", "state_precision"
+STATES = "compress.states"
 
 
 class AuditFacts(TypedDict):
@@ -96,7 +97,7 @@ def nearest(stored: Weight, ought: Weight) -> Weight:
 def _states(artifact: str, models: Models) -> Iterator[AuditFacts]:
     """Formats of states that no pass says it decided on."""
     kept = set(models.candidate.config.compress.states) - set(models.original.config.compress.states)
-    if kept and not any(record.name == STATE_PRECISION for record in models.done):
+    if kept and not records.decided_states(models.done):
         first = min(kept, key=lambda state: (state.layer, state.state))
         note = f"keeps {first.state} of layer {first.layer} in {first.format}, and no pass says that it decided so"
         yield _row(artifact, STATES, first.format, Judged(None, None, False, note))
@@ -168,11 +169,11 @@ def _judged(stored: Weight, models: Models, siblings: Siblings) -> Judged:
 
 def _against_nearest(stored: Weight, ought: Ought, found: Discrepancy) -> Judged:
     assert ought.weight is not None
-    if ought.method is None and stored.format == ought.weight.format:  # a baseline that was quantized already
+    if ought.method is None and stored.format == ought.weight.format:  # quantized or not, as it came
         return explained.cast(found, found, is_kept=True)
     rounded = nearest(stored, ought.weight)
     if not stored.is_quantized:
-        return explained.cast(found, discrepancy.between(stored, rounded), is_kept=stored.format == ought.weight.format)
+        return explained.cast(found, discrepancy.between(stored, rounded), is_kept=False)
     return explained.rounded(
         found, discrepancy.between(rounded, ought.weight), explained.FACTORS[ought.method or "gptq"]
     )

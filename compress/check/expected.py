@@ -20,6 +20,7 @@ from compress.check import costs
 from compress.check.costs import FUSED, Costs
 from compress.checkpoint import compressed_tensors
 from compress.checkpoint.compressed_tensors import Scheme
+from compress.model import records
 from compress.model.hybrid import HybridModel
 from compress.model.records import Recomputed, Record, Rounded
 from compress.model.roles import QUANTIZABLE, Role
@@ -28,7 +29,6 @@ from compress.model.tensor_names import written_out
 from compress.runtime.artifacts import Artifact
 
 ROTATED = " rotated"
-STATE_PRECISION = "state_precision"
 SAMPLE = (64, 512)  # of normal numbers, on which a format that nobody measured is compared with int8
 
 
@@ -181,7 +181,7 @@ def _experts(model: HybridModel) -> int:
 
 def _of_states(model: HybridModel, known: Costs) -> float:
     """Of what a pass decided on; states that were given other formats without one are not expected to cost anything."""
-    if not any(record.name == STATE_PRECISION for record in model.config.compress.passes):
+    if not records.decided_states(model.config.compress.passes):
         return 0.0
     having, kept = Counter[StateKind](), Counter[tuple[StateKind, Form]]()
     for layer in model.layers:

@@ -72,9 +72,10 @@ def audit(artifact: str, models: Models, ids: torch.Tensor, device: str, advance
     for index in range(models.original.config.num_hidden_layers):
         three = Three.of(models, index, device)
         for place, residual in enumerate(three.original.layer.residuals):
-            for error in three.errors(place, hidden):
+            given = three.original.given(place, hidden)
+            for error in three.errors(place, hidden, given):
                 yield _row(artifact, index, residual.block.kind, error)
-            hidden = three.original.leave(place, hidden)
+            hidden = hidden + given
         advance(1)
 
 

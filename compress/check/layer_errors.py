@@ -38,21 +38,21 @@ Inputs = dict[str, torch.Tensor]  # of matrices, by name within the layer, [n, K
 
 @dataclass(frozen=True)
 class Bound:
-    """A layer with its weights. `inputs` hears of what reaches its matrices."""
+    """A layer with its weights."""
 
     layer: Layer
     unit: Unit
     ops: Eager
-    inputs: Inputs
 
     @staticmethod
-    def of(layer: Layer, unit: Unit, device: str) -> "Bound":
-        inputs = Inputs()
+    def of(layer: Layer, unit: Unit, device: str, heard: Inputs | None = None) -> "Bound":
+        """What reaches its matrices is put into `heard`, where that is given."""
 
         def tap(name: str, x: torch.Tensor) -> None:
-            inputs[name] = x.flatten(0, -2)
+            assert heard is not None
+            heard[name] = x.flatten(0, -2)
 
-        return Bound(layer, unit, Eager(LayerWeights(unit, layer.prefix, device, tap=tap)), inputs)
+        return Bound(layer, unit, Eager(LayerWeights(unit, layer.prefix, device, tap=None if heard is None else tap)))
 
     def given(self, place: int, hidden: torch.Tensor) -> torch.Tensor:
         """What a residual block adds to the hidden states [B, S, H]."""
@@ -68,9 +68,6 @@ class Bound:
         inputs = experts.inputs(self.ops, residual.normed(self.ops, rows))
         return residual.multiplier * experts.run_one(self.ops, expert, inputs)
 
-    def leave(self, place: int, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden + self.given(place, hidden)
-
 
 @dataclass(frozen=True)
 class Three:
@@ -80,6 +77,7 @@ class Three:
     original: Bound
     candidate: Bound
     nearest: Bound
+    inputs: Inputs  # of the matrices of `nearest`, from when it last ran
     ought: dict[str, Ought]  # by name within the layer
     sources: tuple[int, ...]
 
@@ -88,50 +86,50 @@ class Three:
         before, after = models.original.layer(index), models.candidate.layer(index)
         unit = models.candidate.unit(f"layer.{index}")
         rounded = unit.map(lambda weight: _nearest(weight, models.ought.get(weight.name)))
-        known = {name: models.ought[name] for name in unit.weights if name in models.ought}
+        known, inputs = {name: models.ought[name] for name in unit.weights if name in models.ought}, Inputs()
         return Three(
             Bound.of(before, models.original.unit(unit.name), device),
             Bound.of(after, unit, device),
-            Bound.of(after, rounded, device),
+            Bound.of(after, rounded, device, inputs),
+            inputs,
             {name.removeprefix(after.prefix): ought for name, ought in known.items()},
             _sources(models, before),
         )
 
-    def errors(self, place: int, hidden: torch.Tensor) -> Iterator[Error]:
-        """Of a residual block, then of its matrices, then of its experts and theirs."""
-        residual, y = self.candidate.layer.residuals[place], self.original.given(place, hidden)
-        scale = (hidden + y).square().sum(-1)
-        self.nearest.inputs.clear()
+    def errors(self, place: int, hidden: torch.Tensor, y: torch.Tensor) -> Iterator[Error]:
+        """Of a residual block, which the original gives y [B, S, H] from hidden [B, S, H], then of its matrices, then of its
+        experts and theirs."""
+        residual, scale = self.candidate.layer.residuals[place], (hidden + y).square().sum(-1)
+        self.inputs.clear()
         found, expected = (_relative(bound.given(place, hidden) - y, scale) for bound in (self.candidate, self.nearest))
         names = {residual.norm, *(spec.name for spec in residual.block.specs())}
         yield Error(None, None, scale.numel(), found, self._most(names, BLOCK * expected))
         experts = residual.block.experts
         prefixes = tuple(experts.prefix(e) for e in range(experts.count)) if experts else ()
-        yield from self._of_matrices(None, {n: x for n, x in self.nearest.inputs.items() if not n.startswith(prefixes)})
+        yield from self._of_matrices(None, {n: x for n, x in self.inputs.items() if not n.startswith(prefixes)})
         if prefixes:
+            rows = hidden.flatten(0, 1)
+            first = self._first(self.original.layer.residuals[place], rows)
             for expert, prefix in enumerate(prefixes):
-                names = {name for name in self.ought if name.startswith(prefix)}
-                yield from self._of_expert(place, expert, names, hidden.flatten(0, 1), scale.flatten())
+                names, chosen = {name for name in self.ought if name.startswith(prefix)}, first[self.sources[expert]]
+                yield from self._of_expert(place, expert, names, rows[chosen], scale.flatten()[chosen])
 
     def _of_expert(
         self, place: int, expert: int, names: set[str], rows: torch.Tensor, scale: torch.Tensor
     ) -> Iterator[Error]:
-        source = self.sources[expert]
-        chosen = self._first(self.original.layer.residuals[place], source, rows)
-        y = self.original.given_by(place, source, rows[chosen])
-        self.nearest.inputs.clear()
+        y = self.original.given_by(place, self.sources[expert], rows)
+        self.inputs.clear()
         found, expected = (
-            _relative(bound.given_by(place, expert, rows[chosen]) - y, scale[chosen])
-            for bound in (self.candidate, self.nearest)
+            _relative(bound.given_by(place, expert, rows) - y, scale) for bound in (self.candidate, self.nearest)
         )
-        yield Error(expert, None, len(chosen), found, self._most(names, EXPERT * expected))
-        yield from self._of_matrices(expert, {name: x for name, x in self.nearest.inputs.items() if name in names})
+        yield Error(expert, None, len(rows), found, self._most(names, EXPERT * expected))
+        yield from self._of_matrices(expert, {name: x for name, x in self.inputs.items() if name in names})
 
-    def _first(self, residual: Residual, expert: int, rows: torch.Tensor) -> torch.Tensor:
-        """Which tokens the router gives an expert first."""
+    def _first(self, residual: Residual, rows: torch.Tensor) -> torch.Tensor:
+        """Which tokens the router gives each row of its matrix first, [R, n]."""
         assert residual.block.experts is not None
         seen, router = residual.normed(self.original.ops, rows), residual.block.experts.router
-        return self.original.ops.router_logits(seen, router)[:, expert].topk(min(EXPERT_TOKENS, len(rows))).indices
+        return self.original.ops.router_logits(seen, router).T.topk(min(EXPERT_TOKENS, len(rows))).indices
 
     def _of_matrices(self, expert: int | None, inputs: Inputs) -> Iterator[Error]:
         """Of those whose errors compensate each other; of others the weight audit tells all."""

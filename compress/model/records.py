@@ -18,6 +18,7 @@ from compress.model.tensor_names import written_out
 from compress.strict.json_text import JsonObject
 
 KEY, STATES = "passes", "states"  # in the section
+STATE_PRECISION = "state_precision"  # the pass that decides formats of states
 MOST_EXPERTS = 10_000
 MOST_CHANNELS = 1 << 24
 
@@ -160,6 +161,11 @@ def added(values: JsonObject, records: Sequence[Record]) -> JsonObject:
     earlier = kept.get(KEY)
     new = [record.model_dump(mode="json", exclude_none=True) for record in records]
     return values | {SECTION: {**kept, KEY: [*(earlier if isinstance(earlier, list) else ()), *new]}}
+
+
+def decided_states(records: Iterable[Record]) -> bool:
+    """Whether one of these passes decided in which formats states are kept."""
+    return any(record.name == STATE_PRECISION for record in records)
 
 
 def with_states(values: JsonObject, decided: Iterable[KeptState]) -> JsonObject:

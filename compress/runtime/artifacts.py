@@ -110,10 +110,10 @@ class OnnxArtifact:
 
     def __init__(self, path: Path):
         reading = plugins.graph_reading()
-        self.folder, self._path, graph = onnx_layouts.folder_of(path), path, reading.load(path)
+        self.folder, self._path, self._graph = onnx_layouts.folder_of(path), path, reading.load(path)
         self._sha256: str | None = None
-        self.config = reading.architecture(graph, path).config
-        tensors = reading.external_tensors(graph)
+        self.config = reading.architecture(self._graph, path).config
+        tensors = reading.external_tensors(self._graph)
         self._data, self.formats = {Path(tensor.path) for tensor in tensors}, reading.stored_parameters(tensors)
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
 
@@ -124,8 +124,7 @@ class OnnxArtifact:
         return self._sha256
 
     def model(self) -> HybridModel:
-        reading = plugins.graph_reading()
-        return reading.hybrid(reading.load(self._path), self._path)
+        return plugins.graph_reading().hybrid(self._graph, self._path)
 
     def candidate(self, prefill: int = 0) -> StatefulCandidate:
         return OnnxCandidate(self._path, prefill=prefill)
