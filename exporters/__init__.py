@@ -39,6 +39,9 @@ class Exported:
 class Exporter(Plugin[OptionsT]):
     """An exporter, bound to its block in a recipe: `self.options`."""
 
+    def refuse(self, model: HybridModel) -> None:
+        """Raises InputError for a model, as it will be stored, that this exporter has no way to write, before any work."""
+
     @abstractmethod
     def predict_bytes(self, units: Sequence[Unit]) -> int:
         """Bytes of weights, before any is read."""

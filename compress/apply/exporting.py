@@ -31,7 +31,9 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: 
     _refuse_existing(folder)
     integrity.verify(checkpoint)
     exporter = _with_options(plugins.load_exporter(kind), overrides)
-    export_to(exporter, kind, Checkpoint(checkpoint, allow_quantized=True), folder)
+    opened = Checkpoint(checkpoint, allow_quantized=True)
+    exporter.refuse(opened.model)
+    export_to(exporter, kind, opened, folder)
     return out
 
 

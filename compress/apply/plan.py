@@ -162,6 +162,8 @@ def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Pa
                 )
     _refuse_unusable_tasks(recipe.check, folder, model, recipe_folder)
     _refuse_shared_prompts(recipe, calibration, recipe_folder)
+    for step in recipe.export:
+        step.bound().refuse(plan.result)
     refuse_short_windows(plan, plan.calibration.length, "calibration.length is")
     return plan
 

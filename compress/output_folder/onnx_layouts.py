@@ -1,6 +1,7 @@
 """Where the files of an ONNX artifact lie, for onnxruntime-genai and for Transformers.js.
 
 genai             model.onnx, model.onnx.data, tokenizer and configuration beside them
+tensorrt          the same, with what was built of it in build.json
 transformers.js   onnx/model.onnx, onnx/model.onnx_data, tokenizer and configuration one folder up
 """
 
@@ -18,6 +19,7 @@ class Layout:
 
 
 GENAI = Layout("model.onnx", "model.onnx.data", "genai_config.json")
+TENSORRT = Layout("model.onnx", "model.onnx.data", "build.json")
 TRANSFORMERS_JS = Layout("onnx/model.onnx", "onnx/model.onnx_data", "config.json")
 
 

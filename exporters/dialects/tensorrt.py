@@ -1,0 +1,70 @@
+"""`tensorrt`: what TensorRT's parser takes, strongly typed: hidden states in fp16, bf16 or fp32, scans, sums of norms and
+routers in float32, every expert on every token, quantized weights behind DequantizeLinear."""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from compress.model.routing import Router
+from exporters.dialects.portable import Portable
+from exporters.graph import dense_moe, moe, qdq
+from exporters.graph.builder import width_of, with_width
+from exporters.graph.rotation import rotated
+from exporters.graph.stored import as_stored, widened
+
+Value = ir.Value
+
+
+class TensorRT(Portable):
+    """In bf16."""
+
+    opset = 22  # the first whose operators all take bf16
+    body_type = ir.DataType.BFLOAT16
+
+    def linear(self, name: str, x: Value, bias: str | None = None) -> Value:
+        return qdq.linear(self.graph, x, self.weight(name), None if bias is None else self.weight(bias))
+
+    def softplus(self, x: Value) -> Value:
+        return self.graph.from_float32(self.graph.op("Softplus", self.graph.float32(x)))
+
+    def lookup(self, name: str, ids: Value) -> Value:
+        rows = self.graph.op("Gather", self._dense_table(name), ids, axis=0)
+        return rotated(self.graph, rows, self.weight(name).rotation)
+
+    def tied_head(self, name: str, x: Value) -> Value:
+        transposed = self.graph.op("Transpose", self._dense_table(name), perm=[1, 0])
+        return self.graph.op("MatMul", qdq.input_of(self.graph, x, self.weight(name)), transposed)
+
+    def _dense_table(self, name: str) -> Value:
+        return self.graph.once(("table", name), lambda: qdq.table(self.graph, self.weight(name)))
+
+    def mixture(self, x: Value, rows: Value, router: Router, experts: int, run: Callable[[int, Value], Value]) -> Value:
+        graph, weight = self.graph, self.weight(router.weight)
+        tokens = graph.reshape(x, -1, weight.shape[1])
+        choice = self._choice(tokens, router, experts)
+        width = weight.shape[1] if rows is x else width_of(rows)
+        flat = tokens if rows is x else graph.reshape(rows, -1, width)
+        summed = dense_moe.mixture(graph, flat, dense_moe.gates(graph, choice, experts), experts, run)
+        return with_width(graph.op("Reshape", summed, graph.op("Shape", rows)), width)
+
+    def _choice(self, tokens: Value, router: Router, experts: int) -> moe.Choice:
+        """The router's product is in float32 too: which experts a token gets hangs on its last digits."""
+        graph = self.graph
+        stored = as_stored(graph, self.weight(router.weight), lambda w: w.T)
+        logits = graph.op("MatMul", graph.float32(tokens), widened(graph, stored, to=ir.DataType.FLOAT))
+        bias = None if router.bias is None else self._float32(router.bias)
+        return moe.choose(graph, logits, router, experts, bias)
+
+    def _float32(self, name: str) -> Value:
+        return widened(self.graph, as_stored(self.graph, self.weight(name)), to=ir.DataType.FLOAT)
+
+
+class TensorRTHalf(TensorRT):
+    body_type = ir.DataType.FLOAT16
+
+
+class TensorRTSingle(TensorRT):
+    body_type = ir.DataType.FLOAT
+
+
+OF_PRECISION: dict[str, type[TensorRT]] = {"bf16": TensorRT, "fp16": TensorRTHalf, "fp32": TensorRTSingle}
