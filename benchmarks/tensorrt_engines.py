@@ -37,7 +37,11 @@ def measure(model: Path, recipe: str, precision: str, out: Path) -> dict:
     export = f"export=[{{tensorrt: {{precision: {precision}, build: required}}}}]"
     command = [sys.executable, "-m", "compress", "apply", recipe, "-m", model, "-o", out, "--overwrite"]
     run = subprocess.run(
-        [*map(str, command), "--set", export, "--set", "check=null"], capture_output=True, text=True, cwd=ROOT, check=False
+        [*map(str, command), "--set", export, "--set", "check=null"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
     )
     if run.returncode not in (0, 1):
         raise SystemExit(run.stderr)

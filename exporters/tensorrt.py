@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # heavy: importing them takes as long as a command should
     from compress.checkpoint.reader import Checkpoint
     from compress.model.hybrid import HybridModel
     from compress.model.weight import Unit
+    from compress.runtime.runtimes import Runtime
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 
@@ -51,6 +52,11 @@ class TensorRT(Exporter[Options]):
         from exporters.graph import artifact
 
         return artifact.predict_bytes(units)
+
+    def runtimes(self, model: HybridModel) -> list[Runtime]:
+        from compress.runtime.runtimes import of_tensorrt
+
+        return of_tensorrt("tensorrt")
 
     def export(self, checkpoint: Checkpoint, folder: Path, advance: Callable[[int], None]) -> None:
         """One weight in memory at a time."""
