@@ -62,7 +62,7 @@ class TensorRT(Exporter[Options]):
         weights = WeightFile(folder / TENSORRT.data)
         graph = wiring.build(checkpoint.model, OF_PRECISION[self.options.precision], weights, advance)
         weights.close()
-        artifact.save(graph, checkpoint.config, folder / TENSORRT.model)
+        artifact.save(graph, checkpoint.config, folder / TENSORRT.model, dialect="tensorrt")
         copy_companions(checkpoint.folder, folder)
 
     def describe(self, folder: Path) -> Exported:

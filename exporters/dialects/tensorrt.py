@@ -8,7 +8,7 @@ import onnx_ir as ir
 from compress.model.routing import Router
 from exporters.dialects.portable import Portable
 from exporters.graph import dense_moe, moe, qdq
-from exporters.graph.builder import width_of, with_width
+from exporters.graph.builder import at_edge, width_of, with_width
 from exporters.graph.rotation import rotated
 from exporters.graph.stored import as_stored, widened
 
@@ -23,6 +23,11 @@ class TensorRT(Portable):
 
     def linear(self, name: str, x: Value, bias: str | None = None) -> Value:
         return qdq.linear(self.graph, x, self.weight(name), None if bias is None else self.weight(bias))
+
+    def add(self, a: Value, b: Value) -> Value:
+        """Marked as the edge of a block, for those who compute what lies between in another type."""
+        total = super().add(a, b)
+        return at_edge(total, a.dtype or self.graph.body_type)
 
     def softplus(self, x: Value) -> Value:
         return self.graph.from_float32(self.graph.op("Softplus", self.graph.float32(x)))
