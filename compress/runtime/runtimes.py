@@ -17,10 +17,12 @@ from compress.recipe.recipe import ExportStep
 from compress.runtime.state_support import why_not_genai, why_not_transformers_js
 
 OPENVINO, GENAI, TRANSFORMERS_JS, TRANSFORMERS = "2026.4", "0.18", "4.3", "5.23"
+TENSORRT_RTX = "1.7"
 ONNXRUNTIME = "1.19"
 INT4_TABLE = "1.23"  # the first that casts to int4, as an int4 embedding is when it is the output matrix too
 IGNORES_STATES = "its cache does not round states"
 NARROW_STATES = "1.20"  # the first whose Python interface hands over bf16 and fp8
+BUILT = "built ahead of time; no engine has been executed"
 BLOCKS = "it wants inputs that blocks of 128 divide"
 SIDE_BY_SIDE = "it has no word for a layer with a key-value cache and Mamba states side by side"
 SAME_SCALES = {"int8-tensor": "int8", "fp8-e4m3-tensor": "fp8-e4m3"}  # transformers reads either for the other
@@ -137,6 +139,11 @@ def of_onnx(model: HybridModel, artifact: str, layout: str) -> list[Runtime]:
         _of_layout(model, artifact, layout),
         Runtime(artifact, "openvino", OPENVINO, why is None, why),
     ]
+
+
+def of_tensorrt(artifact: str) -> list[Runtime]:
+    """The strongly typed graph, of any model that its exporter does not refuse."""
+    return [Runtime(artifact, "tensorrt-rtx", TENSORRT_RTX, why=BUILT)]
 
 
 def _least_onnxruntime(model: HybridModel) -> str:
