@@ -30,7 +30,7 @@ class Dialect(Operators[ir.Value]):
 
     opset: ClassVar[int] = 21
     domains: ClassVar[Mapping[str, int]] = {}  # versions of operators beyond the standard's
-    body_type: ClassVar[ir.DataType] = ir.DataType.FLOAT  # of hidden states, and of weights beside them
+    body_type: ClassVar[ir.DataType] = ir.DataType.FLOAT  # of hidden states and weights, where nothing else is said
 
     def __init__(self, graph: Graph, tokens: Tokens):
         self.graph, self.tokens = graph, tokens
@@ -46,6 +46,12 @@ class Dialect(Operators[ir.Value]):
         bound = copy.copy(self)
         bound._weights, bound._prefix = weights, prefix
         return bound
+
+    def in_type(self, body_type: ir.DataType) -> Self:
+        """The same dialect where hidden states are of another type."""
+        other = copy.copy(self)
+        other.graph = self.graph.in_type(body_type)
+        return other
 
     def weight(self, name: str) -> Weight:
         return self._weights[self._prefix + name]

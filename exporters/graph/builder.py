@@ -1,5 +1,6 @@
 """A thin builder over onnx-ir: operators as method calls, weights streamed to the data file as they are added."""
 
+import copy
 import itertools
 import math
 import os
@@ -96,10 +97,20 @@ class Graph:
         self._initializers: list[ir.Value] = []
         self._constants: dict[Hashable, ir.Value] = {}
         self._made: dict[Hashable, object] = {}
+        self._by_type = {body_type: self}
 
     def inner(self) -> "Graph":
         """The body of a control-flow operator."""
         return Graph(self._weights, self._versions[""], self._versions, self.body_type, self._names)
+
+    def in_type(self, body_type: ir.DataType) -> "Graph":
+        """The same graph where hidden states are of another type, as in a layer that needs a wider one. What is made `once`
+        is made once for each type."""
+        if body_type not in self._by_type:
+            other = copy.copy(self)
+            other.body_type, other._made = body_type, {}
+            self._by_type[body_type] = other
+        return self._by_type[body_type]
 
     def unique_name(self, stem: str) -> str:
         return f"{stem}_{next(self._names)}"
