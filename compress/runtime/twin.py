@@ -112,7 +112,7 @@ def _widen(value: ir.Value, graph: ir.Graph, is_body: bool) -> None:
 
 
 def _cast(value: ir.Value, to: ir.DataType) -> tuple[ir.Value, ir.Node]:
-    node = ir.node("Cast", [value], {"to": to}, name=f"Cast_{value.name}")
+    node = ir.node("Cast", [value], {"to": to}, name=f"{value.name}_to_{to.name.lower()}")
     made = node.outputs[0]
     made.name, made.type = f"{value.name}_as_{to.name.lower()}", ir.TensorType(to)
     return made, node
