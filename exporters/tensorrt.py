@@ -94,7 +94,7 @@ class TensorRT(Exporter[Options]):
         types = self._overflow.types if self._overflow else {}
         graph = wiring.build(checkpoint.model, OF_PRECISION[self.options.precision], weights, advance, types=types)
         weights.close()
-        artifact.save(graph, checkpoint.config, folder / TENSORRT.model)
+        artifact.save(graph, checkpoint.config, folder / TENSORRT.model, dialect="tensorrt")
         copy_companions(checkpoint.folder, folder)
 
     def describe(self, folder: Path) -> Exported:

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 import onnx_ir as ir
 
+from compress.model.block import Layer
 from compress.model.operators import Operators
 from compress.model.weight import Weight
 from exporters.graph.builder import Graph, WeightFile
@@ -52,6 +53,10 @@ class Dialect(Operators[ir.Value]):
         other = copy.copy(self)
         other.graph = self.graph.in_type(body_type)
         return other
+
+    def as_kept(self, layer: Layer) -> Layer:
+        """A layer whose states are kept in the precisions in which the graph takes and gives them."""
+        return layer
 
     def weight(self, name: str) -> Weight:
         return self._weights[self._prefix + name]

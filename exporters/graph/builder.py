@@ -13,6 +13,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from compress.runtime.graph_names import EDGE_KEY
+
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 20  # large weights begin on a page so that a runtime can map them
 FLOAT, FP8 = np.float32, ir.DataType.FLOAT8E4M3FN.numpy()  # of constants
 FORMAT_KEY = "format"  # metadata of a stored weight: its number format, which its type alone does not tell
@@ -234,6 +236,14 @@ class Graph:
 def _with_format(value: ir.Value, number_format: str) -> ir.Value:
     assert isinstance(value.const_value, ir.ExternalTensor)
     value.const_value.metadata_props[FORMAT_KEY] = number_format
+    return value
+
+
+def at_edge(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The value, with which a block ends in this type."""
+    node = value.producer()
+    assert node is not None, value
+    node.metadata_props[EDGE_KEY] = dtype.name
     return value
 
 

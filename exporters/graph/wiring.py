@@ -87,12 +87,13 @@ class _Wiring:
 
     def _layer(self, layer: Layer, hidden: ir.Value) -> ir.Value:
         weights = self._model.unit(f"layer.{layer.index}").weights
+        ops = self._ops.of(weights, layer.prefix).in_type(self._types[layer.index + 1])
+        layer = ops.as_kept(layer)
         past = {
             spec.name: self._declare(past_of(layer.index, spec), DTYPES[spec.precision.dtype], dimensions(spec, PAST))
             for spec in layer.carried
         }
         self._inputs += past.values()
-        ops = self._ops.of(weights, layer.prefix).in_type(self._types[layer.index + 1])
         hidden, new = layer.run(ops, hidden, past)
         for spec in layer.carried:
             name, shape = present_of(past_of(layer.index, spec)), self._form.shape(dimensions(spec, TOTAL))
