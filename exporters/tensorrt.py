@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # heavy: importing them takes as long as a command should
     from compress.model.weight import Unit
     from compress.runtime.runtimes import Runtime
 
-PRECISIONS = ("bf16", "fp16", "fp32")
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+PRECISIONS = tuple(BYTES)
 
 
 class Options(Strict):
@@ -51,7 +52,7 @@ class TensorRT(Exporter[Options]):
     def predict_bytes(self, units: Sequence[Unit]) -> int:
         from exporters.graph import artifact
 
-        return artifact.predict_bytes(units)
+        return artifact.predict_bytes(units, scale_bytes=BYTES[self.options.precision])
 
     def runtimes(self, model: HybridModel) -> list[Runtime]:
         from compress.runtime.runtimes import of_tensorrt

@@ -52,19 +52,20 @@ def _notes(graph: ir.Model, folder: Path, layout: Layout) -> tuple[str, ...]:
     return () if why is None else (f"no {GENAI.config}: onnxruntime-genai does not run it, since {why}",)
 
 
-def predict_bytes(units: Iterable[Unit]) -> int:
-    """Bytes of weights, before any is read."""
+def predict_bytes(units: Iterable[Unit], scale_bytes: int | None = None) -> int:
+    """Bytes of weights, before any is read; `scale_bytes` where all scales are of one type."""
     weights = (weight for unit in units for weight in unit.weights.values())
-    return sum(_predict_bytes(weight) for weight in weights if weight.role != Role.MTP)  # no graph has those
+    return sum(_predict_bytes(weight, scale_bytes) for weight in weights if weight.role != Role.MTP)  # no graph has those
 
 
-def _predict_bytes(weight: Weight) -> int:
+def _predict_bytes(weight: Weight, scale_bytes: int | None) -> int:
     """A weight in its own format; a narrow scale in a byte (it takes two in the few matrices where a byte is too few)."""
     if not weight.is_quantized:
         return weight.stored_bytes()
     number_format = formats.get(weight.format)
     parts = number_format.layout(weight.shape, packed=False)
     values: int = sum(part.bytes for suffix, part in parts.items() if suffix in ("weight", "weight_packed"))
-    scale_bytes = 1 if number_format.is_narrow else number_format.scale_dtype.itemsize
+    if scale_bytes is None:
+        scale_bytes = 1 if number_format.is_narrow else number_format.scale_dtype.itemsize
     scales: int = math.prod(number_format.scales_shape(weight.shape))
     return values + scale_bytes * scales
