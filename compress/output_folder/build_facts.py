@@ -1,7 +1,10 @@
 """build.json beside a graph for TensorRT: what was built of it, by what, and what was verified and what was not."""
 
-from typing import Literal, TypedDict
+from pathlib import Path
+from typing import Literal, TypedDict, cast
 
+from compress.disk.json_files import read_json
+from compress.errors import InputError
 from compress.strict.json_text import JsonObject
 
 
@@ -41,6 +44,14 @@ class BuildFacts(TypedDict):
     why_not_executed: str
     checked: Literal["file", "twin"]
     overflow: JsonObject | None
+
+
+def read(path: Path) -> BuildFacts:
+    """Raises InputError for a file that lacks what we write."""
+    found = read_json(path)
+    if missing := sorted(BuildFacts.__required_keys__ - found.keys()):
+        raise InputError(f"{path}: has no '{missing[0]}', which every build.json of this tool has")
+    return cast(BuildFacts, found)
 
 
 def sentence(facts: BuildFacts) -> str:

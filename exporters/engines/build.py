@@ -12,10 +12,9 @@ from compress.disk import cache
 from compress.errors import WorkError
 from compress.output_folder.build_facts import BuildFacts, ProfileFacts
 from compress.terminal import progress
-from exporters.engines import messages, process, sections, timings, verify
+from exporters.engines import ENGINE, LOG, messages, process, sections, timings, verify
 from exporters.engines.job import Answer, Built, Job
 
-ENGINE, LOG = "model.engine", "build.log"
 STEPS = 100  # of the progress bar
 NO_GPU_RAN_IT = "an engine runs on a GPU that it was built for only, and it was built without one"
 
@@ -53,7 +52,7 @@ def build(wanted: Wanted, graph: ir.Graph) -> BuildFacts:
             "profiles": wanted.profiles,
         }
         try:
-            with timings.kept(scratch / "timings"):
+            with timings.kept(scratch / "timings", process.found()):
                 built = _finished(process.run(job, log, _Steps(advance)), graph)
         except WorkError as error:
             raise WorkError(f"{error}; its log: {_kept_log(log)}") from None
@@ -76,7 +75,9 @@ def _finished(answer: Answer, graph: ir.Graph) -> Built:
     if "built" in answer:
         return answer["built"]
     if "refused" in answer:
-        raise WorkError(f"export to tensorrt: TensorRT does not take the graph: {messages.refusal(answer['refused'], graph)}")
+        raise WorkError(
+            f"export to tensorrt: TensorRT does not take the graph: {messages.refusal(answer['refused'], graph)}"
+        )
     why = messages.one_line(answer["failed"] if "failed" in answer else answer["unusable"])
     raise WorkError(f"export to tensorrt: the engine was not built: {why}")
 

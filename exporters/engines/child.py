@@ -30,7 +30,7 @@ def main() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)  # of the timing cache, which TensorRT-RTX has for show
     try:
         answer = _answer(job, channel)
-    except library.Unusable as error:
+    except library.UnusableError as error:
         answer = {"unusable": str(error)}
     sys.stderr.flush()
     _say(channel, answer)

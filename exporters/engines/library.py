@@ -19,7 +19,7 @@ LIBRARIES = ("libcudart", "libtensorrt_rtx", "libtensorrt_onnxparser_rtx")  # in
 SHARED_OBJECT = re.compile(r"(?P<name>.+)\.so(?:\.(?P<version>[\d.]+))?")
 
 
-class Unusable(Exception):
+class UnusableError(Exception):
     """There is no builder that works here; one sentence says why."""
 
 
@@ -41,19 +41,19 @@ def why_missing() -> str | None:
 
 
 def load() -> Builder:
-    """The first that works: TensorRT itself makes no builder where it finds no GPU. Raises Unusable.
+    """The first that works: TensorRT itself makes no builder where it finds no GPU. Raises UnusableError.
 
     Not for our own process: libraries that fit badly end it."""
     if (missing := why_missing()) is not None:
-        raise Unusable(missing)
+        raise UnusableError(missing)
     why_not = ""
     if _is_installed(FULL):
         try:
             return _working(Builder("TensorRT", *_imported(FULL)))
-        except Unusable as error:
+        except UnusableError as error:
             why_not = str(error)
     if not (_is_installed(BINDING) and _is_installed(BUNDLE)):
-        raise Unusable(why_not)
+        raise UnusableError(why_not)
     return _working(_rtx())
 
 
@@ -70,7 +70,9 @@ def _imported(module: str) -> tuple[str, ModuleType]:
     try:
         imported = importlib.import_module(module)
     except Exception as error:  # a library that is missing or of another version shows in several ways
-        raise Unusable(f"{module} cannot be loaded ({str(error).splitlines()[0]}); {EXTRA} brings one that can") from None
+        raise UnusableError(
+            f"{module} cannot be loaded ({str(error).splitlines()[0]}); {EXTRA} brings one that can"
+        ) from None
     return str(imported.__version__), imported
 
 
@@ -80,7 +82,9 @@ def _rtx() -> Builder:
         try:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
-            raise Unusable(f"{library.name} of {BUNDLE} cannot be loaded ({error}); {EXTRA} brings one that can") from None
+            raise UnusableError(
+                f"{library.name} of {BUNDLE} cannot be loaded ({error}); {EXTRA} brings one that can"
+            ) from None
     version, module = _imported(BINDING)
     refuse_mismatch(version, libraries["libtensorrt_rtx"])
     return Builder("TensorRT-RTX", version, module)
@@ -93,12 +97,10 @@ def _folder(package: str) -> Path:
 
 
 def bundled(folder: Path) -> dict[str, Path]:
-    """The libraries a builder needs, in the order they are loaded. Raises Unusable where one is missing."""
-    found = {
-        match["name"]: path for path in sorted(folder.iterdir()) if (match := SHARED_OBJECT.fullmatch(path.name))
-    }
+    """The libraries a builder needs, in the order they are loaded. Raises UnusableError where one is missing."""
+    found = {match["name"]: path for path in sorted(folder.iterdir()) if (match := SHARED_OBJECT.fullmatch(path.name))}
     if missing := [name for name in LIBRARIES if name not in found]:
-        raise Unusable(f"{BUNDLE} has no {missing[0]}.so; {EXTRA} brings a version that has")
+        raise UnusableError(f"{BUNDLE} has no {missing[0]}.so; {EXTRA} brings a version that has")
     return {name: found[name] for name in LIBRARIES}
 
 
@@ -107,7 +109,7 @@ def refuse_mismatch(binding: str, library: Path) -> None:
     match = SHARED_OBJECT.fullmatch(library.name)
     version = (match["version"] if match else None) or ""
     if version and not f"{binding}.".startswith(f"{version}."):
-        raise Unusable(
+        raise UnusableError(
             f"{BINDING} is version {binding}, but the libraries of {BUNDLE} are {version}; {EXTRA} brings two that fit"
         )
 
@@ -117,7 +119,7 @@ def _working(builder: Builder) -> Builder:
     try:
         trt.Builder(trt.Logger(trt.Logger.ERROR))
     except Exception as error:  # pybind's TypeError where the library gives none
-        raise Unusable(
+        raise UnusableError(
             f"{builder.name} {builder.version} makes no builder here, which may need a GPU "
             f"({str(error).splitlines()[0]}); {EXTRA} brings TensorRT-RTX, which needs none"
         ) from None

@@ -36,8 +36,7 @@ def constants(network: Network) -> dict[str, str]:
     widened = {stored.name for layer in layers if layer.type.name == "DEQUANTIZE" and (stored := layer.get_input(0))}
     found: dict[str, str] = {}
     for layer in layers:
-        value = layer.get_output(0)
-        if layer.type.name == "CONSTANT" and value is not None:
+        if layer.type.name == "CONSTANT" and (value := layer.get_output(0)) is not None:
             kind = value.dtype.name.lower()
             found[layer.name] = kind if kind not in NARROW or value.name in widened else f"{kind}, never dequantized"
     return found

@@ -16,19 +16,32 @@ from exporters.engines.job import Answer, Job, Loaded
 CHILD = "exporters.engines.child"
 
 
-class _Died(Exception):
+class _DiedError(Exception):
     """It ended without an answer: a library crashed, or the system killed it. The words follow `the builder`."""
 
 
+def why_none() -> str | None:
+    """A sentence on why no engine can be built here; None where one can."""
+    found = _found()
+    return found if isinstance(found, str) else None
+
+
+def found() -> Loaded:
+    """The builder, where there is one."""
+    builder = _found()
+    assert not isinstance(builder, str), builder
+    return builder
+
+
 @cache
-def find() -> Loaded | str:
-    """A builder that works here, or a sentence on why there is none. Loading it takes a process and half a second."""
+def _found() -> Loaded | str:
+    """Loading a builder takes a process and half a second."""
     if (missing := library.why_missing()) is not None:
         return missing
     try:
         answer = _asked(None, Path(os.devnull), lambda share: None)
-    except _Died as died:
-        return f"the builder that is installed {died}"
+    except _DiedError as died:
+        return f"the builder that is installed {died}; {library.HOW_TO_BUILD}"
     return answer["loaded"] if "loaded" in answer else answer["unusable"]
 
 
@@ -36,7 +49,7 @@ def run(job: Job, log: Path, tell: Callable[[float], None]) -> Answer:
     """How a build ended; `tell` hears which share of it is done."""
     try:
         return _asked(job, log, tell)
-    except _Died as died:
+    except _DiedError as died:
         return {"failed": f"the builder {died}"}
 
 
@@ -50,7 +63,7 @@ def _asked(job: Job | None, log: Path, tell: Callable[[float], None]) -> Answer:
             if "progress" not in answer:
                 return answer
             tell(answer["progress"])
-        raise _Died(_end(process.wait()))
+        raise _DiedError(_end(process.wait()))
 
 
 @contextlib.contextmanager
@@ -69,7 +82,7 @@ def _started(log: Path) -> Iterator["subprocess.Popen[str]"]:
             finally:
                 process.kill()
     except BrokenPipeError:  # of its stdin, where it died before it read
-        raise _Died(_end(process.wait())) from None
+        raise _DiedError(_end(process.wait())) from None
 
 
 def _end(code: int) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from compress.disk import cache
+from exporters.engines.job import Loaded
 
 
 @contextlib.contextmanager
-def kept(file: Path, builder: str) -> Iterator[None]:
+def kept(file: Path, builder: Loaded) -> Iterator[None]:
     """The builder's timings are in `file` meanwhile; what it made of them is kept where the build went well."""
-    path = cache.folder("timings") / builder
+    path = cache.folder("timings") / f"{builder['name']}-{builder['version']}"
     with cache.entry(path, lambda entry: None) as entry, open(file, "wb") as copy:
         shutil.copyfileobj(entry, copy)
         copy.truncate(copy.tell() - cache.DIGEST_BYTES)

@@ -59,6 +59,8 @@ def _layer(name: str, number_format: str, constants: Mapping[str, str], told: Ma
 def _inspected(said: str) -> Iterator[tuple[str, str]]:
     """Of every tensor that a layer of the engine reads under the name it has in the graph: its type there, such as `int8`."""
     for layer in json.loads(said).get("Layers", []):
-        for tensor in layer.get("Inputs", []) if isinstance(layer, dict) else []:  # names alone, where little was asked for
+        for tensor in (
+            layer.get("Inputs", []) if isinstance(layer, dict) else []
+        ):  # names alone, where little was asked for
             words = str(tensor.get("Format/Datatype", "")).lower()
             yield str(tensor.get("Name", "")).removesuffix(OUTPUT), next((k for k in KINDS if k in words), words)
