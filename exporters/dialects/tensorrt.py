@@ -1,18 +1,20 @@
 """`tensorrt`: what TensorRT's parser takes, strongly typed: hidden states in fp16, bf16 or fp32, scans, sums of norms and
 routers in float32, every expert on every token, quantized weights behind DequantizeLinear."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import onnx_ir as ir
 
 from compress.model.routing import Router
 from exporters.dialects.portable import Portable
-from exporters.graph import dense_moe, moe, qdq
+from exporters.graph import dense_moe, moe, qdq, stack
 from exporters.graph.builder import width_of, with_width
 from exporters.graph.rotation import rotated
 from exporters.graph.stored import as_stored, widened
 
 Value = ir.Value
+Multiply = Callable[[str, Value, str | None], Value]
 
 
 class TensorRT(Portable):
@@ -21,7 +23,11 @@ class TensorRT(Portable):
     opset = 22  # the first whose operators all take bf16
     body_type = ir.DataType.BFLOAT16
 
+    _multiply: Multiply | None = None  # what `linear` does while an expert is looked at, or all of them run at once
+
     def linear(self, name: str, x: Value, bias: str | None = None) -> Value:
+        if self._multiply is not None:
+            return self._multiply(name, x, bias)
         return qdq.linear(self.graph, x, self.weight(name), None if bias is None else self.weight(bias))
 
     def softplus(self, x: Value) -> Value:
@@ -44,8 +50,41 @@ class TensorRT(Portable):
         choice = self._choice(tokens, router, experts)
         width = weight.shape[1] if rows is x else width_of(rows)
         flat = tokens if rows is x else graph.reshape(rows, -1, width)
-        summed = dense_moe.mixture(graph, flat, dense_moe.gates(graph, choice, experts), experts, run)
+        summed = self._summed(flat, choice, [self._products(run, e, width) for e in range(experts)], run)
         return with_width(graph.op("Reshape", summed, graph.op("Shape", rows)), width)
+
+    def _summed(
+        self, rows: Value, choice: moe.Choice, experts: list[list[stack.Product]], run: Callable[[int, Value], Value]
+    ) -> Value:
+        """rows [tokens, K] -> [tokens, K], `experts` being what each of them multiplies."""
+        graph, gates = self.graph, dense_moe.gates(self.graph, choice, len(experts))
+        stacks = stack.stacks(experts)
+        if stacks is None:
+            return dense_moe.separate(graph, rows, gates, len(experts), run)
+        following = iter(stacks)
+        with self._multiplying(lambda _, x, __: stack.linear(graph, x, next(following))):
+            return dense_moe.together(graph, rows, gates, lambda all_rows: run(0, all_rows))
+
+    def _products(self, run: Callable[[int, Value], Value], expert: int, width: int) -> list[stack.Product]:
+        """What an expert multiplies its rows with. It is run on a graph that is thrown away, and has nothing but its products
+        to ask for weights."""
+        found, graph, weights, prefix = list[stack.Product](), self.graph, self._weights, self._prefix
+
+        def take_down(name: str, x: Value, bias: str | None) -> Value:
+            found.append(stack.Product(weights[prefix + name], bias))
+            return with_width(self.graph.op("Identity", x), found[-1].weight.shape[0])
+
+        self.graph, self._weights = graph.inner(), {}
+        with self._multiplying(take_down):
+            run(expert, with_width(ir.Value(name="rows"), width))
+        self.graph, self._weights = graph, weights
+        return found
+
+    @contextmanager
+    def _multiplying(self, multiply: Multiply) -> Iterator[None]:
+        self._multiply = multiply
+        yield
+        self._multiply = None
 
     def _choice(self, tokens: Value, router: Router, experts: int) -> moe.Choice:
         """The router's product is in float32 too: which experts a token gets hangs on its last digits."""

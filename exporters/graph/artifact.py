@@ -55,7 +55,9 @@ def _notes(graph: ir.Model, folder: Path, layout: Layout) -> tuple[str, ...]:
 def predict_bytes(units: Iterable[Unit], scale_bytes: int | None = None) -> int:
     """Bytes of weights, before any is read; `scale_bytes` where all scales are of one type."""
     weights = (weight for unit in units for weight in unit.weights.values())
-    return sum(_predict_bytes(weight, scale_bytes) for weight in weights if weight.role != Role.MTP)  # no graph has those
+    return sum(
+        _predict_bytes(weight, scale_bytes) for weight in weights if weight.role != Role.MTP
+    )  # no graph has those
 
 
 def _predict_bytes(weight: Weight, scale_bytes: int | None) -> int:

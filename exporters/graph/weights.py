@@ -22,11 +22,10 @@ from compress.model.roles import Role
 from compress.model.tensor_names import written_out
 from compress.model.weight import PLAIN_DTYPES, Spec, Stored, Unit, Weight
 from compress.strict.json_text import JsonObject
-from exporters.graph.builder import DTYPES, FORMAT_KEY
+from exporters.graph.builder import FORMAT_KEY, TORCH_TYPES
 from exporters.graph.rounding import OFFSET
 from exporters.graph.stored import SCALE
 
-TORCH = {dtype: kind for kind, dtype in DTYPES.items()}
 ALONG = ("Cast", "Gather", "Transpose", "Reshape", "Unsqueeze")  # what moves scales before they are widened
 
 
@@ -128,9 +127,9 @@ class _Lying:
         found = torch.from_numpy(raw)
         if tensor.dtype == ir.DataType.INT4:
             return found
-        if tensor.dtype not in TORCH:
+        if tensor.dtype not in TORCH_TYPES:
             raise InputError(f"{self._path}: tensor '{tensor.name}' is {tensor.dtype.name}, which no export writes")
-        return found.view(TORCH[tensor.dtype]).view(tensor.shape.numpy())
+        return found.view(TORCH_TYPES[tensor.dtype]).view(tensor.shape.numpy())
 
 
 def _moved(value: ir.Value) -> Iterator[ir.Value]:
