@@ -57,13 +57,23 @@ class TensorRT(Portable):
         self, rows: Value, choice: moe.Choice, experts: list[list[stack.Product]], run: Callable[[int, Value], Value]
     ) -> Value:
         """rows [tokens, K] -> [tokens, K], `experts` being what each of them multiplies."""
-        graph, gates = self.graph, dense_moe.gates(self.graph, choice, len(experts))
-        stacks = stack.stacks(experts)
-        if stacks is None:
-            return dense_moe.separate(graph, rows, gates, len(experts), run)
-        following = iter(stacks)
-        with self._multiplying(lambda _, x, __: stack.linear(graph, x, next(following))):
-            return dense_moe.together(graph, rows, gates, lambda all_rows: run(0, all_rows))
+        graph, groups = self.graph, stack.groups(experts)
+        order = [number for group in groups for number in group.experts]
+        gates = dense_moe.gates(graph, choice, len(experts))
+        if order != sorted(order):
+            gates = graph.op("Gather", gates, graph.constant(order), axis=1)
+
+        def run_all(given: Value) -> Value:
+            results = [self._together(group, run, given) for group in groups]
+            return results[0] if len(results) == 1 else graph.op("Concat", *results, axis=0)
+
+        return dense_moe.mixture(graph, rows, gates, run_all)
+
+    def _together(self, group: stack.Group, run: Callable[[int, Value], Value], rows: Value) -> Value:
+        """rows [1, tokens, K] -> [experts, tokens, K]."""
+        following = iter(group.stacks)
+        with self._multiplying(lambda _, x, __: stack.linear(self.graph, x, next(following))):
+            return run(group.experts[0], rows)
 
     def _products(self, run: Callable[[int, Value], Value], expert: int, width: int) -> list[stack.Product]:
         """What an expert multiplies its rows with. It is run on a graph that is thrown away, and has nothing but its products
@@ -71,7 +81,7 @@ class TensorRT(Portable):
         found, graph, weights, prefix = list[stack.Product](), self.graph, self._weights, self._prefix
 
         def take_down(name: str, x: Value, bias: str | None) -> Value:
-            found.append(stack.Product(weights[prefix + name], bias))
+            found.append(stack.Product(weights[prefix + name], None if bias is None else weights[prefix + bias]))
             return with_width(self.graph.op("Identity", x), found[-1].weight.shape[0])
 
         self.graph, self._weights = graph.inner(), {}

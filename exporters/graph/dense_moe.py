@@ -1,10 +1,4 @@
-"""Mixture of experts without data-dependent shapes.
-
-Dense: every expert on every token, weighted by gates that are mostly zero. What an expert that was not chosen gives is left out,
-not multiplied with zero: beyond the range of fp16 it is infinite.
-
-Gathered: of each token, the matrices of the experts it goes to.
-"""
+"""Mixture of experts without data-dependent shapes."""
 
 from collections.abc import Callable
 
@@ -22,26 +16,12 @@ def gates(graph: Graph, choice: Choice, experts: int) -> ir.Value:
     return graph.op("ScatterElements", zeros, choice.numbers, choice.gates, axis=1)
 
 
-def separate(
-    graph: Graph, rows: ir.Value, gates: ir.Value, experts: int, run: Callable[[int, ir.Value], ir.Value]
-) -> ir.Value:
-    """rows [tokens, K], gates [tokens, E] -> [tokens, K]."""
-    total: ir.Value | None = None
-    for number, gate in enumerate(graph.several(experts, "Split", gates, axis=1, num_outputs=experts)):
-        given = _weighted(graph, run(number, rows), gate)
-        total = given if total is None else graph.op("Add", total, given)
-    assert total is not None  # a mixture has an expert
-    return total
+def mixture(graph: Graph, rows: ir.Value, gates: ir.Value, run: Callable[[ir.Value], ir.Value]) -> ir.Value:
+    """rows [tokens, K], gates [tokens, E] -> [tokens, K]; `run` makes [E, tokens, K] of [1, tokens, K].
 
-
-def together(graph: Graph, rows: ir.Value, gates: ir.Value, run: Callable[[ir.Value], ir.Value]) -> ir.Value:
-    """The same where all experts run at once: `run` makes [E, tokens, K] of [1, tokens, K]."""
-    by_expert = graph.op("Unsqueeze", graph.op("Transpose", gates, perm=[1, 0]), graph.constant([2]))
-    given = _weighted(graph, run(graph.op("Unsqueeze", rows, graph.constant([0]))), by_expert)
-    return graph.op("ReduceSum", given, graph.constant([0]), keepdims=0)
-
-
-def _weighted(graph: Graph, given: ir.Value, gates: ir.Value) -> ir.Value:
-    """given [..., K] times gates [..., 1], zero where a gate is."""
+    What an expert that was not chosen gives is left out, not multiplied with zero: beyond the range of fp16 it is infinite."""
+    gates = graph.op("Unsqueeze", graph.op("Transpose", gates, perm=[1, 0]), graph.constant([2]))
+    given = run(graph.op("Unsqueeze", rows, graph.constant([0])))
     chosen = graph.op("Greater", gates, graph.constant(0, FLOAT))
-    return graph.op("Where", chosen, graph.op("Mul", given, graph.from_float32(gates)), graph.number(0.0))
+    weighted = graph.op("Where", chosen, graph.op("Mul", given, graph.from_float32(gates)), graph.number(0.0))
+    return graph.op("ReduceSum", weighted, graph.constant([0]), keepdims=0)

@@ -1,16 +1,16 @@
-"""Matrices of all experts of a layer as one, [E, K, N], and how it is found out which those are.
+"""Matrices of a layer's experts as one, [E, K, N], which are multiplied together, by one MatMul over [1 or E, tokens, K].
 
-An expert is run where every product only takes down its name (`Taken`); matrices that are alike in all experts are then multiplied
-together, by one MatMul over [1 or E, tokens, K].
+Experts that are alike in everything stand in one group. Where their inputs are rounded with scales of their own, each is a group:
+QuantizeLinear takes a scale for each expert, too, but then TensorRT-RTX 1.7 multiplies what was widened again.
 
     int8, int8-gN, int4-gN, fp8-e4m3    scales [E, K/N, N], one block as long as K where a channel has one scale
     int8-tensor, fp8-e4m3-tensor        scales [E]
 
-So spelled, TensorRT-RTX 1.7 multiplies integers (or fp8) where inputs are rounded, and widens weights within the product where they
+So spelled, it multiplies integers (or fp8) where inputs are rounded, and widens weights within the product where they
 are not. As [E N, K] with a scale a row, reshaped after, it widened all weights into memory at every step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,42 +23,63 @@ from compress.model.tensor_names import in_short, written_out
 from compress.model.weight import Weight
 from exporters.graph.builder import TORCH_TYPES, Graph, with_members, with_width
 from exporters.graph.qdq import input_of
-from exporters.graph.stored import SCALE, load, packed, stacked, type_of, widened
+from exporters.graph.stored import SCALE, load, packed, plain, stacked, type_of, widened
 
 
 class Product(NamedTuple):
     """What `linear` was asked for."""
 
     weight: Weight
-    bias: str | None
+    bias: Weight | None
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal where products can be made together; a bias has the name of one expert."""
+        weight = self.weight
+        bias = None if self.bias is None else self.bias.name
+        return weight.shape, weight.format, weight.rotation, _rounding(weight.activation), bias
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices [N, K], one of each expert, of one shape and format, whose inputs are rotated and rounded alike."""
+    """Matrices [N, K] of several experts, of one shape and format, whose inputs are rotated and rounded alike."""
 
     weights: tuple[Weight, ...]
+    bias: Weight | None = None
 
     @property
     def name(self) -> str:
         return in_short(weight.name for weight in self.weights)[0]
 
 
-def stacks(experts: Sequence[Sequence[Product]]) -> list[Stack] | None:
-    """A stack for each product of an expert, in the order they are asked for; None where experts are not alike."""
-    if len({len(products) for products in experts}) != 1:
-        return None
-    together = list(zip(*experts, strict=True))
-    if not all(map(_are_alike, together)):
-        return None
-    return [Stack(tuple(product.weight for product in products)) for products in together]
+@dataclass(frozen=True)
+class Group:
+    """Experts that are run together: their numbers, and a stack for each product in the order they are asked for."""
+
+    experts: tuple[int, ...]
+    stacks: tuple[Stack, ...]
 
 
-def _are_alike(products: Sequence[Product]) -> bool:
+def groups(experts: Sequence[Sequence[Product]]) -> list[Group]:
+    """Those that are alike in all products together. `experts`: what each of them multiplies."""
+    alike: dict[Hashable, list[int]] = {}
+    for number, products in enumerate(experts):
+        alike.setdefault(tuple(product.kind for product in products), []).append(number)
+    return [group for numbers in alike.values() for group in _grouped(numbers, experts)]
+
+
+def _grouped(numbers: list[int], experts: Sequence[Sequence[Product]]) -> list[Group]:
+    """One group; one of each expert where their names are not one in short, which is what a stack is called."""
+    together = list(zip(*(experts[number] for number in numbers), strict=True))
+    if len(numbers) > 1 and not all(map(_share_a_name, together)):
+        return [group for number in numbers for group in _grouped([number], experts)]
+    stacks = (Stack(tuple(weight for weight, _ in products), products[0].bias) for products in together)
+    return [Group(tuple(numbers), tuple(stacks))]
+
+
+def _share_a_name(products: Sequence[Product]) -> bool:
     names = [product.weight.name for product in products]
-    is_one_name = len(in_short(names)) == 1 and written_out(in_short(names)) == names
-    kinds = {(w.shape, w.format, w.rotation, _rounding(w.activation)) for w, _ in products}
-    return is_one_name and len(kinds) == 1 and all(bias is None for _, bias in products)
+    return len(in_short(names)) == 1 and written_out(in_short(names)) == names
 
 
 def _rounding(activation: Activation | None) -> tuple[str, float | None] | None:
@@ -70,7 +91,8 @@ def _rounding(activation: Activation | None) -> tuple[str, float | None] | None:
 def linear(graph: Graph, x: ir.Value, stack: Stack) -> ir.Value:
     """x [1 or E, n, K], rotated and rounded first where the weights say so, times their transposes: [E, n, N]."""
     first = stack.weights[0]
-    return with_width(graph.op("MatMul", input_of(graph, x, first), matrices(graph, stack)), first.shape[0])
+    y = graph.op("MatMul", input_of(graph, x, first), matrices(graph, stack))
+    return with_width(y if stack.bias is None else graph.op("Add", y, plain(graph, stack.bias)), first.shape[0])
 
 
 def matrices(graph: Graph, stack: Stack) -> ir.Value:
