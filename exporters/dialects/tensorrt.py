@@ -1,7 +1,8 @@
 """`tensorrt`: what TensorRT's parser takes, strongly typed: hidden states in fp16, bf16 or fp32, scans, sums of norms and
 routers in float32, every expert on every token, quantized weights behind DequantizeLinear."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -11,12 +12,13 @@ from compress.formats.state_words import Format
 from compress.model.block import Layer
 from compress.model.routing import Router
 from exporters.dialects.portable import Portable
-from exporters.graph import dense_moe, moe, qdq
+from exporters.graph import dense_moe, moe, qdq, stack
 from exporters.graph.builder import at_edge, width_of, with_width
 from exporters.graph.rotation import rotated
 from exporters.graph.stored import as_stored, widened
 
 Value = ir.Value
+Multiply = Callable[[str, Value, str | None], Value]
 
 FORMATS: dict[ir.DataType, Format] = {
     ir.DataType.FLOAT: "fp32",
@@ -31,7 +33,11 @@ class TensorRT(Portable):
     opset = 22  # the first whose operators all take bf16
     body_type = ir.DataType.BFLOAT16
 
+    _multiply: Multiply | None = None  # what `linear` does while an expert is looked at, or all of them run at once
+
     def linear(self, name: str, x: Value, bias: str | None = None) -> Value:
+        if self._multiply is not None:
+            return self._multiply(name, x, bias)
         return qdq.linear(self.graph, x, self.weight(name), None if bias is None else self.weight(bias))
 
     def add(self, a: Value, b: Value) -> Value:
@@ -65,8 +71,51 @@ class TensorRT(Portable):
         choice = self._choice(tokens, router, experts)
         width = weight.shape[1] if rows is x else width_of(rows)
         flat = tokens if rows is x else graph.reshape(rows, -1, width)
-        summed = dense_moe.mixture(graph, flat, dense_moe.gates(graph, choice, experts), experts, run)
+        summed = self._summed(flat, choice, [self._products(run, e, width) for e in range(experts)], run)
         return with_width(graph.op("Reshape", summed, graph.op("Shape", rows)), width)
+
+    def _summed(
+        self, rows: Value, choice: moe.Choice, experts: list[list[stack.Product]], run: Callable[[int, Value], Value]
+    ) -> Value:
+        """rows [tokens, K] -> [tokens, K], `experts` being what each of them multiplies."""
+        graph, groups = self.graph, stack.groups(experts)
+        order = [number for group in groups for number in group.experts]
+        gates = dense_moe.gates(graph, choice, len(experts))
+        if order != sorted(order):
+            gates = graph.op("Gather", gates, graph.constant(order), axis=1)
+
+        def run_all(given: Value) -> Value:
+            results = [self._together(group, run, given) for group in groups]
+            return results[0] if len(results) == 1 else graph.op("Concat", *results, axis=0)
+
+        return dense_moe.mixture(graph, rows, gates, run_all)
+
+    def _together(self, group: stack.Group, run: Callable[[int, Value], Value], rows: Value) -> Value:
+        """rows [1, tokens, K] -> [experts, tokens, K]."""
+        following = iter(group.stacks)
+        with self._multiplying(lambda _, x, __: stack.linear(self.graph, x, next(following))):
+            return run(group.experts[0], rows)
+
+    def _products(self, run: Callable[[int, Value], Value], expert: int, width: int) -> list[stack.Product]:
+        """What an expert multiplies its rows with. It is run on a graph that is thrown away, and has nothing but its products
+        to ask for weights."""
+        found, graph, weights, prefix = list[stack.Product](), self.graph, self._weights, self._prefix
+
+        def take_down(name: str, x: Value, bias: str | None) -> Value:
+            found.append(stack.Product(weights[prefix + name], None if bias is None else weights[prefix + bias]))
+            return with_width(self.graph.op("Identity", x), found[-1].weight.shape[0])
+
+        self.graph, self._weights = graph.inner(), {}
+        with self._multiplying(take_down):
+            run(expert, with_width(ir.Value(name="rows"), width))
+        self.graph, self._weights = graph, weights
+        return found
+
+    @contextmanager
+    def _multiplying(self, multiply: Multiply) -> Iterator[None]:
+        self._multiply = multiply
+        yield
+        self._multiply = None
 
     def _choice(self, tokens: Value, router: Router, experts: int) -> moe.Choice:
         """The router's product is in float32 too: which experts a token gets hangs on its last digits."""

@@ -18,6 +18,7 @@ from compress.runtime.graph_names import EDGE_KEY
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 20  # large weights begin on a page so that a runtime can map them
 FLOAT, FP8 = np.float32, ir.DataType.FLOAT8E4M3FN.numpy()  # of constants
 FORMAT_KEY = "format"  # metadata of a stored weight: its number format, which its type alone does not tell
+MEMBERS_KEY = "members"  # metadata of a stack: the names of what lies in it, in short (compress/model/tensor_names.py)
 WIDTH_KEY = "width"  # what the builder knows of a value's last dimension; not written
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ DTYPES = {
     torch.int8: ir.DataType.INT8,
     torch.uint8: ir.DataType.UINT8,
 }
+TORCH_TYPES = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 class WeightFile:
@@ -147,7 +149,7 @@ class Graph:
     @property
     def lowest(self) -> float:
         """The least finite number of that type."""
-        return torch.finfo(next(known for known, dtype in DTYPES.items() if dtype == self.body_type)).min
+        return torch.finfo(TORCH_TYPES[self.body_type]).min
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` adds to the graph, added once for all that ask with an equal key."""
@@ -244,6 +246,13 @@ def at_edge(value: ir.Value, dtype: ir.DataType) -> ir.Value:
     node = value.producer()
     assert node is not None, value
     node.metadata_props[EDGE_KEY] = dtype.name
+    return value
+
+
+def with_members(value: ir.Value, names: str) -> ir.Value:
+    """A value in the data file that tensors of other names lie in, one after the other along its first dimension."""
+    assert isinstance(value.const_value, ir.ExternalTensor)
+    value.const_value.metadata_props[MEMBERS_KEY] = names
     return value
 
 

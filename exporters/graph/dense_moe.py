@@ -1,4 +1,4 @@
-"""Mixture of experts without data-dependent shapes: every expert on every token, weighted by gates that are mostly zero."""
+"""Mixture of experts without data-dependent shapes."""
 
 from collections.abc import Callable
 
@@ -16,17 +16,12 @@ def gates(graph: Graph, choice: Choice, experts: int) -> ir.Value:
     return graph.op("ScatterElements", zeros, choice.numbers, choice.gates, axis=1)
 
 
-def mixture(
-    graph: Graph, rows: ir.Value, gates: ir.Value, experts: int, run: Callable[[int, ir.Value], ir.Value]
-) -> ir.Value:
-    """rows [tokens, K], gates [tokens, E] -> [tokens, K].
+def mixture(graph: Graph, rows: ir.Value, gates: ir.Value, run: Callable[[ir.Value], ir.Value]) -> ir.Value:
+    """rows [tokens, K], gates [tokens, E] -> [tokens, K]; `run` makes [E, tokens, K] of [1, tokens, K].
 
     What an expert that was not chosen gives is left out, not multiplied with zero: beyond the range of fp16 it is infinite."""
-    zero = graph.number(0.0)
-    total: ir.Value | None = None
-    for number, gate in enumerate(graph.several(experts, "Split", gates, axis=1, num_outputs=experts)):
-        chosen = graph.op("Greater", gate, graph.constant(0, FLOAT))
-        given = graph.op("Where", chosen, graph.op("Mul", run(number, rows), graph.from_float32(gate)), zero)
-        total = given if total is None else graph.op("Add", total, given)
-    assert total is not None  # a mixture has an expert
-    return total
+    gates = graph.op("Unsqueeze", graph.op("Transpose", gates, perm=[1, 0]), graph.constant([2]))
+    given = run(graph.op("Unsqueeze", rows, graph.constant([0])))
+    chosen = graph.op("Greater", gates, graph.constant(0, FLOAT))
+    weighted = graph.op("Where", chosen, graph.op("Mul", given, graph.from_float32(gates)), graph.number(0.0))
+    return graph.op("ReduceSum", weighted, graph.constant([0]), keepdims=0)

@@ -14,12 +14,11 @@ import torch
 from compress import formats
 from compress.formats.activations import Activation
 from compress.model.weight import Weight
-from exporters.graph.builder import DTYPES, Graph, with_width
+from exporters.graph.builder import TORCH_TYPES, Graph, with_width
 from exporters.graph.rotation import rotated
 from exporters.graph.stored import SCALE, load, plain, store_values
 
 FP8_BLOCKS = "fp8-e4m3-b128"
-TORCH = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 def why_not(weight: Weight) -> str | None:
@@ -76,7 +75,7 @@ def _dequantized(graph: Graph, weight: Weight, values: ir.Value, scales: torch.T
     known = formats.get(weight.format)
     if known.rows is None or known.columns is None:
         scales = scales.reshape(() if known.rows is None else -1)
-    stored = graph.stored(weight.name + SCALE, scales.to(TORCH[graph.body_type]).contiguous())
+    stored = graph.stored(weight.name + SCALE, scales.to(TORCH_TYPES[graph.body_type]).contiguous())
     if known.columns is None:
         return graph.op("DequantizeLinear", values, stored, axis=channels)
     return graph.op("DequantizeLinear", values, stored, axis=1 - channels, block_size=known.columns)

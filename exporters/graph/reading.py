@@ -13,6 +13,7 @@ from compress.strict import json_text
 from compress.strict.json_text import JsonObject
 from exporters.graph import weights
 from exporters.graph.builder import FORMAT_KEY
+from exporters.graph.members import members
 
 CONFIG_KEY = "compress.config"  # metadata that carries config.json
 
@@ -54,9 +55,10 @@ def _config(model: ir.Model, path: Path) -> JsonObject:
 
 
 def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    """Every weight in the data file, those of branches included."""
+    """Every weight in the data file, those of branches included, and each member of a stack by its own name."""
     values = (value for graph in model.graphs() for value in graph.initializers.values())
-    return [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+    stored = (value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor))
+    return [member for tensor in stored for member in members(tensor)]
 
 
 def stored_formats(tensors: list[ir.ExternalTensor]) -> dict[str, str]:

@@ -26,6 +26,11 @@ from exporters.graph.builder import DTYPES, Graph
 
 SCALE = "_scale"  # a quantized weight X has its scales beside it as X_scale
 TYPES = {name: DTYPES[dtype] for name, dtype in PLAIN_DTYPES.items()}  # of formats without scales
+VALUE_TYPES = {
+    "int4": ir.DataType.INT4,
+    "int8": ir.DataType.INT8,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+}
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -90,10 +95,17 @@ def load(weight: Weight) -> Quantized:
 
 def store_values(graph: Graph, weight: Weight, values: torch.Tensor) -> ir.Value:
     """Values in the order they are given in; int4 two to a byte, as ONNX packs it, the first in the low half."""
-    if not weight.format.startswith("int4"):
-        return graph.weight(weight.name, weight.format, values)
-    packed = pair_nibbles((values.flatten() & 15).to(torch.uint8))
-    return graph.weight(weight.name, weight.format, packed, ir.DataType.INT4, values.shape)
+    return graph.weight(weight.name, weight.format, packed(values, weight.format), type_of(weight.format), values.shape)
+
+
+def packed(values: torch.Tensor, number_format: str) -> torch.Tensor:
+    """The bytes that values are stored in."""
+    return pair_nibbles((values.flatten() & 15).to(torch.uint8)) if number_format.startswith("int4") else values
+
+
+def type_of(number_format: str) -> ir.DataType:
+    """Of the values of a format that has scales."""
+    return VALUE_TYPES[number_format.partition("-")[0]]
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from compress.model.roles import Role
 from compress.model.tensor_names import written_out
 from compress.model.weight import PLAIN_DTYPES, Spec, Stored, Unit, Weight
 from compress.strict.json_text import JsonObject
-from exporters.graph.builder import DTYPES, FORMAT_KEY
+from exporters.graph.builder import FORMAT_KEY, TORCH_TYPES
+from exporters.graph.members import members
 from exporters.graph.rounding import OFFSET
 from exporters.graph.stored import SCALE
 
-TORCH = {dtype: kind for kind, dtype in DTYPES.items()}
 ALONG = ("Cast", "Gather", "Transpose", "Reshape", "Unsqueeze")  # what moves scales before they are widened
 
 
@@ -51,6 +51,9 @@ class _Lying:
             for value in part.initializers.values()
             if isinstance(value.const_value, ir.ExternalTensor)
         }
+        self._tensors = {
+            member.name: member for tensor in map(_stored, self._values.values()) for member in members(tensor)
+        }
         self._rotations = {
             name: change.block
             for record in architecture.config.compress.passes
@@ -61,10 +64,10 @@ class _Lying:
         self._last: tuple[str, Stored] | None = None
 
     def has(self, name: str) -> bool:
-        return name in self._values and FORMAT_KEY in self._tensor(name).metadata_props
+        return name in self._tensors and FORMAT_KEY in self._tensors[name].metadata_props
 
     def weight(self, spec: Spec) -> Weight:
-        number_format = self._tensor(spec.name).metadata_props[FORMAT_KEY]
+        number_format = self._tensors[spec.name].metadata_props[FORMAT_KEY]
         if number_format not in PLAIN_DTYPES and not (number_format in formats.FILES and len(spec.shape) == 2):
             raise InputError(f"{self._path}: tensor '{spec.name}' is said to be {number_format}, which it cannot be")
 
@@ -75,13 +78,8 @@ class _Lying:
 
         return Weight(spec.name, spec.role, spec.shape, number_format, load, rotation=self._rotations.get(spec.name))
 
-    def _tensor(self, name: str) -> ir.ExternalTensor:
-        tensor = self._values[name].const_value
-        assert isinstance(tensor, ir.ExternalTensor)
-        return tensor
-
     def _whole(self, spec: Spec, number_format: str) -> Stored:
-        tensor, is_table = self._tensor(spec.name), spec.name == self._table
+        tensor, is_table = self._tensors[spec.name], spec.name == self._table
         if number_format in PLAIN_DTYPES:
             return self._shaped(spec, _plain(spec, self._read(tensor), is_table), PLAIN_DTYPES[number_format])
         known = formats.get(number_format)
@@ -98,10 +96,10 @@ class _Lying:
 
     def _scales(self, spec: Spec, number_format: NumberFormat, is_table: bool) -> torch.Tensor:
         name = spec.name + SCALE
-        if name not in self._values:
+        if name not in self._tensors:
             raise InputError(f"{self._path}: tensor '{spec.name}' has no scales ('{name}' is missing)")
-        scales = self._read(self._tensor(name)).to(torch.float32)
-        if self._tensor(name).dtype == ir.DataType.UINT8:
+        scales = self._read(self._tensors[name]).to(torch.float32)
+        if self._tensors[name].dtype == ir.DataType.UINT8:
             scales = scales * self._step(name)
         shape = number_format.scales_shape(spec.shape)
         if scales.numel() != shape[0] * shape[1]:
@@ -128,9 +126,14 @@ class _Lying:
         found = torch.from_numpy(raw)
         if tensor.dtype == ir.DataType.INT4:
             return found
-        if tensor.dtype not in TORCH:
+        if tensor.dtype not in TORCH_TYPES:
             raise InputError(f"{self._path}: tensor '{tensor.name}' is {tensor.dtype.name}, which no export writes")
-        return found.view(TORCH[tensor.dtype]).view(tensor.shape.numpy())
+        return found.view(TORCH_TYPES[tensor.dtype]).view(tensor.shape.numpy())
+
+
+def _stored(value: ir.Value) -> ir.ExternalTensor:
+    assert isinstance(value.const_value, ir.ExternalTensor), value.name
+    return value.const_value
 
 
 def _moved(value: ir.Value) -> Iterator[ir.Value]:
@@ -154,7 +157,7 @@ def _values(
     rows, columns = shape
     if number_format.name.startswith("int4"):
         flat = torch.stack([lying.flatten() & 15, lying.flatten() >> 4], -1).flatten()[: rows * columns].to(torch.int8)
-        signed = flat - 8 if is_table else torch.where(flat > 7, flat - 16, flat)
+        signed = flat - 8 if dtype == ir.DataType.UINT8 else torch.where(flat > 7, flat - 16, flat)
         return signed.view(shape) if is_table else signed.view(columns, rows).T.contiguous()
     if is_table:
         return lying.view(torch.float8_e4m3fn) if number_format.name.startswith("fp8") else lying
