@@ -8,11 +8,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from compress.strict.plugin import OptionsT, Plugin
 
 if TYPE_CHECKING:  # a recipe is validated without torch
+    from compress.calibration.ranges import Ranges
     from compress.checkpoint.reader import Checkpoint
     from compress.model.hybrid import HybridModel
     from compress.model.weight import Unit
@@ -39,12 +40,26 @@ class Exported:
 class Exporter(Plugin[OptionsT]):
     """An exporter, bound to its block in a recipe: `self.options`."""
 
+    _together = (("needs_ranges", "fitted"),)
+
+    instead_of_ranges: ClassVar[str] = ""  # how to do without `needs_ranges` where there is no text, in words
+
     def refuse(self, model: HybridModel) -> None:
         """Raises InputError for a model, as it will be stored, that this exporter has no way to write, before any work."""
 
     @abstractmethod
     def predict_bytes(self, units: Sequence[Unit]) -> int:
         """Bytes of weights, before any is read."""
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether it asks how large hidden states become: calibration tokens are read then, also where no pass needs any."""
+        return False
+
+    def fitted(self, checkpoint: Checkpoint, ranges: Ranges) -> Self:
+        """The exporter as it applies to an opened checkpoint, in which these are the largest values; it exports then. Raises
+        InputError for a model that it cannot write after all."""
+        return self
 
     @abstractmethod
     def export(self, checkpoint: Checkpoint, folder: Path, advance: Callable[[int], None]) -> None:

@@ -6,9 +6,10 @@ weights and inputs come from the passes before.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import field_validator
 
@@ -18,17 +19,25 @@ from compress.strict.models import Strict
 from exporters import Exported, Exporter
 
 if TYPE_CHECKING:  # heavy: importing them takes as long as a command should
+    from compress.calibration.ranges import Ranges
     from compress.checkpoint.reader import Checkpoint
     from compress.model.hybrid import HybridModel
     from compress.model.weight import Unit
     from compress.runtime.runtimes import Runtime
+    from exporters.graph.overflow import Decided
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PRECISIONS = tuple(BYTES)
 
 
 class Options(Strict):
+    """`on_overflow`: what becomes of a layer that fp16 cannot hold."""
+
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    on_overflow: Literal["refuse", "bf16", "fp32"] = "refuse"
+
+    def idle(self) -> set[str]:
+        return set() if self.precision == "fp16" else {"on_overflow"}
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -42,6 +51,21 @@ class Options(Strict):
 
 
 class TensorRT(Exporter[Options]):
+    _overflow: Decided | None = None
+
+    instead_of_ranges = "precision: bf16 needs none, since it holds what float32 does"
+
+    @property
+    def needs_ranges(self) -> bool:
+        return self.options.precision == "fp16"
+
+    def fitted(self, checkpoint: Checkpoint, ranges: Ranges) -> Self:
+        from exporters.graph import overflow
+
+        fitted = copy.copy(self)
+        fitted._overflow = overflow.decided(checkpoint.model, ranges, self.options.on_overflow)
+        return fitted
+
     def refuse(self, model: HybridModel) -> None:
         from exporters.graph import qdq
 
@@ -67,9 +91,10 @@ class TensorRT(Exporter[Options]):
         from exporters.graph.builder import WeightFile
 
         weights = WeightFile(folder / TENSORRT.data)
-        graph = wiring.build(checkpoint.model, OF_PRECISION[self.options.precision], weights, advance)
+        types = self._overflow.types if self._overflow else {}
+        graph = wiring.build(checkpoint.model, OF_PRECISION[self.options.precision], weights, advance, types=types)
         weights.close()
-        artifact.save(graph, checkpoint.config, folder / TENSORRT.model)
+        artifact.save(graph, checkpoint.config, folder / TENSORRT.model, dialect="tensorrt")
         copy_companions(checkpoint.folder, folder)
 
     def describe(self, folder: Path) -> Exported:

@@ -43,11 +43,11 @@ def run_graph(folder: Path, inputs: dict[str, np.ndarray], width: int, build, op
     return make_session(folder / "model.onnx", options).run(None, inputs)[0]
 
 
-def wired(model, folder: Path, form=WHOLE, dialect=Portable) -> Path:
+def wired(model, folder: Path, form=WHOLE, dialect=Portable, types=None) -> Path:
     """A graph of a model in a form that no recipe asks for; checked as an export is."""
     folder.mkdir(exist_ok=True)
     weights = WeightFile(folder / "model.onnx.data")
-    graph = wiring.build(model, dialect, weights, lambda _: None, form)
+    graph = wiring.build(model, dialect, weights, lambda _: None, form, types)
     weights.close()
     artifact.save(graph, model.config_json, folder / "model.onnx")
     return folder / "model.onnx"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from jamba_models import make_jamba
@@ -18,8 +19,10 @@ from compress.model.blocks.mamba1 import Mamba1
 from compress.model.families.jamba import Jamba
 from compress.model.hybrid import HybridModel
 from compress.runtime.onnx_session import OnnxSession
+from exporters.dialects.portable import Portable
 from exporters.graph.form import Form
 
+FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 SAME = 1e-5  # the same graph in another form: float32 sums in another order at most
 LENGTH, PROMPT = 12, 8
 
@@ -91,6 +94,63 @@ def test_a_stage_in_the_middle_has_its_own_layers_and_neither_end(model, tmp_pat
 def test_layers_that_are_no_stage_are_refused(model, tmp_path, layers):
     with pytest.raises(ValueError, match="no neighbouring layers of a model with 6"):
         wired(model, tmp_path / "stage", Form(layers))
+
+
+# layers in other types
+
+
+class Half(Portable):
+    body_type = ir.DataType.FLOAT16
+
+
+WIDE = {f"layer.{index}": ir.DataType.FLOAT for index in (2, 3)}
+
+
+def types_of_products(path) -> list[int]:
+    """Of every matrix product in order, scans aside."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), data_prop=True).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]}
+    return [types.get(node.output[0], 0) for node in graph.node if node.op_type == "MatMul"]
+
+
+def test_a_layer_may_be_in_another_type_than_its_neighbours(model, tmp_path, ids, mask):
+    """In float32 everywhere, a graph of float16 is that of float32."""
+    everywhere = {unit.name: ir.DataType.FLOAT for unit in model.units}
+    half, some, every = (
+        wired(model, tmp_path / str(number), dialect=Half, types=types)
+        for number, types in enumerate([{}, WIDE, everywhere])
+    )
+    assert set(types_of_products(every)) == {FLOAT} and set(types_of_products(half)) == {FLOAT16}
+    assert set(types_of_products(some)) == {FLOAT, FLOAT16}
+    exact = run_chain([wired(model, tmp_path / "float")], ids, mask)
+    np.testing.assert_array_equal(run_chain([every], ids, mask), exact)
+    away = [np.abs(run_chain([path], ids, mask) - exact)[mask > 0].mean() for path in (half, some)]
+    assert min(away) > 0 and max(away) < 2**-9
+
+
+@pytest.mark.parametrize("ends", [(2, 6), (3, 6), (4, 6), (1, 3, 6)], ids=str)
+def test_stages_hand_on_hidden_states_in_the_type_of_the_layer_that_takes_them(model, tmp_path, ids, mask, ends):
+    spans = [range(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+    paths = [wired(model, tmp_path / str(span.start), Form(span), Half, WIDE) for span in spans]
+    whole = run_chain([wired(model, tmp_path / "whole", dialect=Half, types=WIDE)], ids, mask)
+    assert (
+        np.abs(run_chain(paths, ids, mask) - whole)[mask > 0].max() < 2**-6
+    )  # onnxruntime leaves casts out within a graph
+    given = [graph_of(path).input[0].type.tensor_type.elem_type for path in paths[1:]]
+    assert given == [FLOAT if f"layer.{span.start}" in WIDE else FLOAT16 for span in spans[1:]]
+    assert given == [graph_of(path).output[0].type.tensor_type.elem_type for path in paths[:-1]]
+
+
+def test_a_matrix_that_is_stored_once_is_in_one_type(model, tmp_path):
+    types = {"head": ir.DataType.FLOAT}
+    if not model.is_tied:
+        wired(model, tmp_path / "head", dialect=Half, types=types)
+        return
+    with pytest.raises(ValueError, match="stored once"):
+        wired(model, tmp_path / "head", dialect=Half, types=types)
+    path = wired(model, tmp_path / "both", dialect=Half, types=types | {"embedding": ir.DataType.FLOAT})
+    names = [tensor.name for tensor in graph_of(path).initializer]
+    assert len(names) == len(set(names))
 
 
 # fixed dimensions

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compress import plugins
-from compress.apply import stages
+from compress.apply import ranging, stages
 from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.disk import files, partials
 from compress.errors import InputError, WorkError, first_line, nearest
 from compress.output_folder import destination, integrity
 from compress.plugins import Exporter
+from compress.recipe.calibration import Calibration
 from compress.recipe.recipe import override_key
 from compress.strict.json_text import Json
 from compress.strict.models import Strict, from_flags
@@ -33,6 +34,9 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: 
     exporter = _with_options(plugins.load_exporter(kind), overrides)
     opened = Checkpoint(checkpoint, allow_quantized=True)
     exporter.refuse(opened.model)
+    if exporter.needs_ranges:
+        ranging.refuse_without_text(exporter, kind, checkpoint, Calibration())
+        exporter = exporter.fitted(opened, ranging.on_shipped_text(opened))
     export_to(exporter, kind, opened, folder)
     return out
 

@@ -7,7 +7,7 @@ import torch
 
 import compress
 from compress import prompts
-from compress.apply import exporting, plan, reporting, settling, stages, surveys, sweep
+from compress.apply import exporting, plan, ranging, reporting, settling, stages, surveys, sweep
 from compress.apply.plan import Plan
 from compress.check import judge
 from compress.check.compare import Found, verdict
@@ -93,7 +93,7 @@ def _run(job: Job, planned: Plan, space: Workspace) -> Report:
         space.discard()  # bad weights are not worth resuming: a corrected model is a different job
         raise
     written = Checkpoint(space.folder / "checkpoint", allow_quantized=True)
-    outcome.exported = [_export(step, written, space) for step in planned.recipe.export]
+    outcome.exported = [_export(step, written, space, windows or [], job.device) for step in planned.recipe.export]
     _check(job, planned, outcome, space.folder)
     return _publish(job, planned, outcome, space)
 
@@ -117,7 +117,7 @@ def _write_checkpoint(
     context = PassContext(job.device, job.seed)
     swept = sweep.run(planned, context, space, windows if planned.needs_calibration else None)
     if swept.written:
-        space.forget([step.name for step in planned.recipe.export])
+        space.forget([ranging.JOURNAL, *(step.name for step in planned.recipe.export)])
     folder = space.folder / "checkpoint"
     writer.write_index(folder, planned.units)
 
@@ -131,7 +131,7 @@ def _write_checkpoint(
 
 
 def _calibration_windows(job: Job, planned: Plan, outcome: Outcome) -> list[torch.Tensor]:
-    """What passes are calibrated on; the outcome hears of the prompts."""
+    """What passes and exporters look at; the outcome hears of the prompts."""
     original = CheckpointArtifact(planned.opened, job.device, outcome.weights_sha256)
     sets = prompts.load_all(
         original, original.sha256(), planned.calibration, purpose="calibration",
@@ -156,10 +156,14 @@ def _write_companions(planned: Plan, folder: Path, done: list[Record]) -> None:
     writer.copy_companions(planned.source.folder, folder)
 
 
-def _export(step: ExportStep, written: Checkpoint, space: Workspace) -> Exported:
+def _export(
+    step: ExportStep, written: Checkpoint, space: Workspace, windows: list[torch.Tensor], device: str
+) -> Exported:
     """One export into its folder; one that an earlier run finished is only described again."""
     exporter, folder = step.bound(), space.folder / step.name
     if not space.is_done(step.name):
+        if exporter.needs_ranges:
+            exporter = exporter.fitted(written, ranging.in_workspace(written, windows, space, device))
         exporting.remove_unfinished(folder)
         exporting.export_to(exporter, step.name, written, folder)
         space.mark_done(step.name)

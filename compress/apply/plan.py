@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from compress import prompts
+from compress.apply import ranging
 from compress.check import baseline
 from compress.checkpoint.end_tokens import of_generation_config
 from compress.checkpoint.reader import Checkpoint, has_weights, model_of_config
@@ -108,9 +109,13 @@ class Plan:
         return any(step.needs_settling for step in self.passes)
 
     @property
+    def needs_ranges(self) -> bool:
+        return any(step.bound().needs_ranges for step in self.recipe.export)
+
+    @property
     def needs_windows(self) -> bool:
-        """Whether calibration tokens are read, to calibrate on or to settle by."""
-        return self.needs_calibration or self.needs_settling
+        """Whether calibration tokens are read: to calibrate on, to settle by, or to export by."""
+        return self.needs_calibration or self.needs_settling or self.needs_ranges
 
     @property
     def calibration(self) -> Calibration:
@@ -118,11 +123,13 @@ class Plan:
 
     def calibration_bytes(self) -> int:
         """Hidden states on disk: before a layer, between its blocks and after it, and what passes keep while they work on
-        a layer: more states, and the layer as they leave it. To settle: before every layer, and of what is tried."""
+        a layer: more states, and the layer as they leave it. To settle: before every layer, and of what is tried. To export:
+        of one layer."""
         tokens = len(self.calibration.prompts) * self.calibration.samples * self.calibration.length
         of_model = 4 * tokens * self.model.config.hidden_size
         settling = of_model * (self.model.config.num_hidden_layers + 1 + TRIED_TOGETHER) if self.needs_settling else 0
-        return max(settling, self._calibrating_bytes(of_model) if self.needs_calibration else 0)
+        calibrating = self._calibrating_bytes(of_model) if self.needs_calibration else 0
+        return max(settling, calibrating, of_model if self.needs_ranges else 0)
 
     def _calibrating_bytes(self, of_model: int) -> int:
         more = [step.scratch_states for step in self.passes]
@@ -153,6 +160,9 @@ def make(recipe: Recipe, source: Source, context: PassContext, recipe_folder: Pa
     plan = with_found(Plan(source, checkpoint, (model,), recipe), {}, context)
     of_generation_config(source.folder)  # refuses one that cannot be read
     folder, calibration = source.folder if checkpoint else None, plan.calibration if plan.needs_windows else None
+    if folder is not None:
+        for step in recipe.export:
+            ranging.refuse_without_text(step.bound(), step.name, folder, plan.calibration)
     for purpose, settings in (("check", recipe.check), ("calibration", calibration)):
         if settings is not None:
             for name in settings.prompts:

@@ -2,6 +2,7 @@
 
 from compress import prompts
 from compress.apply.plan import Plan
+from compress.calibration import ranges
 from compress.check import audit, baseline, compare, generated, layer_audit, state_costs, states, tasks
 from compress.disk.paths import as_text
 from compress.model.config import Config
@@ -21,7 +22,8 @@ def of(planned: Plan) -> list[str]:
     surveys = [SURVEY for step in planned.passes if step.needs_survey]
     exports = [step.name for step in planned.recipe.export]
     settling = [name for step in planned.passes if step.needs_settling for name in SETTLING]
-    names = [*map(prompts.stage, calibrated), *surveys, COMPRESSING, *settling, *map(exporting, exports)]
+    measuring = [ranges.STAGE] if planned.needs_ranges else []
+    names = [*map(prompts.stage, calibrated), *surveys, COMPRESSING, *settling, *measuring, *map(exporting, exports)]
     if planned.recipe.check is None:
         return names
     return names + _of_check(planned.recipe.check, planned.result.config, ["checkpoint", *exports])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self, final
 
 from compress.strict.json_text import Json
 from compress.strict.models import Strict
-from compress.strict.plugin import ContractError, OptionsT, Plugin
+from compress.strict.plugin import OptionsT, Plugin
 
 if TYPE_CHECKING:  # a recipe is validated without torch
     from compress.calibration.inputs import LayerInputs, UnitInputs
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # a recipe is validated without torch
 Note = Mapping[str, Json]  # what a pass noted of a unit while it was calibrated
 Found = Mapping[str, Json]  # what its survey found
 Details = Mapping[str, Json]  # what report.json has of it
-TOGETHER = (("needs_calibration", "calibrate"), ("needs_survey", "survey"), ("needs_settling", "settle"))
 
 
 @dataclass(frozen=True)
@@ -94,19 +93,13 @@ class Pass(Plugin[OptionsT]):
     Hooks are called in the order in which they stand here. All but `apply` have defaults.
     """
 
+    _together = (("needs_calibration", "calibrate"), ("needs_survey", "survey"), ("needs_settling", "settle"))
+
     spoken_for: ClassVar[frozenset[str]] = frozenset()  # keys of `details` that report.md need not show as they are
     follows_surveys: ClassVar[bool] = (
         False  # restructures, but may follow a pass that shares a budget: whatever that finds
     )
     scratch_states: ClassVar[int] = 0  # copies of the hidden states it keeps on disk while it works on a layer
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        for hooks in TOGETHER:
-            defined = [hook for hook in hooks if cls._defines(hook)]
-            if len(defined) == 1:
-                (missing,) = set(hooks) - set(defined)
-                raise ContractError(f"{cls.__name__} defines {defined[0]}, which does nothing without {missing}")
 
     def fitted(self, model: HybridModel) -> tuple[Self, tuple[str, ...]]:
         """The pass as it applies to this model, and sentences on what is different from what its options say. All that

@@ -115,7 +115,11 @@ class Eager(Operators[Tensor]):
             positions = self._positions(query.shape[0], past_key.shape[2], query.shape[2], query.device)
             query, key = rotated(query, positions, rotary), rotated(key, positions, rotary)
         key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
-        return attention(query, key, value, self._mask).transpose(1, 2).flatten(2), key, value
+        return self._mixed(query, key, value).transpose(1, 2).flatten(2), key, value
+
+    def _mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [B, Q, S, P], key and value [B, G, T, P], turned by their positions -> [B, Q, S, P]."""
+        return attention(query, key, value, self._mask)
 
     def mixture(
         self, x: Tensor, rows: Tensor, router: Router, experts: int, run: Callable[[int, Tensor], Tensor]

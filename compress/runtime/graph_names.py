@@ -11,6 +11,8 @@ BATCH, SEQUENCE, PAST, TOTAL = DIMENSIONS = (
 )  # fmt: skip
 JS = {"conv_state": "conv", "recurrent_state": "ssm"}
 KINDS = {short: kind for kind, short in JS.items()}
+EDGE_KEY = "compress.edge"  # metadata of a node whose result ends a block: the type that it is in
+DIALECT_KEY = "compress.dialect"  # metadata of a graph in one that onnxruntime does not run for its users
 
 
 def past_of(index: int, spec: StateSpec) -> str:

@@ -1,8 +1,9 @@
-"""Opens a model.onnx whose weights are links, or whose folder has a name that is not text.
+"""Opens a model.onnx. One that onnxruntime cannot run as it lies there is handed over in memory: whose weights are links, whose
+folder has a name that is not text, or that computes in bf16.
 
 onnxruntime reads weights only from below the model's own folder, links followed, or from a hub cache: a hostile graph
 cannot name any file. But a link beside the model was put there by whoever made the folder, on another disk perhaps. So the
-graph is handed over in memory, naming the files that the links lead to.
+graph that is handed over names the files that the links lead to.
 """
 
 import os
@@ -11,29 +12,39 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
+from compress import plugins
 from compress.disk.paths import is_text, with_text_name
 from compress.disk.pointers import refuse_pointer
 from compress.output_folder.onnx_layouts import data_files
+from compress.runtime import twin
+from compress.runtime.graph_names import DIALECT_KEY
 
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+# A graph of a dialect for others is to compute what they would: onnxruntime would make unsigned products of quantized inputs,
+# whose sums saturate on some processors, and round the inputs of products with quantized weights to 8 bits.
+AS_WRITTEN = ("session.disable_quant_qdq", "1")
 
 
 def open_session(path: Path, settings: ort.SessionOptions) -> ort.InferenceSession:
-    """A session on the CPU. Raises InputError for a git-lfs pointer, and what onnxruntime raises."""
-    for file in (path, *data_files(path)):
+    """A session on the CPU. Raises InputError for a git-lfs pointer and what is no ONNX model, and what onnxruntime raises."""
+    for file in data_files(path):
         refuse_pointer(file)
-    provider = ["CPUExecutionProvider"]
-    if is_text(path) and not any(file.is_symlink() for file in path.parent.iterdir()):
+    provider, model = ["CPUExecutionProvider"], plugins.graph_reading().load(path)
+    if DIALECT_KEY in model.metadata_props:
+        settings.add_session_config_entry(*AS_WRITTEN)
+    is_linked = not is_text(path) or any(file.is_symlink() for file in path.parent.iterdir())
+    if not is_linked and not twin.is_needed(model):
         return ort.InferenceSession(path, settings, providers=provider)
-    graph, folder = _with_followed_links(path)
+    folder = _follow_links(model, path)
+    if twin.is_needed(model):
+        twin.become(model)
     with with_text_name(folder) as named:
         settings.add_session_config_entry(FOLDER_KEY, str(named))
-        return ort.InferenceSession(graph, settings, providers=provider)
+        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings, providers=provider)
 
 
-def _with_followed_links(path: Path) -> tuple[bytes, Path]:
-    """The graph, its weights' places being relative to the folder that is returned. Only names beside the model are followed."""
-    model = ir.load(path)
+def _follow_links(model: ir.Model, path: Path) -> Path:
+    """The folder that places of weights are relative to from here on. Only names beside the model are followed."""
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
     stored = [(v, v.const_value) for v in values if isinstance(v.const_value, ir.ExternalTensor)]
     beside = {name for name in {str(tensor.location) for _, tensor in stored} if Path(name).name == name}
@@ -42,7 +53,7 @@ def _with_followed_links(path: Path) -> tuple[bytes, Path]:
     for value, tensor in stored:
         if tensor.location in real:
             value.const_value = _moved(tensor, real[str(tensor.location)].relative_to(folder))
-    return ir.to_proto(model).SerializeToString(), folder
+    return folder
 
 
 def _moved(tensor: ir.ExternalTensor, location: Path) -> ir.ExternalTensor:

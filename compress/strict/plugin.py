@@ -25,6 +25,7 @@ class Plugin(ABC, Generic[OptionsT]):
     contract may define those, as what they are there, and names of its own that begin with an underscore."""
 
     Options: ClassVar[type[Strict]]  # of `Pass[Options]`: the block in a recipe
+    _together: ClassVar[tuple[tuple[str, str], ...]] = ()  # hooks of the contract that do nothing without each other
 
     def __init__(self, options: OptionsT) -> None:
         self._options = options
@@ -40,6 +41,7 @@ class Plugin(ABC, Generic[OptionsT]):
         contract = next(base for base in cls.__mro__ if Plugin in base.__bases__)
         refuse_other_hooks(cls, contract)
         _find_options(cls, contract)
+        _refuse_half(cls)
         for name, hook in [*vars(cls).items()]:
             if isinstance(hook, FunctionType) and not name.startswith("_"):
                 setattr(cls, name, _naming_itself(hook))
@@ -74,6 +76,15 @@ def _find_options(cls: type[Plugin[Strict]], contract: type) -> None:
     options = getattr(cls, "Options", None)
     if not (isinstance(options, type) and issubclass(options, Strict)):
         raise ContractError(NO_OPTIONS.format(name=cls.__name__, contract=contract.__name__))
+
+
+def _refuse_half(cls: type[Plugin[Strict]]) -> None:
+    """Raises ContractError for a hook that does nothing without another."""
+    for hooks in cls._together:
+        defined = [hook for hook in hooks if cls._defines(hook)]
+        if len(defined) == 1:
+            (missing,) = set(hooks) - set(defined)
+            raise ContractError(f"{cls.__name__} defines {defined[0]}, which does nothing without {missing}")
 
 
 def refuse_other_hooks(cls: type, contract: type) -> None:

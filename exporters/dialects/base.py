@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 import onnx_ir as ir
 
+from compress.model.block import Layer
 from compress.model.operators import Operators
 from compress.model.weight import Weight
 from exporters.graph.builder import Graph, WeightFile
@@ -30,7 +31,7 @@ class Dialect(Operators[ir.Value]):
 
     opset: ClassVar[int] = 21
     domains: ClassVar[Mapping[str, int]] = {}  # versions of operators beyond the standard's
-    body_type: ClassVar[ir.DataType] = ir.DataType.FLOAT  # of hidden states, and of weights beside them
+    body_type: ClassVar[ir.DataType] = ir.DataType.FLOAT  # of hidden states and weights, where nothing else is said
 
     def __init__(self, graph: Graph, tokens: Tokens):
         self.graph, self.tokens = graph, tokens
@@ -46,6 +47,16 @@ class Dialect(Operators[ir.Value]):
         bound = copy.copy(self)
         bound._weights, bound._prefix = weights, prefix
         return bound
+
+    def in_type(self, body_type: ir.DataType) -> Self:
+        """The same dialect where hidden states are of another type."""
+        other = copy.copy(self)
+        other.graph = self.graph.in_type(body_type)
+        return other
+
+    def as_kept(self, layer: Layer) -> Layer:
+        """A layer whose states are kept in the precisions in which the graph takes and gives them."""
+        return layer
 
     def weight(self, name: str) -> Weight:
         return self._weights[self._prefix + name]

@@ -192,7 +192,7 @@ class Portable(Dialect):
 
     def state_type(self, spec: StateSpec) -> ir.DataType:
         """That arithmetic takes a state in."""
-        return ir.DataType.FLOAT if spec.kind == StateKind.SSM else self.body_type
+        return ir.DataType.FLOAT if spec.kind == StateKind.SSM else self.graph.body_type
 
     def lookup(self, name: str, ids: Value) -> Value:
         return self._table(name).lookup(ids)

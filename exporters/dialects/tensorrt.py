@@ -3,18 +3,28 @@ routers in float32, every expert on every token, quantized weights behind Dequan
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import onnx_ir as ir
 
+from compress.formats.remembered import Precision
+from compress.formats.state_words import Format
+from compress.model.block import Layer
 from compress.model.routing import Router
 from exporters.dialects.portable import Portable
 from exporters.graph import dense_moe, moe, qdq, stack
-from exporters.graph.builder import width_of, with_width
+from exporters.graph.builder import at_edge, width_of, with_width
 from exporters.graph.rotation import rotated
 from exporters.graph.stored import as_stored, widened
 
 Value = ir.Value
 Multiply = Callable[[str, Value, str | None], Value]
+
+FORMATS: dict[ir.DataType, Format] = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.FLOAT16: "fp16",
+}
 
 
 class TensorRT(Portable):
@@ -29,6 +39,17 @@ class TensorRT(Portable):
         if self._multiply is not None:
             return self._multiply(name, x, bias)
         return qdq.linear(self.graph, x, self.weight(name), None if bias is None else self.weight(bias))
+
+    def add(self, a: Value, b: Value) -> Value:
+        """Marked as the edge of a block, for those who compute what lies between in another type."""
+        total = super().add(a, b)
+        return at_edge(total, a.dtype or self.graph.body_type)
+
+    def as_kept(self, layer: Layer) -> Layer:
+        """States that no pass decided on are in the type that arithmetic takes them in, so that nothing is lost by it."""
+        undecided = (spec for spec in layer.states if spec.name not in layer.precisions)
+        taken = {spec.name: Precision(FORMATS[self.state_type(spec)]) for spec in undecided}
+        return replace(layer, precisions={**layer.precisions, **taken})
 
     def softplus(self, x: Value) -> Value:
         return self.graph.from_float32(self.graph.op("Softplus", self.graph.float32(x)))

@@ -15,6 +15,7 @@ from compress.disk.paths import with_text_name
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
 from compress.output_folder.onnx_layouts import GENAI, Layout
+from compress.runtime.graph_names import DIALECT_KEY
 from compress.runtime.state_support import why_not_genai
 from compress.strict.json_text import JsonObject
 from exporters import Exported
@@ -23,10 +24,13 @@ from exporters.graph import reading
 IR_VERSION = 10  # the one that came with opset 21
 
 
-def save(graph: ir.Graph, config_json: JsonObject, path: Path) -> None:
-    """Writes model.onnx beside its weights, with the checkpoint's config.json in its metadata, and has it checked."""
+def save(graph: ir.Graph, config_json: JsonObject, path: Path, dialect: str | None = None) -> None:
+    """Writes model.onnx beside its weights, with the checkpoint's config.json in its metadata, and has it checked; `dialect`
+    names one that is not for onnxruntime."""
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="compress", producer_version=compress.__version__)
     model.metadata_props[reading.CONFIG_KEY] = json.dumps(without_code(config_json), sort_keys=True)
+    if dialect is not None:
+        model.metadata_props[DIALECT_KEY] = dialect
     ir.save(model, path)
     with with_text_name(path.parent) as named:
         onnx.checker.check_model(named / path.name, full_check=True)

@@ -1,5 +1,6 @@
 """A thin builder over onnx-ir: operators as method calls, weights streamed to the data file as they are added."""
 
+import copy
 import itertools
 import math
 import os
@@ -11,6 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from compress.runtime.graph_names import EDGE_KEY
 
 ALIGN, ALIGN_LARGE, LARGE = 64, 4096, 1 << 20  # large weights begin on a page so that a runtime can map them
 FLOAT, FP8 = np.float32, ir.DataType.FLOAT8E4M3FN.numpy()  # of constants
@@ -96,10 +99,20 @@ class Graph:
         self._initializers: list[ir.Value] = []
         self._constants: dict[Hashable, ir.Value] = {}
         self._made: dict[Hashable, object] = {}
+        self._by_type = {body_type: self}
 
     def inner(self) -> "Graph":
         """The body of a control-flow operator."""
         return Graph(self._weights, self._versions[""], self._versions, self.body_type, self._names)
+
+    def in_type(self, body_type: ir.DataType) -> "Graph":
+        """The same graph where hidden states are of another type, as in a layer that needs a wider one. What is made `once`
+        is made once for each type."""
+        if body_type not in self._by_type:
+            other = copy.copy(self)
+            other.body_type, other._made = body_type, {}
+            self._by_type[body_type] = other
+        return self._by_type[body_type]
 
     def unique_name(self, stem: str) -> str:
         return f"{stem}_{next(self._names)}"
@@ -232,6 +245,14 @@ def with_members(value: ir.Value, names: str) -> ir.Value:
     """A value in the data file that tensors of other names lie in, one after the other along its first dimension."""
     assert isinstance(value.const_value, ir.ExternalTensor)
     value.const_value.metadata_props[MEMBERS_KEY] = names
+    return value
+
+
+def at_edge(value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The value, with which a block ends in this type."""
+    node = value.producer()
+    assert node is not None, value
+    node.metadata_props[EDGE_KEY] = dtype.name
     return value
 
 
