@@ -21,8 +21,10 @@ from exporters import Exported, Exporter
 if TYPE_CHECKING:  # heavy: importing them takes as long as a command should
     from compress.calibration.ranges import Ranges
     from compress.checkpoint.reader import Checkpoint
+    from compress.model.block import Layer
+    from compress.model.experts import Experts
     from compress.model.hybrid import HybridModel
-    from compress.model.weight import Unit
+    from compress.model.weight import Unit, Weight
     from compress.runtime.runtimes import Runtime
     from exporters.graph.overflow import Decided
 
@@ -31,10 +33,16 @@ PRECISIONS = tuple(BYTES)
 
 
 class Options(Strict):
-    """`on_overflow`: what becomes of a layer that fp16 cannot hold."""
+    """`on_overflow`: what becomes of a layer that fp16 cannot hold.
+
+    `experts`: `dense` runs every expert on every token and reads each matrix once; `gather` reads, for every token, the matrices
+    of its own experts. Of E experts a decode step then reads top-k, and a prompt reads top-k for each of its tokens: for engines
+    that decode one sequence, or few, and see short prompts.
+    """
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     on_overflow: Literal["refuse", "bf16", "fp32"] = "refuse"
+    experts: Literal["dense", "gather"] = "dense"
 
     def idle(self) -> set[str]:
         return set() if self.precision == "fp16" else {"on_overflow"}
@@ -72,6 +80,18 @@ class TensorRT(Exporter[Options]):
         for weight in model.weights:
             if (why := qdq.why_not(weight)) is not None:
                 raise InputError(f"export.tensorrt: tensor '{weight.name}' {why}")
+        if self.options.experts == "gather":
+            self._refuse_to_gather(model)
+
+    @staticmethod
+    def _refuse_to_gather(model: HybridModel) -> None:
+        from exporters.graph import stack
+
+        for layer in model.layers:
+            if layer.experts and (why := stack.why_not_gathered(_matrices(model, layer, layer.experts))) is not None:
+                raise InputError(
+                    f"export.tensorrt: experts: gather takes experts that are stored alike; {why}; use dense"
+                )
 
     def predict_bytes(self, units: Sequence[Unit]) -> int:
         from exporters.graph import artifact
@@ -86,13 +106,15 @@ class TensorRT(Exporter[Options]):
     def export(self, checkpoint: Checkpoint, folder: Path, advance: Callable[[int], None]) -> None:
         """One weight in memory at a time."""
         from compress.checkpoint.writer import copy_companions
-        from exporters.dialects.tensorrt import OF_PRECISION
+        from exporters.dialects.tensorrt import OF_PRECISION, gathering
         from exporters.graph import artifact, wiring
         from exporters.graph.builder import WeightFile
 
         weights = WeightFile(folder / TENSORRT.data)
         types = self._overflow.types if self._overflow else {}
-        graph = wiring.build(checkpoint.model, OF_PRECISION[self.options.precision], weights, advance, types=types)
+        dialect = OF_PRECISION[self.options.precision]
+        dialect = gathering(dialect) if self.options.experts == "gather" else dialect
+        graph = wiring.build(checkpoint.model, dialect, weights, advance, types=types)
         weights.close()
         artifact.save(graph, checkpoint.config, folder / TENSORRT.model, dialect="tensorrt")
         copy_companions(checkpoint.folder, folder)
@@ -102,3 +124,12 @@ class TensorRT(Exporter[Options]):
         from exporters.graph import artifact
 
         return artifact.describe(folder, "tensorrt", TENSORRT)
+
+
+def _matrices(model: HybridModel, layer: Layer, experts: Experts) -> list[list[Weight]]:
+    """Of each expert."""
+    weights = model.unit(f"layer.{layer.index}").weights
+    return [
+        [weights[layer.prefix + experts.prefix(number) + part] for part in experts.parts]
+        for number in range(experts.count)
+    ]

@@ -77,6 +77,22 @@ def _grouped(numbers: list[int], experts: Sequence[Sequence[Product]]) -> list[G
     return [Group(tuple(numbers), tuple(stacks))]
 
 
+def why_not_gathered(experts: Sequence[Sequence[Weight]]) -> str | None:
+    """What keeps a token's experts from being taken out of a stack, or None. `experts`: matrices of each. Calibrated scales are
+    not looked at: they differ, and a token's would have to be looked up with its experts."""
+    for weight, *others in zip(*experts, strict=True):
+        if weight.activation is not None:
+            return f"the input of '{weight.name}' is rounded to {weight.activation.format} with a scale of its own"
+        if odd := next((other for other in others if _stored(other) != _stored(weight)), None):
+            return f"'{weight.name}' is {_stored(weight)}, '{odd.name}' {_stored(odd)}"
+    return None
+
+
+def _stored(weight: Weight) -> str:
+    rotated = f" rotated in blocks of {weight.rotation}" if weight.rotation else ""
+    return f"{weight.format} {list(weight.shape)}{rotated}"
+
+
 def _share_a_name(products: Sequence[Product]) -> bool:
     names = [product.weight.name for product in products]
     return len(in_short(names)) == 1 and written_out(in_short(names)) == names
@@ -88,10 +104,12 @@ def _rounding(activation: Activation | None) -> tuple[str, float | None] | None:
     return activation.format, None if activation.scale is None else activation.scale()
 
 
-def linear(graph: Graph, x: ir.Value, stack: Stack) -> ir.Value:
-    """x [1 or E, n, K], rotated and rounded first where the weights say so, times their transposes: [E, n, N]."""
-    first = stack.weights[0]
-    y = graph.op("MatMul", input_of(graph, x, first), matrices(graph, stack))
+def linear(graph: Graph, x: ir.Value, stack: Stack, chosen: ir.Value | None = None) -> ir.Value:
+    """x [1 or E, n, K], rotated and rounded first where the weights say so, times their transposes: [E, n, N]; where numbers
+    are `chosen` [m], x [m, n, K] times those of the stack: [m, n, N]."""
+    first, whole = stack.weights[0], matrices(graph, stack)
+    used = whole if chosen is None else graph.op("Gather", whole, chosen, axis=0)
+    y = graph.op("MatMul", input_of(graph, x, first), used)
     return with_width(y if stack.bias is None else graph.op("Add", y, plain(graph, stack.bias)), first.shape[0])
 
 
