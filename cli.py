@@ -121,11 +121,14 @@ def inspect(model: str, as_json: bool, verify: bool) -> None:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set an option of the exporter: layout=genai."
 )
 def export(checkpoint: Path, kind: str, out: Path | None, overrides: tuple[str, ...]) -> None:
-    """Export one CHECKPOINT: its folder, or an output folder of apply."""
+    """Export one CHECKPOINT: its folder, or an output folder of apply; exit 1 where an engine was built with layers widened."""
     from compress.apply import exporting
+    from compress.report import terminal
 
-    folder = exporting.export_checkpoint(checkpoint, kind, out, overrides)
-    click.echo(printable(f"wrote {folder}"), err=True)
+    written = exporting.export_and_describe(checkpoint, kind, out, overrides)
+    click.echo(printable(f"wrote {written.folder}"), err=True)
+    if written.exported.build is not None:
+        sys.exit(terminal.show_build(written.exported.build))
 
 
 @main.command()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # a recipe is validated without torch
     from compress.checkpoint.reader import Checkpoint
     from compress.model.hybrid import HybridModel
     from compress.model.weight import Unit
+    from compress.output_folder.build_facts import BuildFacts
     from compress.runtime.runtimes import Runtime
 
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # a recipe is validated without torch
 class Exported:
     """One artifact: `main` within its folder, `files` it needs to run, the stored format of every weight by name.
 
-    `main` is what a check opens: a model.onnx, or a checkpoint folder."""
+    `main` is what a check opens: a model.onnx, or a checkpoint folder. `build` is what was built of it, where something is."""
 
     kind: str
     main: str
@@ -32,6 +33,7 @@ class Exported:
     weight_bytes: int
     formats: dict[str, str]
     notes: tuple[str, ...] = field(default=())
+    build: BuildFacts | None = None
 
     def bytes(self, folder: Path) -> int:
         return sum((folder / name).stat().st_size for name in self.files)
@@ -46,6 +48,10 @@ class Exporter(Plugin[OptionsT]):
 
     def refuse(self, model: HybridModel) -> None:
         """Raises InputError for a model, as it will be stored, that this exporter has no way to write, before any work."""
+
+    def plans(self, model: HybridModel) -> list[str]:
+        """What a dry run says will be made beside the graph."""
+        return []
 
     @abstractmethod
     def predict_bytes(self, units: Sequence[Unit]) -> int:

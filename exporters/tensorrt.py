@@ -1,35 +1,39 @@
 """`tensorrt`: a strongly typed graph for TensorRT, and the engine where a builder is installed.
 
-Writes model.onnx, model.onnx.data and the tokenizer's files. `precision` names the type of hidden states; number formats of
-weights and inputs come from the passes before.
+Writes model.onnx, model.onnx.data, build.json and the tokenizer's files, and model.engine with the builder's build.log.
+`precision` names the type of hidden states; number formats of weights and inputs come from the passes before.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import field_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress.errors import InputError
 from compress.output_folder.onnx_layouts import TENSORRT
-from compress.strict.models import Strict
+from compress.strict.models import Strict, WholeNumber
 from exporters import Exported, Exporter
+from exporters.engines import ENGINE
 
 if TYPE_CHECKING:  # heavy: importing them takes as long as a command should
+    import onnx_ir as ir
+
     from compress.calibration.ranges import Ranges
     from compress.checkpoint.reader import Checkpoint
-    from compress.model.block import Layer
-    from compress.model.experts import Experts
     from compress.model.hybrid import HybridModel
-    from compress.model.weight import Unit, Weight
+    from compress.model.weight import Unit
+    from compress.output_folder.build_facts import BuildFacts
     from compress.runtime.runtimes import Runtime
     from exporters.graph.overflow import Decided
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PRECISIONS = tuple(BYTES)
+MOST_TOKENS = 1 << 30  # TensorRT counts the elements of a shape in 32 bits
 
 
 class Options(Strict):
@@ -43,6 +47,10 @@ class Options(Strict):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     on_overflow: Literal["refuse", "bf16", "fp32"] = "refuse"
     experts: Literal["dense", "gather"] = "dense"
+    build: Literal["auto", "required", "never"] = "auto"
+    batch: WholeNumber = Field(default=1, ge=1, le=MOST_TOKENS)  # sequences, at most
+    prefill_length: WholeNumber = Field(default=512, ge=1, le=MOST_TOKENS)  # tokens that come at once, at most
+    context: WholeNumber = Field(default=4096, ge=1, le=MOST_TOKENS)  # tokens of a sequence, at most
 
     def idle(self) -> set[str]:
         return set() if self.precision == "fp16" else {"on_overflow"}
@@ -56,6 +64,14 @@ class Options(Strict):
                 "by a pass before the export, such as quantize"
             )
         return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.prefill_length > self.context:
+            raise ValueError(
+                f"prefill_length is {self.prefill_length}, more than the {self.context} tokens of context that it is part of"
+            )
+        return self
 
 
 class TensorRT(Exporter[Options]):
@@ -75,23 +91,30 @@ class TensorRT(Exporter[Options]):
         return fitted
 
     def refuse(self, model: HybridModel) -> None:
-        from exporters.graph import qdq
+        from exporters.graph import qdq, stack
 
         for weight in model.weights:
             if (why := qdq.why_not(weight)) is not None:
                 raise InputError(f"export.tensorrt: tensor '{weight.name}' {why}")
-        if self.options.experts == "gather":
-            self._refuse_to_gather(model)
+        if self.options.experts == "gather" and (why := stack.why_not_gathered(model)) is not None:
+            raise InputError(f"export.tensorrt: experts: gather takes experts that are stored alike; {why}; use dense")
+        if self.options.build == "required" and (why := self._why_no_engine()) is not None:
+            raise InputError(f"export.tensorrt: build is required, but {why}")
 
-    @staticmethod
-    def _refuse_to_gather(model: HybridModel) -> None:
-        from exporters.graph import stack
+    def plans(self, model: HybridModel) -> list[str]:
+        """Whether there will be an engine."""
+        from exporters.engines import process
 
-        for layer in model.layers:
-            if layer.experts and (why := stack.why_not_gathered(_matrices(model, layer, layer.experts))) is not None:
-                raise InputError(
-                    f"export.tensorrt: experts: gather takes experts that are stored alike; {why}; use dense"
-                )
+        if (why := self._why_no_engine()) is not None:
+            return [f"no {ENGINE}: {why}"]
+        builder = process.found()
+        sizes = f"batch {self.options.batch}, prompts of {self.options.prefill_length} tokens, context {self.options.context}"
+        return [f"{ENGINE} with {builder['name']} {builder['version']}: {sizes}"]
+
+    def _why_no_engine(self) -> str | None:
+        from exporters.engines import process
+
+        return "build: never" if self.options.build == "never" else process.why_none()
 
     def predict_bytes(self, units: Sequence[Unit]) -> int:
         from exporters.graph import artifact
@@ -104,8 +127,9 @@ class TensorRT(Exporter[Options]):
         return of_tensorrt("tensorrt")
 
     def export(self, checkpoint: Checkpoint, folder: Path, advance: Callable[[int], None]) -> None:
-        """One weight in memory at a time."""
+        """One weight in memory at a time; the builder holds what it holds in a process of its own."""
         from compress.checkpoint.writer import copy_companions
+        from compress.disk.json_files import write_json
         from exporters.dialects.tensorrt import OF_PRECISION, gathering
         from exporters.graph import artifact, wiring
         from exporters.graph.builder import WeightFile
@@ -118,18 +142,49 @@ class TensorRT(Exporter[Options]):
         weights.close()
         artifact.save(graph, checkpoint.config, folder / TENSORRT.model, dialect="tensorrt")
         copy_companions(checkpoint.folder, folder)
+        write_json(folder / TENSORRT.config, self._build(checkpoint.model, folder))
+
+    def _build(self, model: HybridModel, folder: Path) -> BuildFacts:
+        from compress.runtime import twin
+        from exporters.engines import build, profiles
+        from exporters.graph import reading
+
+        graph = reading.load(folder / TENSORRT.model)
+        wanted = build.Wanted(
+            folder / TENSORRT.model,
+            self.options.precision,
+            "twin" if twin.is_needed(graph) else "file",
+            profiles.of(
+                _shapes(graph.graph), **self.options.model_dump(include={"batch", "prefill_length", "context"})
+            ),
+            reading.stored_formats(reading.external_tensors(graph)),
+            self._engine_bytes(model),
+            self._overflow.facts if self._overflow else None,
+        )
+        if (why := self._why_no_engine()) is not None:
+            return build.without_engine(wanted, why)
+        return build.build(wanted, graph.graph)
+
+    def _engine_bytes(self, model: HybridModel) -> int:
+        """Of weights in an engine, by arithmetic: what has no scales has the type of hidden states there."""
+        from compress.model.roles import Role
+
+        plain = (weight for weight in model.weights if not weight.is_quantized and weight.role != Role.MTP)
+        wider = sum(max(0, BYTES[self.options.precision] * w.parameters - w.stored_bytes()) for w in plain)
+        return self.predict_bytes(model.units) + wider
 
     def describe(self, folder: Path) -> Exported:
-        """Read from model.onnx itself."""
+        """Read from model.onnx itself, and from build.json."""
+        from compress.output_folder import build_facts, overflow_facts
         from exporters.graph import artifact
 
-        return artifact.describe(folder, "tensorrt", TENSORRT)
+        exported, facts = artifact.describe(folder, "tensorrt", TENSORRT), build_facts.read(folder / TENSORRT.config)
+        written = () if facts["engine"] is None else (facts["engine"],)
+        said = () if facts["overflow"] is None else (overflow_facts.sentence(facts["overflow"]),)
+        return replace(exported, files=(*exported.files, *written), notes=exported.notes + said, build=facts)
 
 
-def _matrices(model: HybridModel, layer: Layer, experts: Experts) -> list[list[Weight]]:
-    """Of each expert."""
-    weights = model.unit(f"layer.{layer.index}").weights
-    return [
-        [weights[layer.prefix + experts.prefix(number) + part] for part in experts.parts]
-        for number in range(experts.count)
-    ]
+def _shapes(graph: ir.Graph) -> dict[str, list[int | str]]:
+    """Of inputs, with the names of dimensions."""
+    shapes = {str(given.name): given.shape or () for given in graph.inputs}
+    return {name: [size if isinstance(size, int) else str(size) for size in shape] for name, shape in shapes.items()}

@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from compress import plugins
 from compress.apply import ranging, stages
@@ -11,7 +12,7 @@ from compress.checkpoint.reader import Checkpoint, find_checkpoint
 from compress.disk import files, partials
 from compress.errors import InputError, WorkError, first_line, nearest
 from compress.output_folder import destination, integrity
-from compress.plugins import Exporter
+from compress.plugins import Exported, Exporter
 from compress.recipe.calibration import Calibration
 from compress.recipe.recipe import override_key
 from compress.strict.json_text import Json
@@ -21,8 +22,20 @@ from compress.terminal import progress
 CONTENT = "export"  # in the folder that is worked in: what gets the final name
 
 
+class Written(NamedTuple):
+    """An export under its final name."""
+
+    folder: Path
+    exported: Exported
+
+
 def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: Iterable[str] = ()) -> Path:
     """Exports to `out`, which must not exist, and returns it. `overrides` are options of the exporter, KEY=VALUE."""
+    return export_and_describe(checkpoint, kind, out, overrides).folder
+
+
+def export_and_describe(checkpoint: Path, kind: str, out: Path | None, overrides: Iterable[str] = ()) -> Written:
+    """The same, with what was written."""
     kinds = plugins.names(plugins.EXPORTERS)
     if kind not in kinds:
         raise InputError(f"--to {kind}: no such exporter{nearest(kind, kinds)}")
@@ -38,7 +51,7 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path | None, overrides: 
         ranging.refuse_without_text(exporter, kind, checkpoint, Calibration())
         exporter = exporter.fitted(opened, ranging.on_shipped_text(opened))
     export_to(exporter, kind, opened, folder)
-    return out
+    return Written(out, exporter.describe(folder))
 
 
 def _with_options(exporter: type[Exporter[Strict]], overrides: Iterable[str]) -> Exporter[Strict]:

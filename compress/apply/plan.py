@@ -295,6 +295,11 @@ def describe(plan: Plan, out: Path) -> str:
         *(f"stored    {tensors} tensors as {name}" for name, tensors in sorted(counts.items())),
         _size_line(out / "checkpoint", plan.checkpoint_bytes, model.parameters),
         *(_size_line(out / kind, size, model.parameters) for kind, size in plan.export_bytes().items()),
+        *(
+            f"builds    {out / step.name}: {made}"
+            for step in plan.recipe.export
+            for made in step.bound().plans(plan.result)
+        ),
         *(f"loads in  {line}" for line in runtimes.as_lines(runtimes.of(plan.result, plan.recipe.export))),
     ]
     if plan.needs_windows:

@@ -118,6 +118,8 @@ def _exported_artifact(exported: Exported, folder: Path, parameters: int) -> Art
     )
     if exported.notes:
         artifact["notes"] = list(exported.notes)
+    if exported.build is not None:
+        artifact["build"] = exported.build
     return artifact
 
 

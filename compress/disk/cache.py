@@ -73,6 +73,11 @@ def entry(path: Path, write: Callable[[BinaryIO], None]) -> Opened:
     return file
 
 
+def replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Makes an entry anew, whatever is kept under its name."""
+    _made(path, write).close()
+
+
 def is_there(path: Path) -> bool:
     """Whether `entry` need not make it, as far as its name tells."""
     return path.is_file() or (_carried is not None and _carried.has(f"{path.parent.name}/{path.name}"))

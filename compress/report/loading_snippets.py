@@ -13,6 +13,14 @@ model = compress.load(folder)""",
     "onnxruntime": """import onnxruntime
 
 session = onnxruntime.InferenceSession(f"{{output}}/{path}")""",
+    "tensorrt-rtx": """import onnxruntime
+import onnxruntime_ep_nv_tensorrt_rtx as rtx
+
+onnxruntime.register_execution_provider_library(rtx.get_ep_name(), rtx.get_library_path())
+gpus = [device for device in onnxruntime.get_ep_devices() if device.ep_name == rtx.get_ep_name()]
+options = onnxruntime.SessionOptions()
+options.add_provider_for_devices(gpus, {{}})
+session = onnxruntime.InferenceSession(f"{{output}}/{path}", options)""",
     "onnxruntime-genai": """import onnxruntime_genai
 
 model = onnxruntime_genai.Model(f"{{output}}/{folder}")""",

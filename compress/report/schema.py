@@ -6,6 +6,7 @@ from compress.check.changes import ChangeFacts
 from compress.check.compare import FoundFacts, Verdict
 from compress.check.earlier import AgainstFacts
 from compress.model.sizes import MemoryFacts, StateFacts
+from compress.output_folder.build_facts import BuildFacts
 from compress.prompts import Used
 from compress.runtime.runtimes import RuntimeFacts
 from compress.strict.json_text import JsonObject
@@ -63,6 +64,7 @@ class ArtifactFacts(TypedDict):
     weight_bytes: int
     bits_per_weight: float
     notes: NotRequired[list[str]]
+    build: NotRequired[BuildFacts]
 
 
 class StateMemoryFacts(TypedDict):

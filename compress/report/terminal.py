@@ -8,8 +8,11 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from compress.check import engines
 from compress.check.compare import ALL, FoundFacts, RowFacts, Verdict
 from compress.check.tasks import TaskFacts
+from compress.output_folder import build_facts
+from compress.output_folder.build_facts import BuildFacts
 from compress.report import overview
 from compress.report.schema import Report
 from compress.report.words import interval_words, is_shown, notes, outcome_words, value_words, verdict_words
@@ -40,6 +43,16 @@ def show(report: Report, out: Path, code: int) -> None:
     console.print(last)
     if code and not sys.stdout.isatty():
         progress.note(last)
+
+
+def show_build(facts: BuildFacts) -> int:
+    """On stderr, as an export has no other result than what it wrote; the exit code."""
+    progress.note(build_facts.sentence(facts))
+    for name in facts["widened"][:NAMED]:
+        progress.note(f"{name}: {engines.widened_words(name, facts)}")
+    if (more := len(facts["widened"]) - NAMED) > 0:
+        progress.note(f"and {more} more that were widened")
+    return MISSED if facts["widened"] else 0
 
 
 def show_found(found: FoundFacts, console: Console) -> None:

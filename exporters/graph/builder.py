@@ -241,18 +241,18 @@ def _with_format(value: ir.Value, number_format: str) -> ir.Value:
     return value
 
 
-def with_members(value: ir.Value, names: str) -> ir.Value:
-    """A value in the data file that tensors of other names lie in, one after the other along its first dimension."""
-    assert isinstance(value.const_value, ir.ExternalTensor)
-    value.const_value.metadata_props[MEMBERS_KEY] = names
-    return value
-
-
 def at_edge(value: ir.Value, dtype: ir.DataType) -> ir.Value:
     """The value, with which a block ends in this type."""
     node = value.producer()
     assert node is not None, value
     node.metadata_props[EDGE_KEY] = dtype.name
+    return value
+
+
+def with_members(value: ir.Value, names: str) -> ir.Value:
+    """A value in the data file that tensors of other names lie in, one after the other along its first dimension."""
+    assert isinstance(value.const_value, ir.ExternalTensor)
+    value.const_value.metadata_props[MEMBERS_KEY] = names
     return value
 
 

@@ -10,7 +10,7 @@ So spelled, it multiplies integers (or fp8) where inputs are rounded, and widens
 are not. As [E N, K] with a scale a row, reshaped after, it widened all weights into memory at every step.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ import torch
 
 from compress import formats
 from compress.formats.activations import Activation
+from compress.model.block import Layer
+from compress.model.experts import Experts
+from compress.model.hybrid import HybridModel
 from compress.model.tensor_names import in_short, written_out
 from compress.model.weight import Weight
 from exporters.graph.builder import TORCH_TYPES, Graph, with_members, with_width
@@ -77,15 +80,26 @@ def _grouped(numbers: list[int], experts: Sequence[Sequence[Product]]) -> list[G
     return [Group(tuple(numbers), tuple(stacks))]
 
 
-def why_not_gathered(experts: Sequence[Sequence[Weight]]) -> str | None:
-    """What keeps a token's experts from being taken out of a stack, or None. `experts`: matrices of each. Calibrated scales are
-    not looked at: they differ, and a token's would have to be looked up with its experts."""
-    for weight, *others in zip(*experts, strict=True):
-        if weight.activation is not None:
-            return f"the input of '{weight.name}' is rounded to {weight.activation.format} with a scale of its own"
-        if odd := next((other for other in others if _stored(other) != _stored(weight)), None):
-            return f"'{weight.name}' is {_stored(weight)}, '{odd.name}' {_stored(odd)}"
+def why_not_gathered(model: HybridModel) -> str | None:
+    """What keeps a token's experts from being taken out of a stack, or None. Calibrated scales are not looked at: they differ,
+    and a token's would have to be looked up with its experts."""
+    for layer in model.layers:
+        if layer.experts is not None:
+            for weight, *others in _of_experts(model, layer, layer.experts):
+                if weight.activation is not None:
+                    return (
+                        f"the input of '{weight.name}' is rounded to {weight.activation.format} with a scale of its own"
+                    )
+                if odd := next((other for other in others if _stored(other) != _stored(weight)), None):
+                    return f"'{weight.name}' is {_stored(weight)}, '{odd.name}' {_stored(odd)}"
     return None
+
+
+def _of_experts(model: HybridModel, layer: Layer, experts: Experts) -> Iterator[list[Weight]]:
+    """The matrices that have one part in all experts."""
+    weights = model.unit(f"layer.{layer.index}").weights
+    for part in experts.parts:
+        yield [weights[layer.prefix + experts.prefix(number) + part] for number in range(experts.count)]
 
 
 def _stored(weight: Weight) -> str:
