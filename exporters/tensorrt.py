@@ -37,10 +37,16 @@ MOST_TOKENS = 1 << 30  # TensorRT counts the elements of a shape in 32 bits
 
 
 class Options(Strict):
-    """`on_overflow`: what becomes of a layer that fp16 cannot hold."""
+    """`on_overflow`: what becomes of a layer that fp16 cannot hold.
+
+    `experts`: `dense` runs every expert on every token and reads each matrix once; `gather` reads, for every token, the matrices
+    of its own experts. Of E experts a decode step then reads top-k, and a prompt reads top-k for each of its tokens: for engines
+    that decode one sequence, or few, and see short prompts.
+    """
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     on_overflow: Literal["refuse", "bf16", "fp32"] = "refuse"
+    experts: Literal["dense", "gather"] = "dense"
     build: Literal["auto", "required", "never"] = "auto"
     batch: WholeNumber = Field(default=1, ge=1, le=MOST_TOKENS)  # sequences, at most
     prefill_length: WholeNumber = Field(default=512, ge=1, le=MOST_TOKENS)  # tokens that come at once, at most
@@ -85,11 +91,13 @@ class TensorRT(Exporter[Options]):
         return fitted
 
     def refuse(self, model: HybridModel) -> None:
-        from exporters.graph import qdq
+        from exporters.graph import qdq, stack
 
         for weight in model.weights:
             if (why := qdq.why_not(weight)) is not None:
                 raise InputError(f"export.tensorrt: tensor '{weight.name}' {why}")
+        if self.options.experts == "gather" and (why := stack.why_not_gathered(model)) is not None:
+            raise InputError(f"export.tensorrt: experts: gather takes experts that are stored alike; {why}; use dense")
         if self.options.build == "required" and (why := self._why_no_engine()) is not None:
             raise InputError(f"export.tensorrt: build is required, but {why}")
 
@@ -122,13 +130,15 @@ class TensorRT(Exporter[Options]):
         """One weight in memory at a time; the builder holds what it holds in a process of its own."""
         from compress.checkpoint.writer import copy_companions
         from compress.disk.json_files import write_json
-        from exporters.dialects.tensorrt import OF_PRECISION
+        from exporters.dialects.tensorrt import OF_PRECISION, gathering
         from exporters.graph import artifact, wiring
         from exporters.graph.builder import WeightFile
 
         weights = WeightFile(folder / TENSORRT.data)
         types = self._overflow.types if self._overflow else {}
-        graph = wiring.build(checkpoint.model, OF_PRECISION[self.options.precision], weights, advance, types=types)
+        dialect = OF_PRECISION[self.options.precision]
+        dialect = gathering(dialect) if self.options.experts == "gather" else dialect
+        graph = wiring.build(checkpoint.model, dialect, weights, advance, types=types)
         weights.close()
         artifact.save(graph, checkpoint.config, folder / TENSORRT.model, dialect="tensorrt")
         copy_companions(checkpoint.folder, folder)

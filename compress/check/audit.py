@@ -88,10 +88,11 @@ def _missing(artifact: str, models: Models, stored: set[str]) -> Iterator[AuditF
 
 
 def nearest(stored: Weight, ought: Weight) -> Weight:
-    """What ought to be there, rounded to nearest in the stored format."""
+    """What ought to be there, rounded to nearest in the stored format, with scales in the type in which they are stored."""
     if not stored.is_quantized:
         return rounding.as_plain(ought, stored.format)
-    return rounding.to_nearest(ought, formats.get(stored.format), clips=False, rotation=stored.rotation)
+    rounded = rounding.to_nearest(ought, formats.get(stored.format), clips=False, rotation=stored.rotation)
+    return rounded.with_scales_in(stored.scale_dtype)
 
 
 def _states(artifact: str, models: Models) -> Iterator[AuditFacts]:
@@ -170,13 +171,13 @@ def _judged(stored: Weight, models: Models, siblings: Siblings) -> Judged:
 def _against_nearest(stored: Weight, ought: Ought, found: Discrepancy) -> Judged:
     assert ought.weight is not None
     if ought.method is None and stored.format == ought.weight.format:  # quantized or not, as it came
-        return explained.cast(found, found, is_kept=True)
+        kept = ought.weight.with_scales_in(stored.scale_dtype)
+        return explained.cast(found, discrepancy.between(stored, kept), is_kept=True)
     rounded = nearest(stored, ought.weight)
     if not stored.is_quantized:
         return explained.cast(found, discrepancy.between(stored, rounded), is_kept=False)
-    return explained.rounded(
-        found, discrepancy.between(rounded, ought.weight), explained.FACTORS[ought.method or "gptq"]
-    )
+    found_nearest, factors = discrepancy.between(rounded, ought.weight), explained.FACTORS[ought.method or "gptq"]
+    return explained.rounded(found, found_nearest, factors, explained.roundoff(stored))
 
 
 def _named(judged: Judged, stored: Weight, siblings: Siblings) -> Judged:

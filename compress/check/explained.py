@@ -8,6 +8,10 @@ The relative error |stored - ought| / |ought| of rounding to nearest in the same
 Rounding points nowhere, so that the gain <stored, ought> / <ought, ought> is 1, but for what clipping takes from few bits: of the
 tensor, and of each row as far as chance lets it. No column that counts is all zero.
 
+Scales that are stored in a narrower type than the format's, as TensorRT takes them in the type of hidden states, are rounded once
+more, by no more than that type's unit roundoff u (Higham, Accuracy and Stability of Numerical Algorithms, 2002, theorem 2.2): each
+value by at most u of itself, and so errors and gains of rows, columns and the tensor by at most u (triangle inequality).
+
 GPTQ (Frantar et al., arXiv 2210.17323) makes errors compensate each other at the layer's output, and so larger themselves; the
 output, which it is for, is looked at in `layer_audit`.
 """
@@ -17,9 +21,11 @@ from typing import NamedTuple
 
 import torch
 
+from compress import formats
 from compress.check import discrepancy
 from compress.check.discrepancy import Discrepancy
 from compress.model.replay import Method
+from compress.model.weight import Weight
 
 
 class Factors(NamedTuple):
@@ -78,25 +84,35 @@ def _over(lost: torch.Tensor) -> torch.Tensor:
     return torch.where(lost > 0, 1 + lost / lost.max(), 0)
 
 
-def rounded(found: Discrepancy, nearest: Discrepancy, factors: Factors) -> Judged:
-    """What was quantized."""
-    most = factors.whole * nearest.error
-    return next(_violations(found, nearest, factors, most), Judged(found.error, most, True))
+def roundoff(stored: Weight) -> float:
+    """The share of itself that a scale may have lost to the type it is stored in."""
+    dtype, exact = stored.scale_dtype, formats.get(stored.format).scale_dtype
+    if dtype is None or torch.finfo(dtype).eps <= torch.finfo(exact).eps:
+        return 0.0
+    return torch.finfo(dtype).eps / 2
 
 
-def _violations(found: Discrepancy, nearest: Discrepancy, factors: Factors, most: float) -> Iterator[Judged]:
-    rows = Bounds(found.by_row, factors.row * nearest.by_row.clamp_min(nearest.error))
-    columns = Bounds(found.by_column, factors.column * nearest.by_column.clamp_min(nearest.error))
+def rounded(found: Discrepancy, nearest: Discrepancy, factors: Factors, scales: float = 0.0) -> Judged:
+    """What was quantized; `scales` is the share that scales may be off by beside."""
+    most = factors.whole * nearest.error + scales
+    return next(_violations(found, nearest, factors, most, scales), Judged(found.error, most, True))
+
+
+def _violations(
+    found: Discrepancy, nearest: Discrepancy, factors: Factors, most: float, scales: float
+) -> Iterator[Judged]:
+    rows = Bounds(found.by_row, factors.row * nearest.by_row.clamp_min(nearest.error) + scales)
+    columns = Bounds(found.by_column, factors.column * nearest.by_column.clamp_min(nearest.error) + scales)
     words = discrepancy.described(found, rows.excess, columns.excess, most)
     if found.error > most:
         yield Judged(found.error, most, False, words)
-    off, room = abs(found.gain - 1), _room(found.gain, found.error) + abs(nearest.gain - 1)
+    off, room = abs(found.gain - 1), _room(found.gain, found.error) + abs(nearest.gain - 1) + scales
     if off > room:
         yield Judged(off, room, False, f"is {found.gain:.3g} times what it ought to be")
     for bounds in (rows, columns):
         if float(bounds.excess[bounds.worst]) > 1:
             yield Judged(float(bounds.found[bounds.worst]), float(bounds.most[bounds.worst]), False, words)
-    gains = _gains(found, nearest)
+    gains = _gains(found, nearest, scales)
     if float(gains.excess[gains.worst]) > 1:
         gain = float(found.gain_by_row[gains.worst])
         note = f"row {gains.worst} of {len(gains.most)} is {gain:.3g} times what it ought to be"
@@ -109,9 +125,9 @@ def _room(gain: float, error: float) -> float:
     return LINEAR * error + (SHRUNK if gain < 1 else GROWN) * error**2
 
 
-def _gains(found: Discrepancy, nearest: Discrepancy) -> Bounds:
+def _gains(found: Discrepancy, nearest: Discrepancy, scales: float) -> Bounds:
     """How far the gains of rows are from 1, against what errors that point nowhere make of K values, beside rounding to nearest."""
     error, count = found.by_row, len(found.columns)
     off = (found.gain_by_row - 1).abs()
     room = LINEAR * error + SHRUNK * error**2 + SPREAD * error / count**0.5
-    return Bounds(off, (room + (nearest.gain_by_row - 1).abs()).clamp_min(LEAST_ROOM))
+    return Bounds(off, (room + (nearest.gain_by_row - 1).abs()).clamp_min(LEAST_ROOM) + scales)

@@ -47,7 +47,8 @@ class Weight:
     """One logical tensor. `load(rows)` returns it as stored: a plain tensor, or values and scales.
 
     `activation` says how the input of a quantized matrix is rounded, where it is. With a `rotation` of n, what is stored
-    is the matrix times a Hadamard matrix in blocks of n, to be multiplied with the input rotated likewise.
+    is the matrix times a Hadamard matrix in blocks of n, to be multiplied with the input rotated likewise. `scale_dtype` is that of
+    scales in the file they were read from, where they were stored in another than the format's.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Weight:
     load: Callable[[slice | None], Stored]
     activation: Activation | None = None
     rotation: int | None = None
+    scale_dtype: torch.dtype | None = None
 
     @property
     def parameters(self) -> int:
@@ -73,7 +75,19 @@ class Weight:
 
     def with_load(self, format: str, load: Callable[[slice | None], Stored]) -> "Weight":
         """Another content in the model's own basis: neither rotated, nor with an input that is rounded."""
-        return replace(self, format=format, load=load, activation=None, rotation=None)
+        return replace(self, format=format, load=load, activation=None, rotation=None, scale_dtype=None)
+
+    def with_scales_in(self, dtype: torch.dtype | None) -> "Weight":
+        """The same with scales rounded to a type; itself where that is None, or there are none."""
+        if dtype is None or not self.is_quantized:
+            return self
+
+        def load(rows: slice | None = None) -> Stored:
+            stored = self.load(rows)
+            assert isinstance(stored, Quantized), self.name
+            return replace(stored, scales=stored.scales.to(dtype).to(torch.float32))
+
+        return replace(self, load=load, scale_dtype=dtype)
 
     def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
         """The input x [..., K] as a kernel that rounds it sees it, in the model's own basis."""

@@ -4,6 +4,8 @@ routers in float32, every expert on every token, quantized weights behind Dequan
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -32,6 +34,7 @@ class TensorRT(Portable):
 
     opset = 22  # the first whose operators all take bf16
     body_type = ir.DataType.BFLOAT16
+    gathers: ClassVar[bool] = False  # the experts of each token, where all can be stacked
 
     _multiply: Multiply | None = None  # what `linear` does while an expert is looked at, or all of them run at once
 
@@ -71,29 +74,34 @@ class TensorRT(Portable):
         choice = self._choice(tokens, router, experts)
         width = weight.shape[1] if rows is x else width_of(rows)
         flat = tokens if rows is x else graph.reshape(rows, -1, width)
-        summed = self._summed(flat, choice, [self._products(run, e, width) for e in range(experts)], run)
+        groups = stack.groups([self._products(run, e, width) for e in range(experts)])
+        if self.gathers and len(groups) == 1:
+            gather = partial(self._together, groups[0], run)
+            summed = dense_moe.gathered(graph, flat, choice, router.top_k, width, gather)
+        else:
+            summed = self._summed(flat, dense_moe.gates(graph, choice, experts), groups, run)
         return with_width(graph.op("Reshape", summed, graph.op("Shape", rows)), width)
 
     def _summed(
-        self, rows: Value, choice: moe.Choice, experts: list[list[stack.Product]], run: Callable[[int, Value], Value]
+        self, rows: Value, gates: Value, groups: list[stack.Group], run: Callable[[int, Value], Value]
     ) -> Value:
-        """rows [tokens, K] -> [tokens, K], `experts` being what each of them multiplies."""
-        graph, groups = self.graph, stack.groups(experts)
-        order = [number for group in groups for number in group.experts]
-        gates = dense_moe.gates(graph, choice, len(experts))
+        """rows [tokens, K], gates [tokens, E] -> [tokens, K]."""
+        graph, order = self.graph, [number for group in groups for number in group.experts]
         if order != sorted(order):
             gates = graph.op("Gather", gates, graph.constant(order), axis=1)
 
         def run_all(given: Value) -> Value:
-            results = [self._together(group, run, given) for group in groups]
+            results = [self._together(group, run, None, given) for group in groups]
             return results[0] if len(results) == 1 else graph.op("Concat", *results, axis=0)
 
         return dense_moe.mixture(graph, rows, gates, run_all)
 
-    def _together(self, group: stack.Group, run: Callable[[int, Value], Value], rows: Value) -> Value:
-        """rows [1, tokens, K] -> [experts, tokens, K]."""
+    def _together(
+        self, group: stack.Group, run: Callable[[int, Value], Value], chosen: Value | None, rows: Value
+    ) -> Value:
+        """rows [1, n, K] -> [E, n, K] of all experts of a group; [m, n, K] -> [m, n, K] of those that are `chosen` [m]."""
         following = iter(group.stacks)
-        with self._multiplying(lambda _, x, __: stack.linear(self.graph, x, next(following))):
+        with self._multiplying(lambda _, x, __: stack.linear(self.graph, x, next(following), chosen)):
             return run(group.experts[0], rows)
 
     def _products(self, run: Callable[[int, Value], Value], expert: int, width: int) -> list[stack.Product]:
@@ -138,3 +146,8 @@ class TensorRTSingle(TensorRT):
 
 
 OF_PRECISION: dict[str, type[TensorRT]] = {"bf16": TensorRT, "fp16": TensorRTHalf, "fp32": TensorRTSingle}
+
+
+def gathering(dialect: type[TensorRT]) -> type[TensorRT]:
+    """The same, where the experts of each token are gathered."""
+    return type(f"{dialect.__name__}Gathering", (dialect,), {"gathers": True})

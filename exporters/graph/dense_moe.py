@@ -1,4 +1,4 @@
-"""Mixture of experts without data-dependent shapes."""
+"""Mixture of experts without data-dependent shapes: every expert on every token, or matrices gathered by token."""
 
 from collections.abc import Callable
 
@@ -25,3 +25,15 @@ def mixture(graph: Graph, rows: ir.Value, gates: ir.Value, run: Callable[[ir.Val
     chosen = graph.op("Greater", gates, graph.constant(0, FLOAT))
     weighted = graph.op("Where", chosen, graph.op("Mul", given, graph.from_float32(gates)), graph.number(0.0))
     return graph.op("ReduceSum", weighted, graph.constant([0]), keepdims=0)
+
+
+def gathered(
+    graph: Graph, rows: ir.Value, choice: Choice, top_k: int, width: int, run: Callable[[ir.Value, ir.Value], ir.Value]
+) -> ir.Value:
+    """rows [tokens, K] -> [tokens, 1, K], K being `width`; `run` makes [n, 1, K] of numbers of experts [n] and rows [n, 1, K].
+
+    Of a token's experts alone the matrices are read, each of them for every token that goes there."""
+    repeated = graph.op("Expand", graph.op("Unsqueeze", rows, graph.constant([1])), graph.constant([1, top_k, 1]))
+    given = run(graph.reshape(choice.numbers, -1), graph.reshape(repeated, -1, 1, width))
+    gates = graph.op("Unsqueeze", graph.from_float32(choice.gates), graph.constant([1]))
+    return graph.op("MatMul", gates, graph.reshape(given, -1, top_k, width))

@@ -10,7 +10,7 @@ So spelled, it multiplies integers (or fp8) where inputs are rounded, and widens
 are not. As [E N, K] with a scale a row, reshaped after, it widened all weights into memory at every step.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ import torch
 
 from compress import formats
 from compress.formats.activations import Activation
+from compress.model.block import Layer
+from compress.model.experts import Experts
+from compress.model.hybrid import HybridModel
 from compress.model.tensor_names import in_short, written_out
 from compress.model.weight import Weight
 from exporters.graph.builder import TORCH_TYPES, Graph, with_members, with_width
@@ -77,6 +80,33 @@ def _grouped(numbers: list[int], experts: Sequence[Sequence[Product]]) -> list[G
     return [Group(tuple(numbers), tuple(stacks))]
 
 
+def why_not_gathered(model: HybridModel) -> str | None:
+    """What keeps a token's experts from being taken out of a stack, or None. Calibrated scales are not looked at: they differ,
+    and a token's would have to be looked up with its experts."""
+    for layer in model.layers:
+        if layer.experts is not None:
+            for weight, *others in _of_experts(model, layer, layer.experts):
+                if weight.activation is not None:
+                    return (
+                        f"the input of '{weight.name}' is rounded to {weight.activation.format} with a scale of its own"
+                    )
+                if odd := next((other for other in others if _stored(other) != _stored(weight)), None):
+                    return f"'{weight.name}' is {_stored(weight)}, '{odd.name}' {_stored(odd)}"
+    return None
+
+
+def _of_experts(model: HybridModel, layer: Layer, experts: Experts) -> Iterator[list[Weight]]:
+    """The matrices that have one part in all experts."""
+    weights = model.unit(f"layer.{layer.index}").weights
+    for part in experts.parts:
+        yield [weights[layer.prefix + experts.prefix(number) + part] for number in range(experts.count)]
+
+
+def _stored(weight: Weight) -> str:
+    rotated = f" rotated in blocks of {weight.rotation}" if weight.rotation else ""
+    return f"{weight.format} {list(weight.shape)}{rotated}"
+
+
 def _share_a_name(products: Sequence[Product]) -> bool:
     names = [product.weight.name for product in products]
     return len(in_short(names)) == 1 and written_out(in_short(names)) == names
@@ -88,10 +118,12 @@ def _rounding(activation: Activation | None) -> tuple[str, float | None] | None:
     return activation.format, None if activation.scale is None else activation.scale()
 
 
-def linear(graph: Graph, x: ir.Value, stack: Stack) -> ir.Value:
-    """x [1 or E, n, K], rotated and rounded first where the weights say so, times their transposes: [E, n, N]."""
-    first = stack.weights[0]
-    y = graph.op("MatMul", input_of(graph, x, first), matrices(graph, stack))
+def linear(graph: Graph, x: ir.Value, stack: Stack, chosen: ir.Value | None = None) -> ir.Value:
+    """x [1 or E, n, K], rotated and rounded first where the weights say so, times their transposes: [E, n, N]; where numbers
+    are `chosen` [m], x [m, n, K] times those of the stack: [m, n, N]."""
+    first, whole = stack.weights[0], matrices(graph, stack)
+    used = whole if chosen is None else graph.op("Gather", whole, chosen, axis=0)
+    y = graph.op("MatMul", input_of(graph, x, first), used)
     return with_width(y if stack.bias is None else graph.op("Add", y, plain(graph, stack.bias)), first.shape[0])
 
 

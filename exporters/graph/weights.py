@@ -5,6 +5,7 @@ tensor is in memory at a time.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,13 @@ class _Lying:
                 self._last = spec.name, self._whole(spec, number_format)
             return _rows(self._last[1], rows)
 
-        return Weight(spec.name, spec.role, spec.shape, number_format, load, rotation=self._rotations.get(spec.name))
+        found = Weight(spec.name, spec.role, spec.shape, number_format, load, rotation=self._rotations.get(spec.name))
+        return replace(found, scale_dtype=self._scale_dtype(spec.name))
+
+    def _scale_dtype(self, name: str) -> torch.dtype | None:
+        """Where each is a number of its own; steps in a byte are exact."""
+        scales = self._tensors.get(name + SCALE)
+        return None if scales is None or scales.dtype == ir.DataType.UINT8 else TORCH_TYPES.get(scales.dtype)
 
     def _whole(self, spec: Spec, number_format: str) -> Stored:
         tensor, is_table = self._tensors[spec.name], spec.name == self._table
