@@ -30,6 +30,7 @@ from compress.checkpoint.reader import Checkpoint
 from compress.formats.activations import Activation
 from compress.formats.base import Quantized
 from compress.model.hybrid import HybridModel
+from compress.model.names import layer_of
 from compress.model.weight import PLAIN_DTYPES, Weight
 from compress.recipe.calibration import Calibration
 from exporters.dialects.tensorrt import TensorRTHalf
@@ -42,6 +43,7 @@ EVERY_EXPERT = {
     "nemotron_h": {"num_experts_per_tok": 6, "spread": 0.7},
 }
 MAKE = {"jamba": make_jamba, "nemotron_h": make_nemotron_h}
+NEGATIVE = None  # in place of a factor: below 0, so that the activation behind it is small
 LOAD = {"jamba": load_reference, "nemotron_h": load_nemotron_reference}
 
 
@@ -50,12 +52,17 @@ def ids() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(5).integers(3, 67, (2, 24)))
 
 
-def scaled(folder: Path, factor: Callable[[str], float]) -> Path:
-    """A checkpoint whose tensors are multiplied by a factor for each name."""
+def changed(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """A checkpoint with other tensors."""
     path = folder / "model.safetensors"
-    tensors = {name: tensor * factor(name) for name, tensor in load_file(path).items()}
+    tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
+
+
+def scaled(folder: Path, factor: Callable[[str], float]) -> Path:
+    """The same, multiplied by a factor for each name."""
+    return changed(folder, lambda name, tensor: tensor * factor(name))
 
 
 def peaks_of(folder: Path, ids: torch.Tensor, scratch: Path) -> dict[str, ranges.Peak]:
@@ -63,15 +70,46 @@ def peaks_of(folder: Path, ids: torch.Tensor, scratch: Path) -> dict[str, ranges
     return ranges.measured(model, list(ids), scratch / "states").peaks
 
 
+LOUD = {  # by family and layer: a tensor, how many times as large its numbers are, and what becomes the largest by that
+    "jamba": [("mamba.D", 512, "skip"), ("up_proj", 512, "product"), ("q_proj", 512, "scores"),
+              ("conv1d.bias", NEGATIVE, "convolution"), ("dt_proj.bias", 512, "dt_proj"), ("gate_proj", 512, "product")],
+    "nemotron_h": [("mixer.D", 512, "scan"), ("up_proj", 16, "squared ReLU"), ("conv1d.bias", NEGATIVE, "convolution"),
+                   ("k_proj", 512, "scores"), ("up_proj", 16, "squared ReLU"), ("down_proj", 512, "down_proj"),
+                   ("dt_bias", 512, "dt_bias"), ("q_proj", 512, "scores")],
+}  # fmt: skip
+LEAVING = ("mamba.out_proj.weight", "mixer.out_proj.weight", "down_proj.weight", "o_proj.weight")
+
+
+def loudly(family: str) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """One kind of number is the largest of its layer, and what the layer gives is small."""
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        layer = layer_of(name)
+        if layer is None:
+            return tensor
+        loud, factor, _ = LOUD[family][layer]
+        if loud in name:
+            return -512 * tensor.abs() if factor is NEGATIVE else factor * tensor
+        return tensor / 128 if name.endswith(LEAVING) else tensor
+
+    return change
+
+
+@pytest.mark.parametrize("is_loud", [False, True], ids=["as it is", "loud"])
 @pytest.mark.parametrize("family", MAKE)
-def test_all_that_a_graph_computes_in_fp16_is_heard(family, tmp_path, ids):
+def test_all_that_a_graph_computes_in_fp16_is_heard(family, is_loud, tmp_path, ids):
     """Every expert works on every token, since a graph runs those too that were not chosen, and leaves them out."""
     folder = MAKE[family](tmp_path / "model", **EVERY_EXPERT[family])
+    if is_loud:
+        changed(folder, loudly(family))
     peaks = peaks_of(folder, ids, tmp_path)
     found = largest_by_layer(Checkpoint(folder).model, ids, tmp_path / "graphs")
     ours = [peaks[f"layer.{index}"].value for index in range(len(found))]
     ours[0], ours[-1] = max(ours[0], peaks["embedding"].value), max(ours[-1], peaks["head"].value)
     np.testing.assert_allclose(ours, found, rtol=0.002)
+    if is_loud:
+        wheres = [peaks[f"layer.{index}"].where for index in range(len(found))]
+        assert [where for where, (*_, kind) in zip(wheres, LOUD[family], strict=True) if kind not in where] == []
 
 
 @pytest.mark.parametrize("family", MAKE)
