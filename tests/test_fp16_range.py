@@ -365,9 +365,13 @@ def test_apply_ends_with_one_sentence_where_fp16_does_not_hold_and_keeps_the_lay
     out = tmp_path / "out"
     message = refusal_of_command(compress_cli("apply", recipe, "-m", reaching, "-o", out))
     assert "layer 1 reaches" in message
-    assert not out.exists() and (tmp_path / "out.partial" / "checkpoint" / "config.json").is_file()
+    assert not out.exists()
+    go_on = ("--to", "tensorrt", "-o", tmp_path / "graph", "--set", "build=never", "--set", "precision=bf16")
+    assert compress_cli("export", tmp_path / "out.partial" / "checkpoint", *go_on).exit_code == 0
     wide = ("--set", "export.0.tensorrt.on_overflow=fp32")
     assert compress_cli("apply", recipe, "-m", reaching, "-o", out, "--overwrite", *wide).exit_code == 0
+    (graph,) = [a for a in json.loads((out / "report.json").read_text())["artifacts"] if a["kind"] == "tensorrt"]
+    assert any("in layer 1, of 16,376" in note and "in fp32 instead: layer 1" in note for note in graph["notes"])
 
 
 def test_what_was_measured_survives_an_interruption(compress_cli, recipe, reaching, tmp_path, monkeypatch):
