@@ -12,9 +12,10 @@ from compress.model.block import Layer
 from compress.model.routing import Router
 from exporters.dialects.portable import Portable
 from exporters.graph import dense_moe, moe, qdq
-from exporters.graph.builder import at_edge, width_of, with_width
+from exporters.graph.builder import Graph, WeightFile, at_edge, width_of, with_width
 from exporters.graph.rotation import rotated
 from exporters.graph.stored import as_stored, widened
+from exporters.graph.typed import TypedGraph
 
 Value = ir.Value
 
@@ -30,6 +31,10 @@ class TensorRT(Portable):
 
     opset = 22  # the first whose operators all take bf16
     body_type = ir.DataType.BFLOAT16
+
+    @classmethod
+    def new_graph(cls, weights: WeightFile) -> Graph:
+        return TypedGraph(weights, cls.opset, cls.domains, cls.body_type)
 
     def linear(self, name: str, x: Value, bias: str | None = None) -> Value:
         return qdq.linear(self.graph, x, self.weight(name), None if bias is None else self.weight(bias))
