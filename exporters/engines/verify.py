@@ -27,8 +27,8 @@ def verify(
     formats: Mapping[str, str], stacks: Mapping[str, str], constants: Mapping[str, str], inspected: str | None,
     weight_bytes: int | None, expected: int,
 ) -> Verified:  # fmt: skip
-    """`formats`: of every tensor by name. `stacks`: the names under which they are stored. `constants`: of the parsed network. `expected` and `weight_bytes`: of all
-    weights, by the formats' arithmetic and in the engine, where that is known."""
+    """`formats`: of every tensor by name. `stacks`: the names under which tensors lie that share one. `constants`: of the parsed
+    network. `expected` and `weight_bytes`: of all weights, by the formats' arithmetic and in the engine, where that is known."""
     told = {} if inspected is None else dict(_inspected(inspected))
     layers = [
         _layer(name, stacks.get(name, name), number_format, constants, told)
