@@ -90,7 +90,8 @@ class _Build:
                 "builder": {"name": self._made_by.name, "version": self._made_by.version},
                 "seconds": seconds,
                 "peak_rss_bytes": peak,
-                "weight_bytes": self._heard.weight_bytes,
+                "weight_bytes": self._heard.bytes.get("Weights"),
+                "activation_bytes": self._heard.bytes.get("Activation"),
                 "constants": network.constants(self._network),
                 "inspected": self._inspected(),
             }
