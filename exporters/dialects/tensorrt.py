@@ -86,15 +86,13 @@ class TensorRT(Portable):
         self, rows: Value, gates: Value, groups: list[stack.Group], run: Callable[[int, Value], Value]
     ) -> Value:
         """rows [tokens, K], gates [tokens, E] -> [tokens, K]."""
-        graph, order = self.graph, [number for group in groups for number in group.experts]
-        if order != sorted(order):
-            gates = graph.op("Gather", gates, graph.constant(order), axis=1)
-
-        def run_all(given: Value) -> Value:
-            results = [self._together(group, run, None, given) for group in groups]
-            return results[0] if len(results) == 1 else graph.op("Concat", *results, axis=0)
-
-        return dense_moe.mixture(graph, rows, gates, run_all)
+        graph, total = self.graph, None
+        for group in groups:
+            theirs = gates if len(groups) == 1 else graph.op("Gather", gates, graph.constant(group.experts), axis=1)
+            given = dense_moe.mixture(graph, rows, theirs, partial(self._together, group, run, None))
+            total = given if total is None else graph.op("Add", total, given)
+        assert total is not None  # a mixture has an expert
+        return total
 
     def _together(
         self, group: stack.Group, run: Callable[[int, Value], Value], chosen: Value | None, rows: Value
