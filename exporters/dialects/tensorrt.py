@@ -1,7 +1,7 @@
 """`tensorrt`: what TensorRT's parser takes, strongly typed: hidden states in fp16, bf16 or fp32, scans, sums of norms and
 routers in float32, every expert on every token, quantized weights behind DequantizeLinear."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -87,12 +87,22 @@ class TensorRT(Portable):
     ) -> Value:
         """rows [tokens, K], gates [tokens, E] -> [tokens, K]."""
         graph, total = self.graph, None
-        for group in groups:
-            theirs = gates if len(groups) == 1 else graph.op("Gather", gates, graph.constant(group.experts), axis=1)
-            given = dense_moe.mixture(graph, rows, theirs, partial(self._together, group, run, None))
+        for group, theirs in zip(groups, self._by_group(gates, groups), strict=True):
+            given = dense_moe.mixture(
+                graph, rows, theirs, len(group.experts), partial(self._together, group, run, None)
+            )
             total = given if total is None else graph.op("Add", total, given)
         assert total is not None  # a mixture has an expert
         return total
+
+    def _by_group(self, gates: Value, groups: list[stack.Group]) -> Sequence[Value]:
+        """Columns of gates [tokens, E], those of each group together."""
+        graph, order = self.graph, [number for group in groups for number in group.experts]
+        if len(groups) == 1:
+            return [gates]
+        if order != sorted(order):
+            gates = graph.op("Gather", gates, graph.constant(order), axis=1)
+        return self.split(gates, [len(group.experts) for group in groups])
 
     def _together(
         self, group: stack.Group, run: Callable[[int, Value], Value], chosen: Value | None, rows: Value
