@@ -75,6 +75,7 @@ BROKEN_PASSES = {
 }
 BROKEN_EXPORTERS = {
     "no describe": (EXPORTER, "Mine lacks describe"),
+    "a hook that does nothing alone": (EXPORTER + "    needs_ranges = True\n", "does nothing without fitted"),
     "a misspelt hook": (
         EXPORTER + "    def describes(self, folder): ...\n",
         "Mine.describes is no hook of Exporter; did you mean 'describe'?",

@@ -84,7 +84,7 @@ def _layer(model: HybridModel, index: int, states: HiddenStates, device: str, ad
 
 
 def _head(model: HybridModel, states: HiddenStates, device: str, advance: Advance) -> Peak:
-    head, ear, matrix = Head(model, device), Ear("head"), model.output_matrix
+    head, ear, matrix = Head(model, device, kept_bytes(device)), Ear("head"), model.output_matrix
     norm, eps = model.final_norm.dense().to(device), model.config.rms_norm_eps
     for hidden in states.read_all():
         for rows in hidden.flatten(0, 1).to(device).split(rows_within(HEAD_BYTES, head.vocab_size)):

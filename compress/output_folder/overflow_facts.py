@@ -37,8 +37,5 @@ def sentence(facts: OverflowFacts) -> str:
     wide = [unit for unit in facts["units"] if unit["why"]]
     if not wide:
         return found
-    names, kinds = (
-        ", ".join(called(unit["unit"]) for unit in wide),
-        " and ".join(sorted({unit["type"] for unit in wide})),
-    )
-    return f"{found}: kept in {kinds} are {names}"
+    kinds = " or ".join(sorted({unit["type"] for unit in wide}))
+    return f"{found}; in {kinds} instead: {', '.join(called(unit['unit']) for unit in wide)}"

@@ -15,9 +15,10 @@ from compress.model.block import Layer
 from compress.model.routing import Router
 from exporters.dialects.portable import Portable
 from exporters.graph import dense_moe, moe, qdq, stack
-from exporters.graph.builder import at_edge, width_of, with_width
+from exporters.graph.builder import Graph, WeightFile, at_edge, width_of, with_width
 from exporters.graph.rotation import rotated
 from exporters.graph.stored import as_stored, widened
+from exporters.graph.typed import TypedGraph
 
 Value = ir.Value
 Multiply = Callable[[str, Value, str | None], Value]
@@ -37,6 +38,10 @@ class TensorRT(Portable):
     gathers: ClassVar[bool] = False  # the experts of each token, where all can be stacked
 
     _multiply: Multiply | None = None  # what `linear` does while an expert is looked at, or all of them run at once
+
+    @classmethod
+    def new_graph(cls, weights: WeightFile) -> Graph:
+        return TypedGraph(weights, cls.opset, cls.domains, cls.body_type)
 
     def linear(self, name: str, x: Value, bias: str | None = None) -> Value:
         if self._multiply is not None:

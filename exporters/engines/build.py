@@ -15,6 +15,7 @@ from compress.output_folder.overflow_facts import OverflowFacts
 from compress.terminal import progress
 from exporters.engines import ENGINE, LOG, messages, process, sections, timings, verify
 from exporters.engines.job import Answer, Built, Job
+from exporters.graph.members import members
 
 STEPS = 100  # of the progress bar
 NO_GPU_RAN_IT = "an engine runs on a GPU that it was built for only, and it was built without one"
@@ -59,7 +60,7 @@ def build(wanted: Wanted, graph: ir.Graph) -> BuildFacts:
                 built = _finished(process.run(job, log, _Steps(advance)), graph)
         except WorkError as error:
             raise WorkError(f"{error}; its log: {_kept_log(log)}") from None
-    return _facts(wanted, folder / ENGINE, built)
+    return _facts(wanted, folder / ENGINE, built, _stacks(graph))
 
 
 class _Steps:
@@ -93,10 +94,17 @@ def _kept_log(log: Path) -> Path:
     return kept
 
 
-def _facts(wanted: Wanted, engine: Path, built: Built) -> BuildFacts:
+def _stacks(graph: ir.Graph) -> dict[str, str]:
+    """Of tensors that lie in one with others: its name, which is all that a builder knows."""
+    tensors = (value.const_value for value in graph.initializers.values())
+    stored = (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+    return {member.name: tensor.name for tensor in stored for member in members(tensor)}
+
+
+def _facts(wanted: Wanted, engine: Path, built: Built, stacks: Mapping[str, str]) -> BuildFacts:
     weight_bytes = sections.weight_bytes(engine) or built["weight_bytes"]
     verified = verify.verify(
-        wanted.formats, built["constants"], built["inspected"], weight_bytes, wanted.expected_bytes
+        wanted.formats, stacks, built["constants"], built["inspected"], weight_bytes, wanted.expected_bytes
     )
     return without_engine(wanted, "") | {
         "engine": engine.name, "why_not_built": None, "builder": built["builder"]["name"],

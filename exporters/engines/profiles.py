@@ -9,6 +9,8 @@ from compress.runtime.graph_names import BATCH, PAST, SEQUENCE, TOTAL
 # Where a profile's length can only be 1, TensorRT-RTX 1.7 multiplies by other kernels, and lays every weight out a second time
 # for them: an engine twice as large
 LEAST_LONGEST = 2
+# Where there can only be one sequence, its compiler fails on some graphs in fp16, such as int8 weights of a Jamba
+LEAST_BATCH = 2
 
 
 class Extent(NamedTuple):
@@ -27,13 +29,13 @@ def of(
 ) -> list[ProfileFacts]:
     """Of a graph with inputs of these shapes, names of dimensions among them, for up to `batch` sequences of up to `context`
     tokens, `prefill_length` of which come at once. A prompt may be continued, in pieces."""
-    longest = max(prefill_length, LEAST_LONGEST)
+    longest, most = max(prefill_length, LEAST_LONGEST), max(batch, LEAST_BATCH)
     prefill = (
         Extent(1, 1, 0),
         Extent(batch, prefill_length, 0),
-        Extent(batch, longest, max(0, context - prefill_length)),
+        Extent(most, longest, max(0, context - prefill_length)),
     )
-    decode = (Extent(1, 1, 0), Extent(batch, 1, (context - 1) // 2), Extent(batch, LEAST_LONGEST, context - 1))
+    decode = (Extent(1, 1, 0), Extent(batch, 1, (context - 1) // 2), Extent(most, LEAST_LONGEST, context - 1))
     return [
         {"name": "prefill", "inputs": _shapes(inputs, prefill)},
         {"name": "decode", "inputs": _shapes(inputs, decode)},

@@ -24,13 +24,16 @@ class Verified:
 
 
 def verify(
-    formats: Mapping[str, str], constants: Mapping[str, str], inspected: str | None,
+    formats: Mapping[str, str], stacks: Mapping[str, str], constants: Mapping[str, str], inspected: str | None,
     weight_bytes: int | None, expected: int,
 ) -> Verified:  # fmt: skip
-    """`formats`: of every stored tensor by name. `constants`: of the parsed network. `expected` and `weight_bytes`: of all
-    weights, by the formats' arithmetic and in the engine, where that is known."""
+    """`formats`: of every tensor by name. `stacks`: the names under which tensors lie that share one. `constants`: of the parsed
+    network. `expected` and `weight_bytes`: of all weights, by the formats' arithmetic and in the engine, where that is known."""
     told = {} if inspected is None else dict(_inspected(inspected))
-    layers = [_layer(name, number_format, constants, told) for name, number_format in _quantized(formats)]
+    layers = [
+        _layer(name, stacks.get(name, name), number_format, constants, told)
+        for name, number_format in _quantized(formats)
+    ]
     wide = [facts["tensor"] for facts in layers if facts["precision"] != kind(facts["format"])]
     if not wide and not told and weight_bytes is not None and weight_bytes > most_bytes(expected):
         wide = [facts["tensor"] for facts in layers]
@@ -50,10 +53,12 @@ def _quantized(formats: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     return ((name, number_format) for name, number_format in formats.items() if kind(number_format))
 
 
-def _layer(name: str, number_format: str, constants: Mapping[str, str], told: Mapping[str, str]) -> LayerFacts:
-    if name in told:
-        return {"tensor": name, "format": number_format, "precision": told[name], "source": "inspector"}
-    return {"tensor": name, "format": number_format, "precision": constants.get(name), "source": "network"}
+def _layer(
+    name: str, stored: str, number_format: str, constants: Mapping[str, str], told: Mapping[str, str]
+) -> LayerFacts:
+    if stored in told:
+        return {"tensor": name, "format": number_format, "precision": told[stored], "source": "inspector"}
+    return {"tensor": name, "format": number_format, "precision": constants.get(stored), "source": "network"}
 
 
 def _inspected(said: str) -> Iterator[tuple[str, str]]:

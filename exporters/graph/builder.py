@@ -4,9 +4,9 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -83,6 +83,8 @@ class Graph:
     `domains` are the versions of operators beyond the standard's; hidden states are of `body_type`. Values made in an
     enclosing graph may be used in a body. Names are unique over the whole model.
     """
+
+    unmoved: ClassVar[Set[ir.DataType]] = {ir.DataType.FLOAT8E4M3FN}  # that no Concat takes before opset 24
 
     def __init__(
         self,

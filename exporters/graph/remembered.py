@@ -43,7 +43,7 @@ def restored_shape(spec: StateSpec, stored: tuple[Dimension, ...]) -> list[Dimen
 def decoded(graph: Graph, spec: StateSpec, stored: Value, scales: Value | None) -> Value:
     """A state as stored -> float32 [B, ...]; `scales` are static ones."""
     precision, axis, size = spec.precision, spec.precision.axis, spec.shape[spec.precision.axis]
-    entries = graph.op("Cast", stored, to=ir.DataType.FLOAT)
+    entries = _float32(graph, stored, precision)
     if scales is None:
         blocks = precision.blocks(size)
         count = SCALE_ENTRIES[precision.format]
@@ -70,14 +70,14 @@ def kept_on(
         value = graph.reshape(value, 0, *spec.shape)  # which tools that infer shapes do not all know
         entries = encoded(graph, spec, value, dithers, scales)
         if due is not None:
-            past = graph.op("Cast", kept, to=ir.DataType.FLOAT)
+            past = _float32(graph, kept, spec.precision)
             entries = chosen(graph, due, entries, past, 1 + len(spec.shape))
         return _typed(graph, entries, spec.precision)
     new = encoded(graph, spec, new_of(graph, spec, value, kept), dithers, scales)
     axis = spec.grows + 1
-    if spec.precision.format != "fp8-e4m3":
+    if DTYPES[spec.precision.dtype] not in graph.unmoved:
         return graph.op("Concat", kept, _typed(graph, new, spec.precision), axis=axis)
-    past = graph.op("Cast", kept, to=ir.DataType.FLOAT)  # operators that move data take no fp8 before opset 24
+    past = _float32(graph, kept, spec.precision)
     return _typed(graph, graph.op("Concat", past, new, axis=axis), spec.precision)
 
 
@@ -104,7 +104,11 @@ def encoded(graph: Graph, spec: StateSpec, value: Value, dithers: Value | None, 
 
 
 def _typed(graph: Graph, entries: Value, precision: Precision) -> Value:
-    return graph.op("Cast", entries, to=DTYPES[precision.dtype])
+    return graph.cast(entries, DTYPES[precision.dtype], ir.DataType.FLOAT)
+
+
+def _float32(graph: Graph, stored: Value, precision: Precision) -> Value:
+    return graph.cast(stored, ir.DataType.FLOAT, DTYPES[precision.dtype])
 
 
 # scales
