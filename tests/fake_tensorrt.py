@@ -7,6 +7,7 @@ import signal
 import struct
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
@@ -74,7 +75,7 @@ class OnnxParser:
             self.error = next(node for node in graph.node if node.op_type == "TopK")
             return False
         self.network.read(graph)
-        self.network.bytes = os.path.getsize(path + ".data")
+        self.network.bytes = Path(path + ".data").stat().st_size
         return True
 
     def get_error(self, index):
