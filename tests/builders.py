@@ -37,10 +37,13 @@ def _looked_for(why_missing) -> Iterator[None]:
 
 @contextmanager
 def stand_in(folder: Path, does: str = "builds") -> Iterator[None]:
-    """A package `tensorrt` in `folder`, which ends as it is told (fake_tensorrt.py)."""
+    """A package `tensorrt` in `folder`, which ends as it is told (fake_tensorrt.py), and no other builder that works."""
     package = folder / "packages" / "tensorrt"
     package.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(__file__).with_name("fake_tensorrt.py"), package / "__init__.py")
+    for other in (library.BINDING, library.BUNDLE):  # hides those that may be installed
+        (package.parent / other).mkdir(exist_ok=True)
+        (package.parent / other / "__init__.py").touch()
     with installed(), pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(package.parent)
         patch.setenv("COMPRESS_FAKE_BUILDER", does)

@@ -7,6 +7,7 @@ import signal
 import struct
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
@@ -18,7 +19,9 @@ if DOES == "cannot be imported":
 
 TYPES = {onnx.TensorProto.INT8: "INT8", onnx.TensorProto.INT4: "INT4", onnx.TensorProto.FLOAT8E4M3FN: "FP8"}
 Logger = type("Logger", (), {"ERROR": 1, "__init__": lambda self, severity: None})
-ILogger, IProgressMonitor, IStreamWriter = (type(name, (), {}) for name in ("ILogger", "IProgressMonitor", "IStreamWriter"))
+ILogger, IProgressMonitor, IStreamWriter = (
+    type(name, (), {}) for name in ("ILogger", "IProgressMonitor", "IStreamWriter")
+)
 NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
 ProfilingVerbosity = SimpleNamespace(DETAILED=2)
 LayerInformationFormat = SimpleNamespace(JSON=1)
@@ -72,7 +75,7 @@ class OnnxParser:
             self.error = next(node for node in graph.node if node.op_type == "TopK")
             return False
         self.network.read(graph)
-        self.network.bytes = os.path.getsize(path + ".data")
+        self.network.bytes = Path(path + ".data").stat().st_size
         return True
 
     def get_error(self, index):
@@ -135,7 +138,7 @@ class Builder:
         end(self.logger)
         if DOES == "fails":
             return False
-        size = network.bytes * (3 if DOES == "widens" else 1)
+        size = network.bytes + (3_000_000 if DOES == "widens" else 0)
         self.logger.log(named("INFO"), f"Total Weights Memory: {size} bytes")
         writer.write(struct.pack("<4s4xQQ", b"THGW", 24, size))
         writer.write(bytes(size))
@@ -156,7 +159,9 @@ def end(logger):
         time.sleep(600)
     logger.log(named("ERROR"), "Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient)")
     if DOES == "fails":
-        logger.log(named("ERROR"), "IBuilder::build: Error Code 1: Internal Error (layer MatMul_1: no kernel in x.cpp:12)")
+        logger.log(
+            named("ERROR"), "IBuilder::build: Error Code 1: Internal Error (layer MatMul_1: no kernel in x.cpp:12)"
+        )
 
 
 class Runtime:
