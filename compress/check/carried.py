@@ -45,6 +45,7 @@ class Header(Strict):
     tensors: dict[str, str]
     weight_bytes: int
     runtime: str
+    bodies: dict[str, int] = Field(default_factory=dict)
     prompts: tuple[str, ...]
     tasks: tuple[str, ...]
     samples: int
@@ -64,6 +65,7 @@ def header(name: str, original: Artifact, settings: Check, seed: int, versions: 
         tensors={weight.name: weight.format for weight in original.model().weights},
         weight_bytes=original.weight_bytes,
         runtime=original.runtime,
+        bodies=dict(original.bodies),
         prompts=tuple(map(as_text, settings.prompts)),
         tasks=tuple(map(as_text, settings.tasks)),
         samples=settings.samples,
@@ -201,6 +203,7 @@ class CarriedOriginal:
         self._carried, self.folder, self._model, self.config = carried, folder, model, model.config
         self.formats = sizes.parameters_by_format(model.weights)
         self.weight_bytes, self.runtime = carried.header.weight_bytes, carried.header.runtime
+        self.bodies: Mapping[str, int] = carried.header.bodies
 
     def sha256(self) -> str:
         return self._carried.header.sha256

@@ -16,6 +16,9 @@ FUSED = "fused-int8"  # how onnxruntime rounds inputs beside packed integers
 # Decoding and reading at once round the same numbers apart: log-probabilities of tokens lie so many times sqrt(2 KL) from each other
 # at most, of what inputs or states cost. Measured: 0.03 to 1.07, the latter where routers tip.
 APART = 1.5
+HIDDEN_APART = (
+    2.1  # the same where hidden states are in 16 bits: measured 1.2 to 1.3, of little text, since few routers tip
+)
 BASES = ("int8", "int4-g32", "fp8-e4m3")
 
 
@@ -37,6 +40,7 @@ class Costs:
     uncorrected: float  # how many times that where it is not
     tail: float  # the 99th percentile over the mean, at most
     fused_apart: float  # as `APART`, where only onnxruntime rounds inputs
+    hidden: Mapping[str, float]  # by the format of hidden states, and of states and caches that no pass decided on
 
     def apart_of(self, rounded: str) -> float:
         return self.fused_apart if rounded == FUSED else APART
@@ -220,6 +224,7 @@ COSTS: dict[str, Costs] = {
         uncorrected=2.9,
         tail=12.0,
         fused_apart=1.15,  # measured: 0.58 to 0.8
+        hidden={"bf16": 9e-05, "fp16": 5e-07, "fp32": 0.0},
     ),
     "nemotron_h": Costs(
         weights={
@@ -342,5 +347,6 @@ COSTS: dict[str, Costs] = {
         uncorrected=1.6,
         tail=25.0,
         fused_apart=0.65,  # measured: 0.38 to 0.43
+        hidden={"bf16": 0.00032, "fp16": 5e-05, "fp32": 0.0},
     ),
 }

@@ -21,7 +21,7 @@ NEVER_APART = 0.003  # nats between decoding and reading at once where nothing i
 
 def limits(costs: Expected) -> dict[MetricName, float]:
     """Of a candidate that is expected to cost so much."""
-    whole = costs.weights + costs.inputs + costs.states + FLOAT_NOISE
+    whole = costs.weights + costs.inputs + costs.states + costs.hidden + FLOAT_NOISE
     found: dict[MetricName, float] = {
         "perplexity_ratio": math.exp(SHIFT * math.sqrt(2 * whole) + GROWTH * whole),
         "kl_divergence_mean": MARGIN * whole,
@@ -41,6 +41,11 @@ def _in_short(metric: MetricName, limit: float) -> float:
 
 def sentence(artifact: str, costs: Expected) -> str:
     """Where the limits come from."""
-    parts = {"weights": costs.weights, "rounded inputs": costs.inputs, "states": costs.states}
+    parts = {
+        "weights": costs.weights,
+        "rounded inputs": costs.inputs,
+        "states": costs.states,
+        "hidden states": costs.hidden,
+    }
     said = ", ".join(f"{what} {nats:.2g}" for what, nats in parts.items() if nats)
     return f"{artifact}: default limits, for formats that are expected to cost {said or 'nothing'} (mean KL, nats)."

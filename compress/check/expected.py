@@ -34,7 +34,8 @@ SAMPLE = (64, 512)  # of normal numbers, on which a format that nobody measured 
 
 @dataclass(frozen=True)
 class Expected:
-    """Mean divergences: of weights, of inputs that are rounded, and of states, which only decoding sees. `tail` is how many
+    """Mean divergences: of weights, of inputs that are rounded, of states, which only decoding sees, and of hidden states that are
+    in 16 bits. `tail` is how many
     times the mean the 99th percentile is at most, `apart` how far decoding and reading at once are: half the mean square, at most,
     of what lies between the log-probabilities of tokens. `prunes`: whether experts were removed, which is among what weights
     cost."""
@@ -45,10 +46,12 @@ class Expected:
     tail: float = 0.0
     apart: float = 0.0
     prunes: bool = False
+    hidden: float = 0.0
 
     def __add__(self, other: "Expected") -> "Expected":
         sums = (self.weights + other.weights, self.inputs + other.inputs, self.states + other.states)
-        return Expected(*sums, max(self.tail, other.tail), self.apart + other.apart, self.prunes or other.prunes)
+        prunes, hidden = self.prunes or other.prunes, self.hidden + other.hidden
+        return Expected(*sums, max(self.tail, other.tail), self.apart + other.apart, prunes, hidden)
 
 
 class Form(NamedTuple):
@@ -84,8 +87,16 @@ def _of_one(model: HybridModel, artifact: Artifact, known: Costs) -> Expected:
         of_role[kind.role] += count
     shares = {kind: math.sqrt(count / of_role[kind.role]) for kind, count in parameters.items()}
     inputs, states = _of_inputs(shares, known), _of_states(model, known)
-    apart = sum(known.apart_of(form) ** 2 * cost for form, cost in inputs.items()) + costs.APART**2 * states
-    return Expected(_of_rounding(shares, known), sum(inputs.values()), states, known.tail, apart)
+    hidden = _of_hidden(artifact.bodies, known)
+    apart = sum(known.apart_of(form) ** 2 * cost for form, cost in inputs.items())
+    apart += costs.APART**2 * states + costs.HIDDEN_APART**2 * hidden
+    return Expected(_of_rounding(shares, known), sum(inputs.values()), states, known.tail, apart, hidden=hidden)
+
+
+def _of_hidden(bodies: Mapping[str, int], known: Costs) -> float:
+    """Of what lies between the matrices, by the share of the blocks; states that are in the same type are among it."""
+    blocks = sum(bodies.values())
+    return sum(math.sqrt(count / blocks) * known.hidden[form] for form, count in bodies.items())
 
 
 def _of_rounding(shares: Mapping[Stored, float], known: Costs) -> float:
@@ -113,12 +124,13 @@ def _of_inputs(shares: Mapping[Stored, float], known: Costs) -> dict[str, float]
 
 def _kinds(model: HybridModel, artifact: Artifact) -> Iterator[tuple[Stored, int]]:
     """Of every matrix, with its parameters; a tied table is looked up, and is the output matrix too."""
+    is_fused = artifact.runtime == "onnxruntime" and not artifact.bodies
     schemes, compensated = _schemes(model, artifact.folder), set(_compensated(model.config.compress.passes))
     for weight in model.weights:
         if weight.role in QUANTIZABLE:
             is_tied = weight.role == Role.EMBEDDING and model.is_tied
             for role in (Role.EMBEDDING, Role.LM_HEAD) if is_tied else (weight.role,):
-                inputs = _inputs(role, weight.format, schemes.get(weight.name), artifact.runtime)
+                inputs = _inputs(role, weight.format, schemes.get(weight.name), is_fused)
                 yield Stored(role, weight.format, weight.name in compensated, inputs), weight.parameters
 
 
@@ -137,12 +149,13 @@ def _compensated(passes: tuple[Record, ...]) -> Iterator[str]:
                 yield from written_out(change.tensors)
 
 
-def _inputs(role: Role, number_format: str, scheme: Scheme | None, runtime: str) -> str | None:
-    """How what is multiplied with a matrix is rounded; nothing is multiplied with a table."""
+def _inputs(role: Role, number_format: str, scheme: Scheme | None, is_fused: bool) -> str | None:
+    """How what is multiplied with a matrix is rounded, which is fused with packed integers by onnxruntime; nothing is multiplied
+    with a table."""
     if scheme is None or role == Role.EMBEDDING:
         return None
     if scheme.activation is None:
-        return FUSED if runtime == "onnxruntime" and compressed_tensors.is_integer(number_format) else None
+        return FUSED if is_fused and compressed_tensors.is_integer(number_format) else None
     return scheme.activation + (ROTATED if scheme.rotation and scheme.activation == "static-int8" else "")
 
 

@@ -4,6 +4,7 @@ It is an output folder of `apply`, one of its subfolders, a checkpoint folder, o
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -17,11 +18,12 @@ from compress.model import sizes
 from compress.model.config import Config
 from compress.model.hybrid import HybridModel
 from compress.output_folder import integrity, onnx_layouts
+from compress.runtime import twin
 from compress.runtime.candidates import CheckpointCandidate, OnnxCandidate, StatefulCandidate
 from compress.runtime.inference import Decoder, fits_in_memory
 from compress.runtime.onnx_session import OnnxDecoder, OnnxSession
 
-PREFERRED = ("onnxruntime", "onnx", "checkpoint")  # of an output folder: the first that is there
+PREFERRED = ("onnxruntime", "onnx", "tensorrt", "checkpoint")  # of an output folder: the first that is there
 
 
 def find_artifact(path: Path) -> Path:
@@ -51,13 +53,15 @@ class Steps(Protocol):
 
 class Artifact(Protocol):
     """A model that runs. `folder` has its tokenizer, `config` its validated configuration, `formats` says how many
-    parameters each number format stores, in `weight_bytes`, `runtime` what computes it."""
+    parameters each number format stores, in `weight_bytes`, `runtime` what computes it. `bodies`: how many blocks end in which
+    number format of hidden states, of a graph that says so, and that is run as it is written."""
 
     folder: Path
     config: Config
     formats: dict[str, int]
     weight_bytes: int
     runtime: str
+    bodies: Mapping[str, int]
 
     def sha256(self) -> str:
         """Digest of everything that decides its logits."""
@@ -85,6 +89,7 @@ class CheckpointArtifact:
         self._weights_sha256 = weights_sha256
         self.formats = sizes.parameters_by_format(checkpoint.model.weights)
         self.weight_bytes = sizes.stored_bytes(checkpoint.model.units)
+        self.bodies: Mapping[str, int] = {}
 
     def sha256(self) -> str:
         self._weights_sha256 = self._weights_sha256 or self._checkpoint.files.sha256()
@@ -116,6 +121,7 @@ class OnnxArtifact:
         tensors = reading.external_tensors(self._graph)
         self._data, self.formats = {Path(tensor.path) for tensor in tensors}, reading.stored_parameters(tensors)
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors)
+        self.bodies: Mapping[str, int] = twin.edges(self._graph)
 
     def sha256(self) -> str:
         if self._sha256 is None:

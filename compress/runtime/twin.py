@@ -7,6 +7,7 @@ float32. So numbers are rounded to bf16 where the file casts to it, such as behi
 the edge of a block, such as the addition to the hidden states.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import onnx_ir as ir
@@ -17,6 +18,14 @@ BF16, FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 # what onnxruntime moves in bf16, as portable graphs do with states, which they cast before they are used
 MOVING = {"Concat", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 TYPES = ("dtype", "output_dtype")  # attributes of operators other than Cast that say what type comes out
+
+FORMATS = {FLOAT.name: "fp32", BF16.name: "bf16", ir.DataType.FLOAT16.name: "fp16"}
+
+
+def edges(model: ir.Model) -> Counter[str]:
+    """How many blocks end in which number format of hidden states, where a graph says so."""
+    said = (node.metadata_props.get(EDGE_KEY) for node in model.graph)
+    return Counter(FORMATS[name] for name in said if name is not None)
 
 
 def is_needed(model: ir.Model) -> bool:
