@@ -145,6 +145,7 @@ class TensorRT(Exporter[Options]):
         write_json(folder / TENSORRT.config, self._build(checkpoint.model, folder))
 
     def _build(self, model: HybridModel, folder: Path) -> BuildFacts:
+        from compress.model.roles import Role
         from compress.runtime import twin
         from exporters.engines import build, profiles
         from exporters.graph import reading
@@ -157,7 +158,7 @@ class TensorRT(Exporter[Options]):
             profiles.of(
                 _shapes(graph.graph), **self.options.model_dump(include={"batch", "prefill_length", "context"})
             ),
-            reading.stored_formats(reading.external_tensors(graph)),
+            {weight.name: weight.format for weight in model.weights if weight.role != Role.MTP},
             self._engine_bytes(model),
             self._overflow.facts if self._overflow else None,
         )

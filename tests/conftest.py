@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so it cannot wait for a fixture
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # waiting threads sleep: on shared cores spinning takes four times as long
 
+import builders
 import pytest
 import torch
 from click.testing import CliRunner
@@ -25,6 +26,13 @@ def _own_cache(tmp_path_factory):
     """Tests never touch the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_builder_of_engines():
+    """As in CI's first stage, also where the extra is installed: engines take seconds each."""
+    with builders.without():
         yield
 
 

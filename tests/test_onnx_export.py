@@ -572,7 +572,7 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_a_file_that_is_not_onnx_is_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"not a model")
-    with pytest.raises(InputError, match="cannot load"):
+    with pytest.raises(InputError, match="not a readable ONNX model"):
         OnnxSession(tmp_path / "model.onnx")
 
 

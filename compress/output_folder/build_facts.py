@@ -25,7 +25,8 @@ class LayerFacts(TypedDict):
 
 
 class BuildFacts(TypedDict):
-    """`engine` is a file's name. What concerns an engine is None where none was built, `why_not_built` where one was."""
+    """`engine` is a file's name. What concerns an engine is None where none was built, `why_not_built` where one was.
+    `activation_bytes` are what it takes of a GPU's memory beside weights and states, in the larger of its profiles."""
 
     engine: str | None
     why_not_built: str | None
@@ -37,6 +38,7 @@ class BuildFacts(TypedDict):
     peak_rss_bytes: int | None
     engine_bytes: int | None
     engine_weight_bytes: int | None
+    activation_bytes: int | None
     expected_weight_bytes: int
     layers: list[LayerFacts]
     widened: list[str]

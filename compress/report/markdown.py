@@ -20,6 +20,7 @@ def render(report: Report, done: Sequence[PassDone]) -> str:
     """report.json as Markdown, with what the passes say of themselves."""
     details = [
         _artifacts(report),
+        folded.of(written.engines(report)),
         *found_sections(report, report["prompts"]),
         folded.of(written.states(report)),
         _passes(report, done),

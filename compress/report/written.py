@@ -1,6 +1,7 @@
 """What a run wrote, as tables: artifacts, and what a sequence takes of memory."""
 
 from compress.model.sizes import StateFacts
+from compress.output_folder.build_facts import BuildFacts
 from compress.report.schema import Report
 from compress.report.tables import Table
 
@@ -18,6 +19,26 @@ def artifacts(report: Report) -> Table:
         for facts in report["artifacts"]
     ]
     return Table("Artifacts, and what loads them", head, rows)
+
+
+def engines(report: Report) -> Table:
+    """What was built of a graph."""
+    head = ("artifact", "engine", "builder", "seconds", "peak memory", "bytes", "of which weights", "by arithmetic",
+            "activations", "quantized tensors", "widened")  # fmt: skip
+    built = [(artifact["kind"], artifact["build"]) for artifact in report["artifacts"] if "build" in artifact]
+    rows = [[kind, *_engine(facts)] for kind, facts in built if facts["engine"] is not None]
+    return Table("Engines", head, rows)
+
+
+def _engine(facts: BuildFacts) -> list[str]:
+    sizes = (
+        facts["peak_rss_bytes"], facts["engine_bytes"], facts["engine_weight_bytes"], facts["expected_weight_bytes"],
+        facts["activation_bytes"],
+    )  # fmt: skip
+    builder, layers = f"{facts['builder']} {facts['version']}", facts["layers"]
+    seconds = "" if facts["seconds"] is None else f"{facts['seconds']:.1f}"
+    known = ["" if size is None else f"{size:,}" for size in sizes]
+    return [str(facts["engine"]), builder, seconds, *known, str(len(layers)), str(len(facts["widened"]))]
 
 
 def states(report: Report) -> Table:

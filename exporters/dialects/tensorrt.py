@@ -1,7 +1,7 @@
 """`tensorrt`: what TensorRT's parser takes, strongly typed: hidden states in fp16, bf16 or fp32, scans, sums of norms and
 routers in float32, every expert on every token, quantized weights behind DequantizeLinear."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -91,15 +91,23 @@ class TensorRT(Portable):
         self, rows: Value, gates: Value, groups: list[stack.Group], run: Callable[[int, Value], Value]
     ) -> Value:
         """rows [tokens, K], gates [tokens, E] -> [tokens, K]."""
+        graph, total = self.graph, None
+        for group, theirs in zip(groups, self._by_group(gates, groups), strict=True):
+            given = dense_moe.mixture(
+                graph, rows, theirs, len(group.experts), partial(self._together, group, run, None)
+            )
+            total = given if total is None else graph.op("Add", total, given)
+        assert total is not None  # a mixture has an expert
+        return total
+
+    def _by_group(self, gates: Value, groups: list[stack.Group]) -> Sequence[Value]:
+        """Columns of gates [tokens, E], those of each group together."""
         graph, order = self.graph, [number for group in groups for number in group.experts]
+        if len(groups) == 1:
+            return [gates]
         if order != sorted(order):
             gates = graph.op("Gather", gates, graph.constant(order), axis=1)
-
-        def run_all(given: Value) -> Value:
-            results = [self._together(group, run, None, given) for group in groups]
-            return results[0] if len(results) == 1 else graph.op("Concat", *results, axis=0)
-
-        return dense_moe.mixture(graph, rows, gates, run_all)
+        return self.split(gates, [len(group.experts) for group in groups])
 
     def _together(
         self, group: stack.Group, run: Callable[[int, Value], Value], chosen: Value | None, rows: Value

@@ -38,7 +38,7 @@ def without_engine(wanted: Wanted, why: str) -> BuildFacts:
     return {
         "engine": None, "why_not_built": why, "builder": None, "version": None, "precision": wanted.precision,
         "profiles": wanted.profiles, "seconds": None, "peak_rss_bytes": None, "engine_bytes": None,
-        "engine_weight_bytes": None, "expected_weight_bytes": wanted.expected_bytes, "layers": [], "widened": [],
+        "engine_weight_bytes": None, "activation_bytes": None, "expected_weight_bytes": wanted.expected_bytes, "layers": [], "widened": [],
         "executed": False, "why_not_executed": "there is no engine", "checked": wanted.checked,
         "overflow": wanted.overflow,
     }  # fmt: skip
@@ -60,7 +60,7 @@ def build(wanted: Wanted, graph: ir.Graph) -> BuildFacts:
                 built = _finished(process.run(job, log, _Steps(advance)), graph)
         except WorkError as error:
             raise WorkError(f"{error}; its log: {_kept_log(log)}") from None
-    return _facts(wanted, folder / ENGINE, built, _stacks(graph))
+    return _facts(wanted, folder / ENGINE, built, _lying(graph))
 
 
 class _Steps:
@@ -82,7 +82,7 @@ def _finished(answer: Answer, graph: ir.Graph) -> Built:
         raise WorkError(
             f"export to tensorrt: TensorRT does not take the graph: {messages.refusal(answer['refused'], graph)}"
         )
-    why = messages.one_line(answer["failed"] if "failed" in answer else answer["unusable"])
+    why = messages.failure(answer["failed"] if "failed" in answer else answer["unusable"], graph)
     raise WorkError(f"export to tensorrt: the engine was not built: {why}")
 
 
@@ -94,22 +94,34 @@ def _kept_log(log: Path) -> Path:
     return kept
 
 
-def _stacks(graph: ir.Graph) -> dict[str, str]:
-    """Of tensors that lie in one with others: its name, which is all that a builder knows."""
+@dataclass(frozen=True)
+class _Lying:
+    """A tensor as it lies in the data file, and the name of the one it is in: itself, or a stack of several, which is all that a
+    builder knows."""
+
+    tensor: ir.ExternalTensor
+    name: str
+
+
+def _lying(graph: ir.Graph) -> dict[str, _Lying]:
     tensors = (value.const_value for value in graph.initializers.values())
     stored = (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-    return {member.name: tensor.name for tensor in stored for member in members(tensor)}
+    return {member.name: _Lying(member, tensor.name) for tensor in stored for member in members(tensor)}
 
 
-def _facts(wanted: Wanted, engine: Path, built: Built, stacks: Mapping[str, str]) -> BuildFacts:
+def _facts(wanted: Wanted, engine: Path, built: Built, lying: Mapping[str, _Lying]) -> BuildFacts:
     weight_bytes = sections.weight_bytes(engine) or built["weight_bytes"]
-    verified = verify.verify(
-        wanted.formats, stacks, built["constants"], built["inspected"], weight_bytes, wanted.expected_bytes
-    )
+
+    def as_stored(name: str) -> bool:
+        return name in lying and sections.holds_row(engine, lying[name].tensor)
+
+    seen = verify.Seen(built["constants"], built["inspected"], weight_bytes, as_stored)
+    names = {name: found.name for name, found in lying.items()}
+    verified = verify.verify(wanted.formats, names, wanted.expected_bytes, seen)
     return without_engine(wanted, "") | {
         "engine": engine.name, "why_not_built": None, "builder": built["builder"]["name"],
         "version": built["builder"]["version"], "seconds": round(built["seconds"], 3),
         "peak_rss_bytes": built["peak_rss_bytes"], "engine_bytes": engine.stat().st_size,
-        "engine_weight_bytes": weight_bytes, "layers": verified.layers, "widened": verified.widened,
-        "why_not_executed": NO_GPU_RAN_IT,
+        "engine_weight_bytes": weight_bytes, "activation_bytes": built["activation_bytes"],
+        "layers": verified.layers, "widened": verified.widened, "why_not_executed": NO_GPU_RAN_IT,
     }  # fmt: skip

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import BinaryIO, Protocol
 
 NO_DRIVER = "cudaError 35"  # which builders that need no GPU report as an error, and go on
-WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
+TAKEN = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 LEAST_STEP = 0.01  # of progress that is told
 
 
@@ -21,11 +21,11 @@ class Severity(Protocol):
 
 
 class Heard:
-    """What a log is read for: errors, and how many bytes of weights the engine has."""
+    """What a log is read for: errors, and the `bytes` of weights and activations that an engine takes."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self.weight_bytes: int | None = None
+        self.bytes: dict[str, int] = {}
 
     def log(self, severity: Severity, message: str) -> None:
         """Prints all but what is verbose, of which a small model has megabytes."""
@@ -34,8 +34,8 @@ class Heard:
         print(f"{severity.name}: {message}", file=sys.stderr)
         if severity.name in ("ERROR", "INTERNAL_ERROR") and NO_DRIVER not in message:
             self.errors.append(message)
-        elif found := WEIGHTS.search(message):
-            self.weight_bytes = int(found[1])
+        elif found := TAKEN.search(message):  # once for each profile
+            self.bytes[found[1]] = max(int(found[2]), self.bytes.get(found[1], 0))
 
 
 @dataclass

@@ -9,11 +9,13 @@ import os
 import sys
 import threading
 import time
+import traceback
 import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
+from compress.errors import first_line
 from compress.output_folder.build_facts import ProfileFacts
 from exporters.engines import callbacks, library, network
 from exporters.engines.job import Answer, Job, ParserError
@@ -32,6 +34,9 @@ def main() -> None:
         answer = _answer(job, channel)
     except library.UnusableError as error:
         answer = {"unusable": str(error)}
+    except Exception as error:  # a library's, in ways of its own; a disk may be full
+        traceback.print_exc()
+        answer = {"failed": first_line(error)}
     sys.stderr.flush()
     _say(channel, answer)
     os._exit(0)  # libraries that were loaded by hand are not unloaded in an order that always works
@@ -90,7 +95,8 @@ class _Build:
                 "builder": {"name": self._made_by.name, "version": self._made_by.version},
                 "seconds": seconds,
                 "peak_rss_bytes": peak,
-                "weight_bytes": self._heard.weight_bytes,
+                "weight_bytes": self._heard.bytes.get("Weights"),
+                "activation_bytes": self._heard.bytes.get("Activation"),
                 "constants": network.constants(self._network),
                 "inspected": self._inspected(),
             }

@@ -35,6 +35,7 @@ class Built(TypedDict):
     seconds: float
     peak_rss_bytes: int | None
     weight_bytes: int | None
+    activation_bytes: int | None
     constants: dict[str, str]
     inspected: str | None
 

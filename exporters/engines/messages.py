@@ -8,7 +8,13 @@ import onnx_ir as ir
 from exporters.engines.job import ParserError
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-SOURCES = re.compile(r"\(?\b[\w/.-]+\.(?:cpp|cc|h|hpp|cu):\d+\)?:?|In function \w+:?|\[\d+\](?= )")
+# places in sources that nobody has, and what a builder puts in front of an error
+SOURCES = re.compile(
+    r"\(?\[[\w/.-]+\.(?:cpp|h|cu):[^]]*\]|\(?\b[\w/.-]+\.(?:cpp|h|cu):\d+\)?:?"
+    r"|\bIn (?:function )?\w+:?(?: at /\S+)?|^I\w+::\w+: Error Code \d+: "
+)
+MISSING = re.compile(r"plugin.* not found|No importer registered|creator && ", re.IGNORECASE | re.DOTALL)
+NAME = re.compile(r"\b[A-Z]\w*_\d+\b")  # of an operator, as our graphs call them
 LONGEST = 300
 FAR = 1 << 30
 
@@ -21,12 +27,19 @@ def refusal(errors: Sequence[ParserError], graph: ir.Graph) -> str:
     rest = f" (and {more} more)" if more else ""
     where = place(graph, first["node"])
     operator = first["operator"] or "operator"
-    return f"{where}: {operator} '{first['node']}': {one_line(first['description'])}{rest}"
+    why = "it has no such operator" if MISSING.search(first["description"]) else one_line(first["description"])
+    return f"{where}: {operator} '{first['node']}': {why}{rest}"
+
+
+def failure(said: str, graph: ir.Graph) -> str:
+    """Of a build, with the layer of the first operator it names."""
+    names = {name for node in graph for name in _names(node)}
+    named = next((name for name in NAME.findall(said) if name in names), None)
+    return one_line(said) if named is None else f"{place(graph, named)}: {one_line(said)}"
 
 
 def one_line(said: str) -> str:
-    """Without places in sources that nobody has."""
-    return " ".join(SOURCES.sub("", said).split())[:LONGEST]
+    return " ".join(SOURCES.sub("", said).split()).strip(" ;()")[:LONGEST]
 
 
 def place(graph: ir.Graph, node: str) -> str:

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from compress.output_folder.build_facts import ProfileFacts
 from compress.runtime.graph_names import BATCH, PAST, SEQUENCE, TOTAL
+from exporters.graph.ssd import CHUNK
 
-# Where a profile's length can only be 1, TensorRT-RTX 1.7 multiplies by other kernels, and lays every weight out a second time
-# for them: an engine twice as large
-LEAST_LONGEST = 2
+# Where the new tokens of a profile can only be one, TensorRT-RTX 1.7 multiplies by other kernels, and lays every weight out a
+# second time for them. Where they can only be one chunk of Mamba-2, its compiler fails.
+LEAST_LONGEST = CHUNK + 1
 # Where there can only be one sequence, its compiler fails on some graphs in fp16, such as int8 weights of a Jamba
 LEAST_BATCH = 2
 

@@ -5,7 +5,7 @@ the builder was given, and how many bytes of weights the engine has, which is wh
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from compress.output_folder.build_facts import LayerFacts
@@ -16,6 +16,17 @@ SPARE_SHARE, SPARE_BYTES = 0.10, 1_000_000  # by which an engine's weights may e
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What was made of a graph. `constants`: types in the parsed network. `inspected`: what the inspector says, JSON, where it could.
+    `weight_bytes`: of the engine, where they are known. `as_stored`: whether a tensor's bytes lie in the engine."""
+
+    constants: Mapping[str, str]
+    inspected: str | None
+    weight_bytes: int | None
+    as_stored: Callable[[str], bool]
+
+
+@dataclass(frozen=True)
 class Verified:
     """`widened` are names of tensors."""
 
@@ -23,20 +34,16 @@ class Verified:
     widened: list[str]
 
 
-def verify(
-    formats: Mapping[str, str], stacks: Mapping[str, str], constants: Mapping[str, str], inspected: str | None,
-    weight_bytes: int | None, expected: int,
-) -> Verified:  # fmt: skip
-    """`formats`: of every tensor by name. `stacks`: the names under which tensors lie that share one. `constants`: of the parsed
-    network. `expected` and `weight_bytes`: of all weights, by the formats' arithmetic and in the engine, where that is known."""
-    told = {} if inspected is None else dict(_inspected(inspected))
-    layers = [
-        _layer(name, stacks.get(name, name), number_format, constants, told)
-        for name, number_format in _quantized(formats)
-    ]
+def verify(formats: Mapping[str, str], stored_as: Mapping[str, str], expected: int, seen: Seen) -> Verified:
+    """`formats`: of every tensor by name. `stored_as`: the names they have in the graph, where those are others. `expected`: bytes
+    of all weights by the formats' arithmetic. Where the engine has more, and nothing else tells which tensor that is, it is all
+    that do not lie in it as they were stored."""
+    told = {} if seen.inspected is None else dict(_inspected(seen.inspected))
+    quantized = {name: number_format for name, number_format in formats.items() if kind(number_format)}
+    layers = [_layer(name, stored_as.get(name, name), quantized[name], seen.constants, told) for name in quantized]
     wide = [facts["tensor"] for facts in layers if facts["precision"] != kind(facts["format"])]
-    if not wide and not told and weight_bytes is not None and weight_bytes > most_bytes(expected):
-        wide = [facts["tensor"] for facts in layers]
+    if not wide and seen.weight_bytes is not None and seen.weight_bytes > most_bytes(expected):
+        wide = [name for name in quantized if not seen.as_stored(name)] or [*quantized]
     return Verified(layers, wide)
 
 
@@ -47,10 +54,6 @@ def kind(number_format: str) -> str | None:
 
 def most_bytes(expected: int) -> int:
     return int(expected * (1 + SPARE_SHARE)) + SPARE_BYTES
-
-
-def _quantized(formats: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    return ((name, number_format) for name, number_format in formats.items() if kind(number_format))
 
 
 def _layer(
@@ -64,8 +67,7 @@ def _layer(
 def _inspected(said: str) -> Iterator[tuple[str, str]]:
     """Of every tensor that a layer of the engine reads under the name it has in the graph: its type there, such as `int8`."""
     for layer in json.loads(said).get("Layers", []):
-        for tensor in (
-            layer.get("Inputs", []) if isinstance(layer, dict) else []
-        ):  # names alone, where little was asked for
+        inputs = layer.get("Inputs", []) if isinstance(layer, dict) else []  # a name alone, where little was asked for
+        for tensor in inputs:
             words = str(tensor.get("Format/Datatype", "")).lower()
             yield str(tensor.get("Name", "")).removesuffix(OUTPUT), next((k for k in KINDS if k in words), words)

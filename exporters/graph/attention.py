@@ -28,7 +28,8 @@ def causal_bias(graph: Graph, given: ir.Value, attention_mask: ir.Value, past_ke
     attention_mask = graph.op("Reshape", attention_mask, shape)
     zero, one, total = graph.constant(0), graph.constant(1), graph.op("Squeeze", total)
     column = graph.op("Range", zero, total, one)
-    row = graph.op("Unsqueeze", graph.op("Range", graph.op("Squeeze", past), total, one), graph.constant([1]))  # [S, 1]
+    new = graph.op("Range", zero, graph.op("Squeeze", graph.shape_of(given, 1)), one)
+    row = graph.op("Add", graph.op("Unsqueeze", new, graph.constant([1])), past)  # [S, 1]
     real = graph.op(
         "Cast", graph.op("Unsqueeze", attention_mask, graph.constant([1])), to=ir.DataType.BOOL
     )  # [B, 1, T]

@@ -16,7 +16,9 @@ def gates(graph: Graph, choice: Choice, experts: int) -> ir.Value:
     return graph.op("ScatterElements", zeros, choice.numbers, choice.gates, axis=1)
 
 
-def mixture(graph: Graph, rows: ir.Value, gates: ir.Value, run: Callable[[ir.Value], ir.Value]) -> ir.Value:
+def mixture(
+    graph: Graph, rows: ir.Value, gates: ir.Value, experts: int, run: Callable[[ir.Value], ir.Value]
+) -> ir.Value:
     """rows [tokens, K], gates [tokens, E] -> [tokens, K]; `run` makes [E, tokens, K] of [1, tokens, K].
 
     What an expert that was not chosen gives is left out, not multiplied with zero: beyond the range of fp16 it is infinite."""
@@ -24,6 +26,8 @@ def mixture(graph: Graph, rows: ir.Value, gates: ir.Value, run: Callable[[ir.Val
     given = run(graph.op("Unsqueeze", rows, graph.constant([0])))
     chosen = graph.op("Greater", gates, graph.constant(0, FLOAT))
     weighted = graph.op("Where", chosen, graph.op("Mul", given, graph.from_float32(gates)), graph.number(0.0))
+    if experts == 1:
+        return graph.op("Squeeze", weighted, graph.constant([0]))
     return graph.op("ReduceSum", weighted, graph.constant([0]), keepdims=0)
 
 

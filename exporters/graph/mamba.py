@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from exporters.graph import position
 from exporters.graph.builder import Dimension, Graph, declare, fixed_shape, like, sizes_of
 from exporters.graph.stored import widened
 
@@ -20,8 +21,7 @@ class TokenMask(NamedTuple):
 
 def token_mask(graph: Graph, given: ir.Value, attention_mask: ir.Value) -> TokenMask:
     """`given` has the new tokens, [B, S] or [B, S, H]."""
-    length, total = graph.shape_of(given, 1), graph.shape_of(attention_mask, 1)
-    new = graph.op("Slice", attention_mask, graph.op("Sub", total, length), total, graph.constant([1]))
+    new, length = position.of_new(graph, given, attention_mask), graph.shape_of(given, 1)
     place = graph.op(
         "Range", graph.constant(1), graph.op("Squeeze", graph.op("Add", length, graph.constant([1]))), graph.constant(1)
     )

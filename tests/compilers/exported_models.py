@@ -22,7 +22,10 @@ OTHERS = (
     "no Mamba", "Mamba alone",
 )  # fmt: skip
 NEMOTRON_H = {f"{name}, nemotron_h": VARIANTS[name] for name in OTHERS}
-RECIPES = {f"{recipe}, {model}": (recipe, model) for model in MODELS for recipe in sorted(resources.shipped_recipes())}
+ONNX = sorted(
+    name for name, path in resources.shipped_recipes().items() if "- onnx:" in path.read_text(encoding="utf-8")
+)
+RECIPES = {f"{recipe}, {model}": (recipe, model) for model in MODELS for recipe in ONNX}
 
 
 class Exported(NamedTuple):

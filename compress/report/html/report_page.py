@@ -54,7 +54,7 @@ def render(report: Report, done: Sequence[PassDone], strip: Heat | None, recipe:
         TEMPLATE, **_common(report, report["model"]["name"], report["verdict"]), changed=[], tiles=_tiles(report), strip=strip,
         artifacts=overview.table(report, report["artifacts"]), plots=[one for one in drawn if one],
         loads=plots.expert_loads(coverages[-1] if coverages else None), trials=plots.trials(tried),
-        written=[written.artifacts(report), written.states(report)], notes=_notes(report),
+        written=[written.artifacts(report), written.engines(report), written.states(report)], notes=_notes(report),
         passes=Markup(PROSE.render("\n".join(markdown.pass_lines(report, done)))), recipe=recipe,
         prompts=report["prompts"], versions=report["versions"],
     )  # fmt: skip
