@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
 from jamba_models import make_jamba
 from nemotron_h_models import make_nemotron_h
 from onnx_graphs import wired

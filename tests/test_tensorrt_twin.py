@@ -12,7 +12,7 @@ from jamba_models import make_jamba
 from nemotron_h_models import make_nemotron_h
 from onnx import AttributeProto, TensorProto
 from onnx_graphs import wired
-from state_models import with_states
+from state_models import ALL, with_states
 from stepping import OwnSteps, own_logits
 
 from compress import formats
@@ -157,7 +157,7 @@ def test_states_of_every_format_have_a_twin(model, tmp_path):
 @pytest.mark.parametrize("dialect", [Portable, TensorRTHalf, TensorRTSingle])
 def test_what_only_stores_bf16_is_run_as_it_is(model, tmp_path, monkeypatch, dialect):
     """Weights, and states where a pass decided so."""
-    states = dict.fromkeys(("recurrent_state", "conv_state", "key", "value"), {"format": "bf16"})
+    states = {name: {"format": "bf16"} for name in ALL}
     source = SOURCES[model.model_type](tmp_path / "source")
     kept = Checkpoint(with_states(source, tmp_path / "kept", states)).model
     path = wired(kept, tmp_path / "graph", dialect=dialect)
