@@ -17,6 +17,7 @@ from exporters.dialects.portable import Portable
 from exporters.graph import dense_moe, moe, qdq, stack
 from exporters.graph.builder import Graph, WeightFile, at_edge, width_of, with_width
 from exporters.graph.rotation import rotated
+from exporters.graph.ssd_by_token import ssd_by_token
 from exporters.graph.stored import as_stored, widened
 from exporters.graph.typed import TypedGraph
 
@@ -35,6 +36,7 @@ class TensorRT(Portable):
 
     opset = 22  # the first whose operators all take bf16
     body_type = ir.DataType.BFLOAT16
+    recurrence = staticmethod(ssd_by_token)
     gathers: ClassVar[bool] = False  # the experts of each token, where all can be stacked
 
     _multiply: Multiply | None = None  # what `linear` does while an expert is looked at, or all of them run at once
