@@ -112,6 +112,7 @@ def test_an_engine_is_built_beside_the_graph_with_what_is_known_of_it(export, tm
     assert facts["engine_bytes"] == (out / "model.engine").stat().st_size
     assert facts["engine_weight_bytes"] == (out / "model.onnx.data").stat().st_size
     assert (facts["activation_bytes"], facts["executed"], facts["why_not_built"]) == (4321, False, None)
+    assert facts["not_for"] == ["sm80", "sm86"] and "(not for sm80, sm86)" in result.stderr
     assert facts["peak_rss_bytes"] > 1 << 20 and facts["seconds"] >= 0
     assert [profile["name"] for profile in facts["profiles"]] == ["prefill", "decode"]
     assert facts["profiles"][0]["inputs"]["input_ids"]["max"][1] == 128

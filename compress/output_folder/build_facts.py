@@ -27,7 +27,8 @@ class LayerFacts(TypedDict):
 
 class BuildFacts(TypedDict):
     """`engine` is a file's name. What concerns an engine is None where none was built, `why_not_built` where one was.
-    `activation_bytes` are what it takes of a GPU's memory beside weights and states, in the larger of its profiles."""
+    `activation_bytes` are what it takes of a GPU's memory beside weights and states, in the larger of its profiles. `not_for`
+    are GPUs that lack a type it computes in, such as sm80 fp8."""
 
     engine: str | None
     why_not_built: str | None
@@ -40,6 +41,7 @@ class BuildFacts(TypedDict):
     engine_bytes: int | None
     engine_weight_bytes: int | None
     activation_bytes: int | None
+    not_for: list[str]
     expected_weight_bytes: int
     layers: list[LayerFacts]
     widened: list[str]
@@ -70,8 +72,9 @@ def sentence(facts: BuildFacts) -> str:
     if facts["engine"] is None:
         return f"no engine was built: {facts['why_not_built']}"
     wide = f", but {len(facts['widened'])} of its layers were widened" if facts["widened"] else ""
+    not_for = f" (not for {', '.join(facts['not_for'])})" if facts["not_for"] else ""
     verified = f"{len(facts['layers'])} quantized tensors verified in it{wide}, " if facts["layers"] else ""
     return (
-        f"{facts['engine']} built by {facts['builder']} {facts['version']} in {facts['seconds']:.0f} s, {verified}"
+        f"{facts['engine']} built by {facts['builder']} {facts['version']} in {facts['seconds']:.0f} s{not_for}, {verified}"
         f"not executed: {facts['why_not_executed']}"
     )

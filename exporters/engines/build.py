@@ -18,7 +18,7 @@ from exporters.engines.job import Answer, Built, Job
 from exporters.graph.members import members
 
 STEPS = 100  # of the progress bar
-NO_GPU_RAN_IT = "an engine runs on a GPU that it was built for only, and it was built without one"
+NO_GPU_RAN_IT = "an engine runs only on a GPU that it was built for, and none was used"
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ def without_engine(wanted: Wanted, why: str) -> BuildFacts:
     return {
         "engine": None, "why_not_built": why, "builder": None, "version": None, "precision": wanted.precision,
         "profiles": wanted.profiles, "seconds": None, "peak_rss_bytes": None, "engine_bytes": None,
-        "engine_weight_bytes": None, "activation_bytes": None, "expected_weight_bytes": wanted.expected_bytes, "layers": [], "widened": [],
-        "executed": False, "why_not_executed": "there is no engine", "checked": wanted.checked,
-        "overflow": wanted.overflow,
+        "engine_weight_bytes": None, "expected_weight_bytes": wanted.expected_bytes, "activation_bytes": None,
+        "not_for": [], "layers": [], "widened": [], "executed": False, "why_not_executed": "there is no engine",
+        "checked": wanted.checked, "overflow": wanted.overflow,
     }  # fmt: skip
 
 
@@ -122,6 +122,6 @@ def _facts(wanted: Wanted, engine: Path, built: Built, lying: Mapping[str, _Lyin
         "engine": engine.name, "why_not_built": None, "builder": built["builder"]["name"],
         "version": built["builder"]["version"], "seconds": round(built["seconds"], 3),
         "peak_rss_bytes": built["peak_rss_bytes"], "engine_bytes": engine.stat().st_size,
-        "engine_weight_bytes": weight_bytes, "activation_bytes": built["activation_bytes"],
+        "engine_weight_bytes": weight_bytes, "activation_bytes": built["activation_bytes"], "not_for": built["not_for"],
         "layers": verified.layers, "widened": verified.widened, "why_not_executed": NO_GPU_RAN_IT,
     }  # fmt: skip

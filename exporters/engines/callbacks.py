@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import BinaryIO, Protocol
 
 NO_DRIVER = "cudaError 35"  # which builders that need no GPU report as an error, and go on
+EXCLUDED = re.compile(r"not be able to run on target\(s\): ([\w, ]+?), because")
 TAKEN = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 LEAST_STEP = 0.01  # of progress that is told
 
@@ -21,14 +22,18 @@ class Severity(Protocol):
 
 
 class Heard:
-    """What a log is read for: errors, and the `bytes` of weights and activations that an engine takes."""
+    """What a log is read for: errors, the `bytes` of weights and activations that an engine takes, and the GPUs it is `not_for`, of
+    those it would be for."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
         self.bytes: dict[str, int] = {}
+        self.not_for: set[str] = set()
 
     def log(self, severity: Severity, message: str) -> None:
         """Prints all but what is verbose, of which a small model has megabytes."""
+        if excluded := EXCLUDED.search(message):
+            self.not_for.update(excluded[1].split(", "))
         if severity.name == "VERBOSE":
             return
         print(f"{severity.name}: {message}", file=sys.stderr)

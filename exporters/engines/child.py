@@ -97,6 +97,7 @@ class _Build:
                 "peak_rss_bytes": peak,
                 "weight_bytes": self._heard.bytes.get("Weights"),
                 "activation_bytes": self._heard.bytes.get("Activation"),
+                "not_for": sorted(self._heard.not_for),
                 "constants": network.constants(self._network),
                 "inspected": self._inspected(),
             }

@@ -36,6 +36,7 @@ class Built(TypedDict):
     peak_rss_bytes: int | None
     weight_bytes: int | None
     activation_bytes: int | None
+    not_for: list[str]
     constants: dict[str, str]
     inspected: str | None
 

@@ -121,6 +121,7 @@ def test_it_has_both_profiles_and_says_what_nobody_did(engines, name):
     assert (facts["builder"], facts["executed"]) == ("TensorRT-RTX", False)
     assert re.fullmatch(r"1\.7\.\d+\.\d+", facts["version"])
     assert [profile["name"] for profile in facts["profiles"]] == ["prefill", "decode"]
+    assert facts["not_for"] == (["sm80", "sm86"] if name.startswith("fp8") else [])
     log = (engines[name].folder / "build.log").read_text()
     assert log.count("Total Activation Memory") == 2
     assert 0 < facts["activation_bytes"] < 1 << 28  # not what `context` tokens at once would take
