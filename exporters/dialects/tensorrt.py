@@ -69,8 +69,9 @@ class TensorRT(Portable):
         return rotated(self.graph, rows, self.weight(name).rotation)
 
     def tied_head(self, name: str, x: Value) -> Value:
-        transposed = self.graph.op("Transpose", self._dense_table(name), perm=[1, 0])
-        return self.graph.op("MatMul", qdq.input_of(self.graph, x, self.weight(name)), transposed)
+        """Hidden states are transposed, and not the table: of one in int8 or fp8 TensorRT-RTX 1.7 would keep a second copy."""
+        x = self.graph.op("Transpose", qdq.input_of(self.graph, x, self.weight(name)), perm=[0, 2, 1])
+        return self.graph.op("Transpose", self.graph.op("MatMul", self._dense_table(name), x), perm=[0, 2, 1])
 
     def _dense_table(self, name: str) -> Value:
         return self.graph.once(("table", name), lambda: qdq.table(self.graph, self.weight(name)))
