@@ -167,12 +167,13 @@ class TensorRT(Exporter[Options]):
         return build.build(wanted, graph.graph)
 
     def _engine_bytes(self, model: HybridModel) -> int:
-        """Of weights in an engine, by arithmetic: what has no scales has the type of hidden states there."""
-        from compress.model.roles import Role
+        """Of weights in an engine, by arithmetic: scales, and what has none, have the type of hidden states of their layer."""
+        from exporters.graph import artifact
 
-        plain = (weight for weight in model.weights if not weight.is_quantized and weight.role != Role.MTP)
-        wider = sum(max(0, BYTES[self.options.precision] * w.parameters - w.stored_bytes()) for w in plain)
-        return self.predict_bytes(model.units) + wider
+        types = self._overflow.types if self._overflow else {}
+        widths = {unit.name: BYTES[self.options.precision] for unit in model.units}
+        widths |= {name: int(dtype.itemsize) for name, dtype in types.items()}
+        return sum(artifact.engine_bytes(unit, widths[unit.name]) for unit in model.units)
 
     def describe(self, folder: Path) -> Exported:
         """Read from model.onnx itself, and from build.json."""

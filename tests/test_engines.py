@@ -8,9 +8,13 @@ import builders
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
+from compress.model.roles import Role
+from compress.model.weight import Unit, Weight
 from exporters.engines import callbacks, library, messages, profiles, sections, verify
 from exporters.engines.verify import Seen
+from exporters.graph import artifact
 
 INPUTS = {
     "input_ids": ["batch_size", "sequence_length"],
@@ -180,6 +184,18 @@ def test_the_inspector_has_the_first_word():
         "c": "network",
         "e": "network",
     }
+
+
+@pytest.mark.parametrize(("width", "bytes_of_plain", "bytes_of_scales"), [(2, 2, 2), (4, 4, 4)])
+def test_the_arithmetic_of_an_engine_has_numbers_as_wide_as_hidden_states(width, bytes_of_plain, bytes_of_scales):
+    """In a layer that is kept in fp32, weights in bf16 take four bytes."""
+
+    def weight(name, number_format):
+        return Weight(name, Role.MLP, (8, 64), number_format, lambda rows: torch.empty(0))
+
+    unit = Unit("layer.0", {w.name: w for w in (weight("a", "bf16"), weight("b", "int8"), weight("c", "int4-g32"))})
+    plain, int8, int4 = 512 * bytes_of_plain, 512 + 8 * bytes_of_scales, 256 + 16 * bytes_of_scales
+    assert artifact.engine_bytes(unit, width) == plain + int8 + int4
 
 
 def graph_of_layers():

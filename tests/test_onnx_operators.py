@@ -12,6 +12,7 @@ from compress.model.weight import Weight
 from compress.runtime.eager import Eager
 from exporters.dialects.base import Tokens
 from exporters.dialects.portable import Portable
+from exporters.dialects.tensorrt import TensorRTSingle
 
 HIDDEN, EXPERTS, WIDTH = 16, 8, 12
 SAME = 2e-6  # float32 sums in another order, of numbers of about one
@@ -34,17 +35,19 @@ def as_weight(name: str, tensor: torch.Tensor) -> Weight:
     return Weight(name, Role.MLP, tuple(tensor.shape), "fp32", lambda rows=None: tensor)
 
 
-def both(folder, tensors, inputs: dict[str, np.ndarray], build, width: int) -> tuple[np.ndarray, np.ndarray]:
+def both(
+    folder, tensors, inputs: dict[str, np.ndarray], build, width: int, dialect=Portable
+) -> tuple[np.ndarray, np.ndarray]:
     """What `build(ops, *inputs)` gives in a graph, and with torch; `mask` goes to the operators alone."""
     names = [name for name in inputs if name != "mask"]
 
     def in_graph(graph, *values):
         given = dict(zip(inputs, values, strict=True))
         weights = {name: as_weight(name, tensor) for name, tensor in tensors.items()}
-        ops = Portable(graph, Tokens(given[names[0]], given.get("mask"))).of(weights)
+        ops = dialect(graph, Tokens(given[names[0]], given.get("mask"))).of(weights)
         return build(ops, *(given[name] for name in names))
 
-    actual = run_graph(folder, inputs, width, in_graph)
+    actual = run_graph(folder, inputs, width, in_graph, graph=dialect.new_graph)
     torched = {name: torch.from_numpy(x) for name, x in inputs.items()}
     own = build(Eager(Own(tensors), torched.get("mask")), *(torched[name] for name in names))
     return actual, own.numpy()
@@ -130,10 +133,11 @@ def test_operators_without_matrices_are_our_own(tmp_path, build):
 # Mamba-2
 
 
+@pytest.mark.parametrize("dialect", [Portable, TensorRTSingle])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("length", [1, 5, 70])
-def test_mamba_2_goes_on_from_a_state_and_leaves_it_as_it_was_at_padding(tmp_path, groups, padding, length):
+def test_mamba_2_goes_on_from_a_state_and_leaves_it_as_it_was_at_padding(tmp_path, groups, padding, length, dialect):
     heads, size, states, padding = 4, 3, 5, min(padding, length)
     state = normal(2, heads, states, size, seed=7)
     widths = (heads * size, heads, groups * states, groups * states)
@@ -152,7 +156,7 @@ def test_mamba_2_goes_on_from_a_state_and_leaves_it_as_it_was_at_padding(tmp_pat
 
     tensors = {"a_log": normal(heads, seed=2), "d": normal(heads, seed=3)}
     outputs = 2 * length * heads * size
-    actual, expected = both(tmp_path, tensors, inputs, build, outputs + state.numel())
+    actual, expected = both(tmp_path, tensors, inputs, build, outputs + state.numel(), dialect)
     real = np.repeat(inputs["mask"].flatten() == 1, heads * size)
     np.testing.assert_allclose(actual[0, 0, :outputs][real], expected[0, 0, :outputs][real], rtol=0, atol=2e-5)
     np.testing.assert_allclose(actual[0, 0, outputs:], expected[0, 0, outputs:], rtol=0, atol=2e-5)

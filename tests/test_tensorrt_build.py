@@ -233,6 +233,16 @@ def test_a_widened_layer_makes_the_verdict_fail_and_is_named_everywhere(compress
     assert "<failure" in (out / "junit.xml").read_text()
 
 
+def test_a_later_check_of_the_graph_knows_of_the_engine(compress_cli, export, small, tmp_path):
+    with builders.stand_in(tmp_path, "widens layer 1"):
+        export("--set", "precision=fp32")
+    brief = ("--prompts", "self", "--samples", 1, "--length", 8, "--json", tmp_path / "check.json")
+    result = compress_cli("check", small, tmp_path / "out", *brief)
+    found = json.loads((tmp_path / "check.json").read_text())
+    failed = {row["tensor"] for row in found["audit"] if not row["passed"]}
+    assert (result.exit_code, found["verdict"], failed) == (1, "fail", {*build_json(tmp_path / "out")["widened"]})
+
+
 @pytest.fixture
 def waiting(int8, tmp_path):
     """The command, and the process that builds for it, which will not end."""

@@ -17,7 +17,7 @@ from compress.disk import cache, files, json_files
 from compress.errors import InputError
 from compress.model import records
 from compress.model.records import Record
-from compress.output_folder import build_facts, manifest
+from compress.output_folder import manifest
 from compress.output_folder.integrity import MANIFEST
 from compress.output_folder.workspace import Workspace
 from compress.passes import PassContext
@@ -95,7 +95,9 @@ def _run(job: Job, planned: Plan, space: Workspace) -> Report:
     written = Checkpoint(space.folder / "checkpoint", allow_quantized=True)
     outcome.exported = [_export(step, written, space, windows or [], job.device) for step in planned.recipe.export]
     _check(job, planned, outcome, space.folder)
-    _add_engines(outcome)
+    for exported in outcome.exported:
+        if exported.build is not None:
+            engines.add(outcome.checked, exported.kind, exported.build)
     return _publish(job, planned, outcome, space)
 
 
@@ -183,13 +185,6 @@ def _check(job: Job, planned: Plan, outcome: Outcome, folder: Path) -> None:
     outcome.checked, outcome.prompts = judge.check(
         original, artifacts, planned.recipe.check, seed=job.seed, device=job.device, prompt_folder=job.recipe.folder
     )
-
-
-def _add_engines(outcome: Outcome) -> None:
-    """What was built beside a graph, and what was widened in it, which no check of the graph sees."""
-    built = {exported.kind: exported.build for exported in outcome.exported if exported.build is not None}
-    outcome.checked.audit += [row for kind, facts in built.items() for row in engines.audit(kind, facts)]
-    outcome.checked.remarks += [f"{kind}: {build_facts.sentence(facts)}" for kind, facts in built.items()]
 
 
 def _publish(job: Job, planned: Plan, outcome: Outcome, space: Workspace) -> Report:

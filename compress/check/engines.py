@@ -3,10 +3,18 @@
 from collections.abc import Iterator
 
 from compress.check.audit import AuditFacts
+from compress.check.compare import Found
+from compress.output_folder import build_facts
 from compress.output_folder.build_facts import BuildFacts
 
 
-def audit(artifact: str, facts: BuildFacts) -> Iterator[AuditFacts]:
+def add(found: Found, artifact: str, facts: BuildFacts) -> None:
+    """To what the check of the graph found: what was built of it, and what was widened in that."""
+    found.audit += _audit(artifact, facts)
+    found.remarks.append(f"{artifact}: {build_facts.sentence(facts)}")
+
+
+def _audit(artifact: str, facts: BuildFacts) -> Iterator[AuditFacts]:
     """One for each tensor that was to be quantized and is not. The rest of the audit is of the graph."""
     for layer in facts["layers"]:
         if (name := layer["tensor"]) in facts["widened"]:
@@ -23,6 +31,4 @@ def widened_words(name: str, facts: BuildFacts) -> str:
     if held is None or not meant.startswith(held):
         return f"widened in the engine: meant to be {meant}, {held or 'not found'} according to the {layer['source']}"
     size, most = facts["engine_weight_bytes"], facts["expected_weight_bytes"]
-    return (
-        f"widened in the engine: meant to be {meant}, but its weights take {size:,} bytes where {most:,} were expected"
-    )
+    return f"widened in the engine: meant to be {meant}, but the engine's weights take {size:,} bytes where {most:,} were expected"

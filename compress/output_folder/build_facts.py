@@ -5,6 +5,7 @@ from typing import Literal, TypedDict, cast
 
 from compress.disk.json_files import read_json
 from compress.errors import InputError
+from compress.output_folder.onnx_layouts import TENSORRT
 from compress.output_folder.overflow_facts import OverflowFacts
 
 
@@ -46,6 +47,14 @@ class BuildFacts(TypedDict):
     why_not_executed: str
     checked: Literal["file", "twin"]
     overflow: OverflowFacts | None
+
+
+def beside(artifact: Path) -> BuildFacts | None:
+    """Of what was built of a graph; None where nothing tells, or a file of that name is another tool's."""
+    path = artifact.with_name(TENSORRT.config)
+    if artifact.suffix != ".onnx" or not path.is_file() or "expected_weight_bytes" not in read_json(path):
+        return None
+    return read(path)
 
 
 def read(path: Path) -> BuildFacts:

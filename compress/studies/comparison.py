@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress import prompts
-from compress.check import genai, judge, tokenizers
+from compress.check import engines, genai, judge, tokenizers
 from compress.disk.paths import as_text
 from compress.errors import InputError
-from compress.output_folder import integrity, onnx_layouts
+from compress.output_folder import build_facts, integrity, onnx_layouts
 from compress.output_folder.manifest import versions
 from compress.prompts import task_files
 from compress.recipe.check import DEFAULT, Check
@@ -121,6 +121,8 @@ def _measured(job: Job, original: Artifact, path: Path) -> CheckFacts:
             original, {_kind(path): path}, checks, seed=job.seed, device=job.device, is_old=begun.is_old
         )
         found.remarks += left_out
+        if (built := build_facts.beside(path)) is not None:
+            engines.add(found, _kind(path), built)
         changed, now = job.beside.compare(begun, as_text(str(job.candidate)), found, artifact.weight_bytes)
         result: CheckFacts = {
             "schema": 1,

@@ -22,6 +22,8 @@ Value = ir.Value
 
 
 class Portable(Dialect):
+    recurrence = staticmethod(ssd)  # of Mamba-2
+
     def linear(self, name: str, x: Value, bias: str | None = None) -> Value:
         return linear(self.graph, x, self.weight(name), None if bias is None else self.weight(bias))
 
@@ -95,7 +97,7 @@ class Portable(Dialect):
         if earlier is not None:
             state = replayed(graph, earlier, decay(graph, stored), state, **sizes)
         x, dt, b, c = map(graph.float32, (x, self._without_padding(dt), b, c))
-        y, state = ssd(graph, x, dt, lambda body: decay(body, stored), b, c, skip, state, **sizes)
+        y, state = self.recurrence(graph, x, dt, lambda body: decay(body, stored), b, c, skip, state, **sizes)
         return graph.from_float32(y), state
 
     def last_inputs(self, x: Value, dt: Value, b: Value) -> Value:

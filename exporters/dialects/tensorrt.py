@@ -17,6 +17,7 @@ from exporters.dialects.portable import Portable
 from exporters.graph import dense_moe, moe, qdq, stack
 from exporters.graph.builder import Graph, WeightFile, at_edge, width_of, with_width
 from exporters.graph.rotation import rotated
+from exporters.graph.ssd_by_token import ssd_by_token
 from exporters.graph.stored import as_stored, widened
 from exporters.graph.typed import TypedGraph
 
@@ -35,6 +36,7 @@ class TensorRT(Portable):
 
     opset = 22  # the first whose operators all take bf16
     body_type = ir.DataType.BFLOAT16
+    recurrence = staticmethod(ssd_by_token)
     gathers: ClassVar[bool] = False  # the experts of each token, where all can be stacked
 
     _multiply: Multiply | None = None  # what `linear` does while an expert is looked at, or all of them run at once
@@ -67,8 +69,9 @@ class TensorRT(Portable):
         return rotated(self.graph, rows, self.weight(name).rotation)
 
     def tied_head(self, name: str, x: Value) -> Value:
-        transposed = self.graph.op("Transpose", self._dense_table(name), perm=[1, 0])
-        return self.graph.op("MatMul", qdq.input_of(self.graph, x, self.weight(name)), transposed)
+        """Hidden states are transposed, and not the table: of one in int8 or fp8 TensorRT-RTX 1.7 would keep a second copy."""
+        x = self.graph.op("Transpose", qdq.input_of(self.graph, x, self.weight(name)), perm=[0, 2, 1])
+        return self.graph.op("Transpose", self.graph.op("MatMul", self._dense_table(name), x), perm=[0, 2, 1])
 
     def _dense_table(self, name: str) -> Value:
         return self.graph.once(("table", name), lambda: qdq.table(self.graph, self.weight(name)))

@@ -42,7 +42,9 @@ def _found() -> Loaded | str:
         answer = _asked(None, Path(os.devnull), lambda share: None)
     except _DiedError as died:
         return f"the builder that is installed {died}; {library.HOW_TO_BUILD}"
-    return answer["loaded"] if "loaded" in answer else answer["unusable"]
+    if "loaded" in answer:
+        return answer["loaded"]
+    return answer["unusable"] if "unusable" in answer else f"{answer['failed']}; {library.HOW_TO_BUILD}"
 
 
 def run(job: Job, log: Path, tell: Callable[[float], None]) -> Answer:
@@ -59,6 +61,8 @@ def _asked(job: Job | None, log: Path, tell: Callable[[float], None]) -> Answer:
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         for line in process.stdout:
+            if not line.startswith("{"):  # what an environment prints wherever Python starts
+                continue
             answer: Answer = json.loads(line)
             if "progress" not in answer:
                 return answer
@@ -68,11 +72,12 @@ def _asked(job: Job | None, log: Path, tell: Callable[[float], None]) -> Answer:
 
 @contextlib.contextmanager
 def _started(log: Path) -> Iterator["subprocess.Popen[str]"]:
-    """In a session of its own, so that Ctrl-C reaches it through us, who kill it whatever happens."""
+    """In a session of its own, so that Ctrl-C reaches it through us, who kill it whatever happens. It imports what we do, and
+    nothing that happens to lie in the working folder."""
     known = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     with open(log, "ab") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", CHILD, str(log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            [sys.executable, "-P", "-m", CHILD, str(log)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             text=True, env={**os.environ, "PYTHONPATH": known}, start_new_session=True,
         )  # fmt: skip
     try:

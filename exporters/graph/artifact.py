@@ -64,6 +64,12 @@ def predict_bytes(units: Iterable[Unit], scale_bytes: int | None = None) -> int:
     )  # no graph has those
 
 
+def engine_bytes(unit: Unit, width: int) -> int:
+    """Of the same in an engine, where numbers that are not quantized are as wide as hidden states, or as they are stored."""
+    plain = (w for w in unit.weights.values() if not w.is_quantized and w.role != Role.MTP)
+    return predict_bytes((unit,), width) + sum(max(0, width * w.parameters - w.stored_bytes()) for w in plain)
+
+
 def _predict_bytes(weight: Weight, scale_bytes: int | None) -> int:
     """A weight in its own format; a narrow scale in a byte (it takes two in the few matrices where a byte is too few)."""
     if not weight.is_quantized:

@@ -26,7 +26,10 @@ def why_not(weight: Weight) -> str | None:
     if weight.format == FP8_BLOCKS:
         return f"is {FP8_BLOCKS}; expected fp8-e4m3 or fp8-e4m3-tensor, since TensorRT takes fp8 scales per channel or per tensor"
     if weight.activation is not None and not weight.activation.is_static:
-        return "has inputs that are rounded with a scale of their own for each token; expected static ones (activations: static-int8, or static-fp8)"
+        return (
+            "has inputs that are rounded with a scale of their own for each token; expected static ones "
+            "(activations: static-int8, or static-fp8)"
+        )
     return None
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import builders
 import pytest
 from exported_models import MODELS
+from jamba_models import make_jamba
 
 from compress.apply import exporting, pipeline
 from compress.checkpoint.reader import Checkpoint
@@ -133,6 +134,21 @@ def test_inputs_that_are_rounded_are_quantized_in_the_network(engines, model):
         static = sum(weight.activation is not None for weight in engines[name].weights)
         graph = reading.load(engines[name].folder / "model.onnx").graph
         assert static and any(node.op_type == "QuantizeLinear" for node in graph)
+
+
+def test_a_tied_matrix_is_held_once(tmp_path):
+    """Rows of it are looked up, and hidden states multiplied with all of it."""
+    tied = {
+        "tie_word_embeddings": True,
+        "vocab_size": 12_000,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    make_jamba(tmp_path / "tied", **tied)
+    engine = applied(tmp_path / "int8", str(tmp_path / "tied"), "bf16", [{"quantize": {"weights": "int8"}}])
+    expected = sum(map(arithmetic, engine.weights))
+    assert abs(engine.facts["engine_weight_bytes"] - expected) <= 0.02 * expected
 
 
 def test_an_engine_that_is_wider_than_it_was_meant_to_be_is_found_out(engines):
