@@ -57,6 +57,10 @@ class Exporter(Plugin[OptionsT]):
     def predict_bytes(self, units: Sequence[Unit]) -> int:
         """Bytes of weights, before any is read."""
 
+    def most_built_bytes(self, units: Sequence[Unit]) -> int:
+        """Bytes of what is built beside the weights, at most: whether they fit on the disk is looked at before the work."""
+        return 0
+
     @property
     def needs_ranges(self) -> bool:
         """Whether it asks how large hidden states become: calibration tokens are read then, also where no pass needs any."""

@@ -33,6 +33,9 @@ if TYPE_CHECKING:  # heavy: importing them takes as long as a command should
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PRECISIONS = tuple(BYTES)
+PROGRAM_BYTES = (
+    256 << 20
+)  # of an engine beside its weights: 40 to 120 MB measured, little of which grows with the model
 MOST_TOKENS = 1 << 30  # TensorRT counts the elements of a shape in 32 bits
 
 
@@ -60,7 +63,7 @@ class Options(Strict):
     def _is_no_weight_format(cls, value: object) -> object:
         if isinstance(value, str) and value not in PRECISIONS and value.startswith(("fp8", "int8", "int4")):
             raise ValueError(
-                f"precision names the type of hidden states, one of {', '.join(PRECISIONS)}; {value} layers are made "
+                f"it names the type of hidden states, one of {', '.join(PRECISIONS)}; {value} layers are made "
                 "by a pass before the export, such as quantize"
             )
         return value
@@ -120,6 +123,9 @@ class TensorRT(Exporter[Options]):
         from exporters.graph import artifact
 
         return artifact.predict_bytes(units, scale_bytes=BYTES[self.options.precision])
+
+    def most_built_bytes(self, units: Sequence[Unit]) -> int:
+        return 0 if self._why_no_engine() else self.predict_bytes(units) + PROGRAM_BYTES
 
     def runtimes(self, model: HybridModel) -> list[Runtime]:
         from compress.runtime.runtimes import of_tensorrt

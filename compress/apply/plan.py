@@ -75,6 +75,10 @@ class Plan:
     def export_bytes(self) -> dict[str, int]:
         return {step.name: step.bound().predict_bytes(self.units) for step in self.recipe.export}
 
+    def built_bytes(self) -> int:
+        """Of what is built beside exported weights, at most."""
+        return sum(step.bound().most_built_bytes(self.units) for step in self.recipe.export)
+
     @cached_property
     def _fitted(self) -> list[tuple[Pass[Strict], tuple[str, ...]]]:
         """Every pass as it applies to this model, and what is different from what its options say."""
@@ -239,7 +243,8 @@ def _refuse_shared_prompts(recipe: Recipe, calibration: Calibration | None, reci
 
 def shortages(plan: Plan, out: Path) -> list[str]:
     """What will not fit: output and baseline on the disks they go to, and an export that is to be checked in memory."""
-    output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values()))) + plan.calibration_bytes()
+    output = int(SPARE * (plan.checkpoint_bytes + sum(plan.export_bytes().values())))
+    output += plan.built_bytes() + plan.calibration_bytes()
     needs = [(_existing(out), output - max(0, files.size(destination.partial_of(out))), "the output")]
     if plan.recipe.check is not None:
         needs.append((_existing(cache.location("baseline")), plan.check_bytes(), "the baseline's log-probabilities"))

@@ -73,7 +73,10 @@ def sentence(facts: BuildFacts) -> str:
         return f"no engine was built: {facts['why_not_built']}"
     wide = f", but {len(facts['widened'])} of its layers were widened" if facts["widened"] else ""
     not_for = f" (not for {', '.join(facts['not_for'])})" if facts["not_for"] else ""
-    verified = f"{len(facts['layers'])} quantized tensors verified in it{wide}, " if facts["layers"] else ""
+    where = (
+        "in it" if all(layer["source"] == "inspector" for layer in facts["layers"]) else "by its network and its bytes"
+    )
+    verified = f"{len(facts['layers'])} quantized tensors verified {where}{wide}, " if facts["layers"] else ""
     return (
         f"{facts['engine']} built by {facts['builder']} {facts['version']} in {facts['seconds']:.0f} s{not_for}, {verified}"
         f"not executed: {facts['why_not_executed']}"

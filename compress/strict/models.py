@@ -79,7 +79,8 @@ def from_flags(model: type[Settings], **values: object) -> Settings:
         key = ".".join(str(part) for part in key_path(first))
         if first["type"] == "extra_forbidden":
             raise InputError(f"unknown key '{key}'{nearest(key, list(model.model_fields))}") from None
-        raise InputError(f"{key}: {what_was_expected(first)}") from None
+        named = f"{key}: " if key else ""  # none where keys contradict each other
+        raise InputError(f"{named}{what_was_expected(first)}") from None
 
 
 def no_truth_value(value: T) -> T:
