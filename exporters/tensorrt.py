@@ -39,9 +39,9 @@ MOST_TOKENS = 1 << 30  # TensorRT counts the elements of a shape in 32 bits
 class Options(Strict):
     """`on_overflow`: what becomes of a layer that fp16 cannot hold.
 
-    `experts`: `dense` runs every expert on every token and reads each matrix once; `gather` reads, for every token, the matrices
-    of its own experts. Of E experts a decode step then reads top-k, and a prompt reads top-k for each of its tokens: for engines
-    that decode one sequence, or few, and see short prompts.
+    `experts`: `dense` runs every expert on every token and reads each matrix once. `gather` copies, for every token, the matrices
+    of its own experts, widened: a decode step reads top-k of E experts, and a prompt of `prefill_length` tokens takes memory for
+    top-k experts times as many. For engines that decode one sequence, or few, and read prompts in pieces of some ten tokens.
     """
 
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"

@@ -43,7 +43,11 @@ def quantized(weights: str, **more) -> tuple[str, ...]:
 @pytest.mark.parametrize("name", sorted(resources.shipped_recipes()))
 def test_every_shipped_recipe_is_told_for_every_runtime(tiny, name):
     found = rows(name, tiny)
-    assert set(found) == {("checkpoint", "transformers"), ("checkpoint", "compress.load")} | {
+    of_checkpoint = {("checkpoint", "transformers"), ("checkpoint", "compress.load")}
+    if name.startswith("tensorrt-"):
+        assert set(found) == of_checkpoint | {("tensorrt", "tensorrt-rtx")}
+        return
+    assert set(found) == of_checkpoint | {
         ("onnx", runtime) for runtime in ("onnxruntime", "onnxruntime-genai", "openvino")
     }
     assert found["checkpoint", "transformers"].loads == (name not in REFUSED_BY_STOCK | {"mixed"})
@@ -115,7 +119,7 @@ def test_the_readme_says_what_is_computed(tiny, name):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     table = text[text.index("| recipe | what it does |") :]
     line = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
-    by_artifact = {"checkpoint": [], "onnx": []}
+    by_artifact = {}
     for runtime in rows(name, tiny).values():
-        by_artifact[runtime.artifact] += [runtime.title] if runtime.loads else []
+        by_artifact.setdefault(runtime.artifact, []).extend([runtime.title] if runtime.loads else [])
     assert line.endswith(f"| {'; '.join(', '.join(titles) for titles in by_artifact.values())} |")

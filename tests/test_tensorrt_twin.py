@@ -18,6 +18,7 @@ from stepping import OwnSteps, own_logits
 from compress import formats
 from compress.apply import exporting
 from compress.checkpoint.reader import Checkpoint
+from compress.errors import InputError
 from compress.formats.activations import Activation
 from compress.model.roles import QUANTIZABLE, Role
 from compress.passes.quantization import rounding
@@ -264,3 +265,19 @@ def test_inputs_of_products_with_quantized_weights_are_not_rounded(model, tmp_pa
         expected = ours.step(torch.from_numpy(ids[:, start:end])).numpy()
         assert np.abs(generation.step(ids[:, start:end]) - expected).max() <= 1e-4
         start = end
+
+
+def test_weights_that_would_not_fit_when_they_are_widened_are_refused(tmp_path, monkeypatch):
+    """A file of 20 KB whose matrix takes 80 KB in float32."""
+    stored = torch.zeros(128, 160, dtype=torch.int8)
+
+    def build(graph, given):
+        wide = graph.op("DequantizeLinear", graph.stored("w", stored), graph.number(1.0))
+        return graph.op("MatMul", given, wide), FLOAT, 160
+
+    path = saved(tmp_path, {"x": (FLOAT, 128)}, build, new=TensorRTSingle.new_graph)
+    monkeypatch.setattr("compress.runtime.memory.available", lambda: 85_000)
+    with pytest.raises(InputError, match="of memory to run"):
+        open_session(path, ort.SessionOptions())
+    monkeypatch.setattr("compress.runtime.memory.available", lambda: 120_000)
+    assert torch.equal(run(path, torch.ones(2, 128)), torch.zeros(2, 160))

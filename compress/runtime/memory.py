@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from compress.errors import InputError
+
 GROUPS_OF_PROCESS = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
 
@@ -30,6 +32,15 @@ def available() -> int:
     ulimits = [limit - taken for limit, taken in ((_ulimit("AS"), used.vms), (_ulimit("DATA"), used.data)) if limit]
     groups = (limit - taken for limit, taken in _groups())
     return max(0, min([psutil.virtual_memory().available, *ulimits, *groups]))
+
+
+def refuse_beyond(path: Path, needed: float) -> None:
+    """Raises InputError where an artifact needs more memory than is available."""
+    free = available()
+    if needed > free:
+        raise InputError(
+            f"{path}: needs about {needed / 2**30:.1f} GiB of memory to run, {free / 2**30:.1f} GiB are free"
+        )
 
 
 def total() -> int:

@@ -178,8 +178,4 @@ def _refuse_too_large(path: Path) -> None:
         raise InputError(f"{path}: no such file")
     parts = (part for part in path.parent.iterdir() if part.name.startswith(path.name) and part.is_file())
     size = sum(part.stat().st_size for part in parts)
-    available = memory.available()
-    if size * LOAD_FACTOR > available:
-        raise InputError(
-            f"{path}: needs about {size * LOAD_FACTOR / 2**30:.1f} GiB of memory to run, {available / 2**30:.1f} GiB are free"
-        )
+    memory.refuse_beyond(path, size * LOAD_FACTOR)

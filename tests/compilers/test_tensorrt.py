@@ -39,9 +39,12 @@ CASES = {
 }
 PRUNED = ("bf16", [{"prune_experts": {"method": "frequency", "keep": 6}}, {"quantize": {"weights": "int8"}}])
 STATES = ("fp16", [{"state_precision": {"ssm_state": "fp16", "conv_state": "fp16", "kv_cache": "fp16"}}])
+GATHERED = {"experts": "gather", "prefill_length": 32}  # every token of a prompt has matrices of its own in memory
 ENGINES = {f"{case}, {model}": (model, *of) for model in MODELS for case, of in CASES.items()} | {
     "pruned, tiny-jamba": ("tiny-jamba", *PRUNED),
     "states, tiny-nemotron-h": ("tiny-nemotron-h", *STATES),
+    "gathered experts, tiny-jamba": ("tiny-jamba", *CASES["int8"], GATHERED),
+    "gathered experts, tiny-nemotron-h": ("tiny-nemotron-h", *CASES["int4"], GATHERED),
 }
 
 
@@ -73,9 +76,9 @@ def engines(tmp_path_factory) -> dict[str, Engine]:
     return Made()
 
 
-def applied(folder: Path, model: str, precision: str, passes: list[dict]) -> Engine:
+def applied(folder: Path, model: str, precision: str, passes: list[dict], others: dict | None = None) -> Engine:
     folder.mkdir()
-    options = {"precision": precision, "build": "required"}
+    options = {"precision": precision, "build": "required"} | (others or {})
     text = {"version": 1, "calibration": CALIBRATION, "passes": passes, "export": [{"tensorrt": options}]}
     (folder / "recipe.yaml").write_text(json.dumps(text))
     loaded = load_recipe(str(folder / "recipe.yaml"))
