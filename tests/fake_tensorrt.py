@@ -135,7 +135,9 @@ class Builder:
         config.progress_monitor.phase_start("Building", None, 2)
         config.progress_monitor.step_complete("Building", 0)
         self.logger.log(named("INFO"), "Total Activation Memory: 4321 bytes")
-        self.logger.log(named("VERBOSE"), "this engine will not be able to run on target(s): sm80, sm86, because of fp8")
+        self.logger.log(
+            named("VERBOSE"), "this engine will not be able to run on target(s): sm80, sm86, because of fp8"
+        )
         end(self.logger)
         if DOES == "fails":
             return False
