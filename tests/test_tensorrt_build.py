@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,3 +287,14 @@ def test_a_builder_does_not_outlive_a_command_that_is_killed(waiting):
     process, builder = waiting
     process.kill()
     assert psutil.wait_procs([builder], 30)[1] == []
+
+
+def test_a_disk_without_room_for_the_engine_is_noticed_before_work_begins(compress_cli, small, tmp_path, monkeypatch):
+    """The graph alone would fit."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100 << 20))
+    arguments = ("apply", recipe(tmp_path, precision="bf16"), "-m", small, "--set", "check=null", "-o")
+    with builders.stand_in(tmp_path):
+        said = refusal_of_command(compress_cli(*arguments, tmp_path / "with"))
+    assert "MiB are needed for the output" in said and not (tmp_path / "with").exists()
+    assert compress_cli(*arguments, tmp_path / "without").exit_code == 0
