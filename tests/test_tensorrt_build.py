@@ -251,12 +251,19 @@ def waiting(int8, tmp_path):
     with builders.stand_in(tmp_path, "waits"):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path])}
         command = [sys.executable, cli.__file__, "export", str(int8), *TENSORRT, "-o", str(tmp_path / "out")]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_interrupts
+        )
         try:
             yield process, builder_of(process)
         finally:
             process.kill()
             process.wait()
+
+
+def _hear_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would whatever that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def builder_of(process) -> psutil.Process:
