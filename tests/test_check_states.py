@@ -13,6 +13,7 @@ import torch
 from jamba_models import load_reference
 from safetensors.torch import load_file, save_file
 from state_models import with_states
+from torch._subclasses import FakeTensorMode
 
 from compress.apply import exporting
 from compress.check import states
@@ -201,6 +202,16 @@ def entries(spec, *first) -> torch.Tensor:
     found = torch.ones(1, *spec.stored_shape).flatten()
     found[: len(first)] = torch.tensor(first)
     return found.view(1, *spec.stored_shape).to(spec.precision.dtype)
+
+
+@pytest.mark.parametrize("settings", [STATIC, {"format": "fp8-e4m3", "scale": "static"}, {"format": "bf16"}])
+def test_states_on_another_device_are_counted_there(small, tmp_path, settings):
+    """On a device without numbers, of which torch knows only that tensors of two devices do not mix: a GPU, where there is none."""
+    model = Checkpoint(with_states(small, tmp_path / "it", {"recurrent_state": settings}, layers=(0,))).model
+    spec = next(spec for spec in model.layer(0).states if spec.kind == "ssm_state")
+    with FakeTensorMode():
+        counted = states._are_saturated(spec.empty(1, "lazy"), spec)
+        assert counted is not None and counted.device.type == "lazy"
 
 
 def test_sixteen_bits_saturate_at_their_largest_number_and_at_infinity(small, tmp_path):

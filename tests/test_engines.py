@@ -3,8 +3,10 @@
 import itertools
 import json
 import struct
+from types import SimpleNamespace
 
 import builders
+import fake_tensorrt
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from compress.model.roles import Role
 from compress.model.weight import Unit, Weight
-from exporters.engines import callbacks, library, messages, profiles, sections, verify
+from exporters.engines import build, callbacks, child, library, messages, profiles, sections, verify
 from exporters.engines.verify import Seen
 from exporters.graph import artifact
 
@@ -255,6 +257,49 @@ def test_a_builders_error_is_told_with_the_layer_of_the_operator_it_names():
     said = "IBuilder::buildSerializedNetwork: Error Code 4: Internal Error (IShuffleLayer TopK_1: bad In executeReshape at /_src/x.cpp:348)"
     assert messages.failure(said, graph_of_layers()) == "layer 1: Internal Error (IShuffleLayer TopK_1: bad"
     assert messages.failure("no memory for Thing_12", graph_of_layers()) == "no memory for Thing_12"
+
+
+REFUSED = (  # by TensorRT-RTX 1.7.1 on an H100
+    "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on this GPU, which has compute capability "
+    "9.0. Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0. In throwUnlessComputeCapSupported at /_src/runtime.cpp:84)"
+)
+
+
+def on_a_gpu(monkeypatch, engine: object, *errors: str) -> dict:
+    """What a build says of an engine that a GPU opens as `engine`, if it does, with errors."""
+
+    class Runtime(fake_tensorrt.Runtime):
+        def __init__(self, logger):
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, data):
+            for error in errors:
+                self.logger.log(fake_tensorrt.named("ERROR"), error)
+            return engine
+
+    monkeypatch.setattr(child, "NO_GPU", False)
+    monkeypatch.setattr(fake_tensorrt, "Runtime", Runtime)
+    job = {"model": "", "engine": __file__, "timings": "", "profiles": []}
+    made = child._Build(library.Builder("TensorRT", "99.1", fake_tensorrt), job, channel=None)
+    made._log.log(fake_tensorrt.named("ERROR"), "an error of the build")
+    return dict(zip(("inspected", "unopened"), made._inspected(), strict=True))
+
+
+def test_a_gpu_that_does_not_open_an_engine_is_told_with_the_reason(monkeypatch):
+    built = on_a_gpu(monkeypatch, None, REFUSED)
+    assert build.why_not_executed(built) == (
+        "the GPU here does not open it: The engine cannot run on this GPU, which has compute capability 9.0. Supported compute "
+        "capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0."
+    )
+    assert "no reason" in build.why_not_executed(on_a_gpu(monkeypatch, None))
+
+
+def test_an_engine_that_a_gpu_opens_is_inspected_and_not_said_to_have_had_no_gpu(monkeypatch):
+    inspector = SimpleNamespace(get_engine_information=lambda form: '{"Layers": []}')
+    built = on_a_gpu(monkeypatch, SimpleNamespace(create_engine_inspector=lambda: inspector))
+    assert built["inspected"] == '{"Layers": []}'
+    assert build.why_not_executed(built) == build.ONLY_OPENED
+    assert build.why_not_executed({"inspected": None, "unopened": None}) == build.NO_GPU_RAN_IT
 
 
 def test_progress_of_phases_within_phases_is_one_share_that_only_grows():

@@ -133,7 +133,8 @@ class Watch:
         key = kept.layer.index, spec.kind, replace(spec.precision, seed=0)
         count = self._counts.setdefault(key, [0, 0])
         count[0] += len(kept.windows) * spec.elements(kept.read)
-        count[1] += _saturated(kept.stored[spec.name], spec)
+        saturated = _are_saturated(kept.stored[spec.name], spec)
+        count[1] += 0 if saturated is None else int(saturated.sum())
 
     def saturation(self, artifact: str) -> list[SaturationFacts]:
         return [_saturation(artifact, *key, *count) for key, count in sorted(self._counts.items(), key=_by_layer)]
@@ -153,15 +154,16 @@ def measure(kept: Kept, sizes: Sizes, places: Places) -> None:
         size.entries += value.numel()
 
 
-def _saturated(stored: torch.Tensor, spec: StateSpec) -> int:
-    """Entries at the largest number; what is not finite is one of them. Dynamic scales leave none, and are not looked at."""
+def _are_saturated(stored: torch.Tensor, spec: StateSpec) -> torch.Tensor | None:
+    """Which entries are at the largest number; what is not finite is one of them. Dynamic scales leave none: None."""
     if spec.precision.is_plain:
         codes, most = stored, torch.finfo(stored.dtype).max
     elif spec.precision.has_static_scale:
-        codes, most = spec.restored(stored, torch.ones(spec.scale_shape)), MOST[spec.precision.format]
+        unit = torch.ones(spec.scale_shape, device=stored.device)
+        codes, most = spec.restored(stored, unit), MOST[spec.precision.format]
     else:
-        return 0
-    return int((~(codes.abs() < most)).sum())
+        return None
+    return ~(codes.abs() < most)
 
 
 def _by_layer(item: tuple[tuple[int, StateKind, Precision], list[int]]) -> tuple[int, int, str]:

@@ -19,6 +19,7 @@ from exporters.graph.members import members
 
 STEPS = 100  # of the progress bar
 NO_GPU_RAN_IT = "an engine runs only on a GPU that it was built for, and none was used"
+ONLY_OPENED = "a GPU opened it for what its inspector says, and nothing was run"
 
 
 @dataclass(frozen=True)
@@ -123,5 +124,11 @@ def _facts(wanted: Wanted, engine: Path, built: Built, lying: Mapping[str, _Lyin
         "version": built["builder"]["version"], "seconds": round(built["seconds"], 3),
         "peak_rss_bytes": built["peak_rss_bytes"], "engine_bytes": engine.stat().st_size,
         "engine_weight_bytes": weight_bytes, "activation_bytes": built["activation_bytes"], "not_for": built["not_for"],
-        "layers": verified.layers, "widened": verified.widened, "why_not_executed": NO_GPU_RAN_IT,
+        "layers": verified.layers, "widened": verified.widened, "why_not_executed": why_not_executed(built),
     }  # fmt: skip
+
+
+def why_not_executed(built: Built) -> str:
+    if built["unopened"] is not None:
+        return f"the GPU here does not open it: {messages.one_line(built['unopened'])}"
+    return NO_GPU_RAN_IT if built["inspected"] is None else ONLY_OPENED

@@ -90,6 +90,7 @@ class _Build:
             return {"failed": self._heard.errors[0] if self._heard.errors else "it says no reason"}
         self._keep_timings()
         seconds, peak = time.monotonic() - began, _peak_bytes()
+        inspected, unopened = self._inspected()
         return {
             "built": {
                 "builder": {"name": self._made_by.name, "version": self._made_by.version},
@@ -99,7 +100,8 @@ class _Build:
                 "activation_bytes": self._heard.bytes.get("Activation"),
                 "not_for": sorted(self._heard.not_for),
                 "constants": network.constants(self._network),
-                "inspected": self._inspected(),
+                "inspected": inspected,
+                "unopened": unopened,
             }
         }
 
@@ -142,15 +144,16 @@ class _Build:
         if timings is not None:
             Path(self._job["timings"]).write_bytes(memoryview(timings.serialize()))
 
-    def _inspected(self) -> str | None:
-        """Of the engine as it was written. It takes a GPU to open one."""
+    def _inspected(self) -> tuple[str | None, str | None]:
+        """Of the engine as it was written, and why it could not be opened. It takes a GPU to open one, and not any will do."""
         if NO_GPU:
-            return None
-        runtime = self._trt.Runtime(self._log)
+            return None, None
+        runtime, heard = self._trt.Runtime(self._log), len(self._heard.errors)
         engine = runtime.deserialize_cuda_engine(Path(self._job["engine"]).read_bytes())
         if engine is None:
-            return None
-        return str(engine.create_engine_inspector().get_engine_information(self._trt.LayerInformationFormat.JSON))
+            return None, next(iter(self._heard.errors[heard:]), "it says no reason")
+        inspector = engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)), None
 
 
 def _strongly_typed(trt: ModuleType) -> int:

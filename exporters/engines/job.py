@@ -29,7 +29,8 @@ class ParserError(TypedDict):
 
 class Built(TypedDict):
     """`constants`: the types of the parsed network's constants, by name; of those that are only widened again, that of what is
-    stored. `inspected` is what the inspector says of the engine, JSON, where it could open it."""
+    stored. `inspected` is what the inspector says of the engine, JSON, where a GPU opened it; `unopened` why the GPU that is here
+    does not. Without a GPU both are None."""
 
     builder: Loaded
     seconds: float
@@ -39,6 +40,7 @@ class Built(TypedDict):
     not_for: list[str]
     constants: dict[str, str]
     inspected: str | None
+    unopened: str | None
 
 
 class Answer(TypedDict, total=False):

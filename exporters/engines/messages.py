@@ -11,7 +11,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 # places in sources that nobody has, and what a builder puts in front of an error
 SOURCES = re.compile(
     r"\(?\[[\w/.-]+\.(?:cpp|h|cu):[^]]*\]|\(?\b[\w/.-]+\.(?:cpp|h|cu):\d+\)?:?"
-    r"|\bIn (?:function )?\w+:?(?: at /\S+)?|^I\w+::\w+: Error Code \d+: "
+    r"|\bIn (?:function )?\w+:?(?: at /\S+)?|^I\w+::\w+: Error Code \d+: (?:API Usage Error \()?"
 )
 MISSING = re.compile(r"plugin.* not found|No importer registered|creator && ", re.IGNORECASE | re.DOTALL)
 NAME = re.compile(r"\b[A-Z]\w*_\d+\b")  # of an operator, as our graphs call them
