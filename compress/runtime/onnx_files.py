@@ -38,10 +38,11 @@ def open_session(path: Path, settings: ort.SessionOptions) -> ort.InferenceSessi
         memory.refuse_beyond(path, WIDENED_FACTOR * _float32_bytes(model))
         settings.add_session_config_entry(*AS_WRITTEN)
     is_linked = not is_text(path) or any(file.is_symlink() for file in path.parent.iterdir())
-    if not is_linked and not twin.is_needed(model):
+    has_twin = twin.is_needed(model)
+    if not is_linked and not has_twin:
         return ort.InferenceSession(path, settings, providers=provider)
     folder = _follow_links(model, path)
-    if twin.is_needed(model):
+    if has_twin:
         twin.become(model)
     with with_text_name(folder) as named:
         settings.add_session_config_entry(FOLDER_KEY, str(named))

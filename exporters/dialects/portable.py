@@ -121,16 +121,27 @@ class Portable(Dialect):
         return attention(self.graph, query, key, value, past_key, past_value, bias, angles)
 
     def mixture(self, x: Value, rows: Value, router: Router, experts: int, run: Callable[[int, Value], Value]) -> Value:
-        graph, weight = self.graph, self.weight(router.weight)
-        stored = matrix(graph, weight)
-        bias = None if router.bias is None else graph.float32(plain(graph, self.weight(router.bias)))
-        tokens = graph.reshape(x, -1, weight.shape[1])
-        choice = moe.choose(graph, graph.float32(graph.op("MatMul", tokens, stored)), router, experts, bias)
-        choice = choice._replace(gates=graph.from_float32(choice.gates))
-        width = weight.shape[1] if rows is x else width_of(rows)
-        flat = tokens if rows is x else graph.reshape(rows, -1, width)
-        summed = moe.mixture(graph, flat, choice, router.top_k, experts, width, run)
+        graph, hidden = self.graph, self.weight(router.weight).shape[1]
+        tokens = graph.reshape(x, -1, hidden)
+        choice = self._choice(tokens, router, experts)
+        width = hidden if rows is x else width_of(rows)
+        flat = with_width(tokens if rows is x else graph.reshape(rows, -1, width), width)
+        summed = self._mixed(flat, choice, router.top_k, experts, run)
         return with_width(graph.op("Reshape", summed, graph.op("Shape", rows)), width)
+
+    def _choice(self, tokens: Value, router: Router, experts: int) -> moe.Choice:
+        """The experts of tokens [tokens, H]; gates are float32."""
+        graph = self.graph
+        stored = matrix(graph, self.weight(router.weight))
+        bias = None if router.bias is None else graph.float32(plain(graph, self.weight(router.bias)))
+        return moe.choose(graph, graph.float32(graph.op("MatMul", tokens, stored)), router, experts, bias)
+
+    def _mixed(
+        self, rows: Value, choice: moe.Choice, top_k: int, experts: int, run: Callable[[int, Value], Value]
+    ) -> Value:
+        """rows [tokens, K] -> what their experts give, weighted and summed, as many numbers."""
+        choice = choice._replace(gates=self.graph.from_float32(choice.gates))
+        return moe.mixture(self.graph, rows, choice, top_k, experts, width_of(rows), run)
 
     def state_in(self, spec: StateSpec, stored: Value) -> Value:
         dtype = self.state_type(spec)

@@ -76,19 +76,15 @@ class TensorRT(Portable):
     def _dense_table(self, name: str) -> Value:
         return self.graph.once(("table", name), lambda: qdq.table(self.graph, self.weight(name)))
 
-    def mixture(self, x: Value, rows: Value, router: Router, experts: int, run: Callable[[int, Value], Value]) -> Value:
-        graph, weight = self.graph, self.weight(router.weight)
-        tokens = graph.reshape(x, -1, weight.shape[1])
-        choice = self._choice(tokens, router, experts)
-        width = weight.shape[1] if rows is x else width_of(rows)
-        flat = tokens if rows is x else graph.reshape(rows, -1, width)
+    def _mixed(
+        self, rows: Value, choice: moe.Choice, top_k: int, experts: int, run: Callable[[int, Value], Value]
+    ) -> Value:
+        width = width_of(rows)
         groups = stack.groups([self._products(run, e, width) for e in range(experts)])
         if self.gathers and len(groups) == 1:
             gather = partial(self._together, groups[0], run)
-            summed = dense_moe.gathered(graph, flat, choice, router.top_k, width, gather)
-        else:
-            summed = self._summed(flat, dense_moe.gates(graph, choice, experts), groups, run)
-        return with_width(graph.op("Reshape", summed, graph.op("Shape", rows)), width)
+            return dense_moe.gathered(self.graph, rows, choice, top_k, width, gather)
+        return self._summed(rows, dense_moe.gates(self.graph, choice, experts), groups, run)
 
     def _summed(
         self, rows: Value, gates: Value, groups: list[stack.Group], run: Callable[[int, Value], Value]
